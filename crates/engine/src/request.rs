@@ -1,0 +1,122 @@
+//! What a client of the engine asks, and what it is told.
+
+use ops::sample::SamplingParams;
+
+/// Identity of a request inside the engine; never reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RequestId(pub u64);
+
+/// One completion to be made.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Token ids, already tokenized; never empty.
+    pub prompt: Vec<u32>,
+    /// How tokens are drawn.
+    pub sampling: SamplingParams,
+    /// When it ends.
+    pub stopping: Stopping,
+    /// Alternatives to report per generated token; `None` reports no log-probabilities.
+    pub logprobs: Option<u32>,
+    /// The same for the tokens of the prompt. Such a request computes its whole prompt: it takes nothing from the
+    /// prefix cache.
+    pub prompt_logprobs: Option<u32>,
+}
+
+/// When a request ends.
+#[derive(Clone, Debug)]
+pub struct Stopping {
+    /// Tokens to generate at most; at least 1 unless only prompt log-probabilities are wanted (0).
+    pub max_tokens: u32,
+    /// End tokens are not drawn before this many.
+    pub min_tokens: u32,
+    /// Tokens that end the answer: the model's own and the client's.
+    pub end_tokens: Vec<u32>,
+}
+
+/// A token with its log-probability and the likeliest alternatives, descending.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogprobs {
+    /// The token.
+    pub token: u32,
+    /// Natural logarithm of its probability under the raw logits.
+    pub logprob: f32,
+    /// Its place by likelihood, from 1.
+    pub rank: u32,
+    /// `(token, log-probability)`, descending.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// `max_tokens` or the context limit was reached.
+    Length,
+    /// An end token was drawn; it is the last token sent.
+    EndToken(u32),
+}
+
+/// Counts and times of a finished request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// Those of them whose KV came from the prefix cache.
+    pub cached_tokens: u32,
+    /// Tokens generated, the end token included.
+    pub generated_tokens: u32,
+    /// How often it was preempted.
+    pub preemptions: u32,
+}
+
+/// What the engine tells about a request, in this order: `PromptLogprobs` (if asked), `Token`s, then one of
+/// `Finished` and `Failed`.
+#[derive(Clone, Debug)]
+pub enum Update {
+    /// Log-probabilities of prompt tokens 1.. (the first has none).
+    PromptLogprobs(Vec<TokenLogprobs>),
+    /// A generated token.
+    Token {
+        /// Its id.
+        token: u32,
+        /// With log-probabilities if they were asked for.
+        logprobs: Option<TokenLogprobs>,
+    },
+    /// The answer is complete.
+    Finished {
+        /// Why.
+        reason: FinishReason,
+        /// Its counts.
+        usage: Usage,
+    },
+    /// This request failed, alone; says why.
+    Failed(String),
+}
+
+/// Where updates of one request go. Called on the engine thread: it must neither block nor take long.
+pub trait Sink: Send {
+    /// Delivers `update`; `Err` when nobody listens any more, which cancels the request within one step.
+    fn send(&mut self, update: Update) -> Result<(), Disconnected>;
+}
+
+/// The client is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Disconnected;
+
+/// Why a request was not taken in.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The waiting queue is full; try again later.
+    #[error("the queue is full: {waiting} requests wait and {limit} may")]
+    QueueFull {
+        /// Requests waiting now.
+        waiting: usize,
+        /// The bound.
+        limit: usize,
+    },
+    /// It could never run, whatever else finishes; says what does not fit.
+    #[error("{0}")]
+    NeverFits(String),
+    /// The engine is draining or has stopped.
+    #[error("the server is shutting down")]
+    ShuttingDown,
+}

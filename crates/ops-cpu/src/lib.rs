@@ -1,0 +1,1 @@
+//! SparseServe: ops-cpu.

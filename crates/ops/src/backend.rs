@@ -1,0 +1,189 @@
+//! The trait that a device implements.
+
+use crate::sample::{SampleOutput, SampleRow};
+use crate::{Batch, BlockIndex, DType, HeadShape, KvGeometry};
+
+/// Why a backend refused or failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An allocation did not succeed.
+    #[error("out of memory: {what} needs {bytes} bytes")]
+    OutOfMemory {
+        /// What was to be allocated.
+        what: &'static str,
+        /// Its size.
+        bytes: u64,
+    },
+    /// The device cannot do what was asked; says what and what would help.
+    #[error("{0}")]
+    Unsupported(String),
+}
+
+/// A weight matrix as it lies on disk: row-major `[rows, cols]`, little-endian. For a linear layer rows are outputs.
+#[derive(Clone, Copy, Debug)]
+pub struct WeightView<'a> {
+    /// Element type.
+    pub dtype: DType,
+    /// Outputs (1 for a vector).
+    pub rows: usize,
+    /// Inputs.
+    pub cols: usize,
+    /// `rows * cols` elements.
+    pub bytes: &'a [u8],
+}
+
+/// What a backend says of itself at start.
+#[derive(Clone, Debug)]
+pub struct DeviceInfo {
+    /// `cpu`, later `cuda`.
+    pub kind: &'static str,
+    /// Instruction set or device name.
+    pub isa: String,
+    /// Threads that run kernels.
+    pub threads: usize,
+}
+
+/// An activation matrix on the device: row-major `[rows, cols]`, f32 values.
+pub trait Tensor {
+    /// Rows in use.
+    fn rows(&self) -> usize;
+    /// Columns.
+    fn cols(&self) -> usize;
+    /// Uses the first `rows` rows; their values are unspecified until an op writes them.
+    ///
+    /// # Panics
+    /// When more than were allocated.
+    fn set_rows(&mut self, rows: usize);
+}
+
+/// A device: memory, weights, KV pages and the operations of one step.
+///
+/// Conventions. Outputs come first; an output tensor takes the number of rows of its input. Shapes are checked and a
+/// mismatch panics, since only a bug can cause it. Activations are f32 values; a backend may round the *inputs* of a
+/// matrix product to the type of its weights. Operations are queued in order; memory errors appear when something is
+/// allocated, so operations return nothing.
+///
+/// Invariant: an output row depends only on the rows that the formula names, never on the other rows of the batch,
+/// their number, or how a prompt was cut into steps. On the CPU that holds to the bit.
+pub trait Backend {
+    /// An activation matrix.
+    type Tensor: Tensor;
+    /// A packed weight matrix with an optional bias.
+    type Linear;
+    /// A vector of f32 weights.
+    type Vector;
+    /// The KV pool: pages of all layers.
+    type Kv;
+
+    /// What the device is.
+    fn info(&self) -> DeviceInfo;
+
+    // ---- memory ------------------------------------------------------------------------------------------------
+
+    /// An activation matrix for up to `rows_max` rows.
+    fn tensor(&mut self, rows_max: usize, cols: usize) -> Result<Self::Tensor, Error>;
+
+    /// Copies a host matrix (row-major, `tensor.cols()` wide) into `tensor`.
+    fn upload(&mut self, tensor: &mut Self::Tensor, values: &[f32]);
+
+    /// Row `row` of `tensor` on the host. Waits for queued work.
+    fn row<'a>(&'a mut self, tensor: &'a Self::Tensor, row: usize) -> &'a [f32];
+
+    /// Packs a linear layer: the rows of `parts` one below the other (so `[q; k; v]` is one product), converted to
+    /// `dtype`. `biases`, when not empty, has one vector of matching length per part.
+    fn linear(&mut self, parts: &[WeightView], biases: &[WeightView], dtype: DType) -> Result<Self::Linear, Error>;
+
+    /// Bytes that [`Backend::linear`] will take for `[rows, cols]`: for the memory plan.
+    fn linear_bytes(&self, rows: usize, cols: usize, dtype: DType) -> u64;
+
+    /// A weight vector.
+    fn vector(&mut self, view: WeightView) -> Result<Self::Vector, Error>;
+
+    /// A pool of `num_blocks` blocks. Memory may be committed lazily, but never more than
+    /// `num_blocks * geometry.block_bytes()`.
+    fn kv(&mut self, geometry: KvGeometry, num_blocks: usize) -> Result<Self::Kv, Error>;
+
+    /// Bytes of scratch memory that the operations need for steps of up to `rows_max` rows of `heads`, contexts of up
+    /// to `context_max` tokens and at most `sequences_max` sequences; reserves them, so that no step allocates.
+    fn reserve(
+        &mut self,
+        heads: HeadShape,
+        rows_max: usize,
+        sequences_max: usize,
+        context_max: usize,
+        cols_max: usize,
+    ) -> Result<u64, Error>;
+
+    // ---- operations --------------------------------------------------------------------------------------------
+
+    /// `out[i] = table[tokens[i]]`: rows of an embedding that is packed as a linear layer `[vocab, hidden]` (so tied
+    /// embeddings are stored once).
+    fn embed(&mut self, out: &mut Self::Tensor, table: &Self::Linear, tokens: &[u32]);
+
+    /// `out[i] = x[rows[i]]`.
+    fn select_rows(&mut self, out: &mut Self::Tensor, x: &Self::Tensor, rows: &[u32]);
+
+    /// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row (Zhang, Sennrich 2019).
+    fn rms_norm(&mut self, out: &mut Self::Tensor, x: &Self::Tensor, weight: &Self::Vector, eps: f32);
+
+    /// `out = x W^T + b`. `[rows, in] -> [rows, out]`.
+    fn linear_forward(&mut self, out: &mut Self::Tensor, x: &Self::Tensor, w: &Self::Linear);
+
+    /// `out += x W^T + b`: the residual connection.
+    fn linear_add(&mut self, out: &mut Self::Tensor, x: &Self::Tensor, w: &Self::Linear);
+
+    /// `out = silu(gate) * up` where a row of `gate_up` is `[gate | up]` (Shazeer 2020).
+    fn swiglu(&mut self, out: &mut Self::Tensor, gate_up: &Self::Tensor);
+
+    /// Rotation angles: row `i` of `out` (`head_dim` wide) becomes `[cos(a) | sin(a)] * scale` with
+    /// `a[c] = positions[i] * inv_freq[sets[i]][c]` in f32, `c < head_dim / 2`; `inv_freq` holds sets of `head_dim / 2`
+    /// values. Several sets exist only for dynamic NTK scaling.
+    fn rope_angles(
+        &mut self,
+        out: &mut Self::Tensor,
+        positions: &[u32],
+        inv_freq: &[f32],
+        sets: &[u32],
+        scale: f32,
+    );
+
+    /// For each row `[q | k | v]` of `qkv`: normalises every head of q and k by `qk_norm` (weights `[head_dim]`, eps)
+    /// where given, rotates q and k by `angles` (half-split pairs `(c, c + head_dim / 2)`, Su et al. 2021), both in
+    /// place, and writes k and v into the open page at the row's position. The first slot of a page clears the rest of
+    /// that page.
+    fn append(
+        &mut self,
+        kv: &mut Self::Kv,
+        layer: usize,
+        qkv: &mut Self::Tensor,
+        heads: HeadShape,
+        qk_norm: Option<(&Self::Vector, &Self::Vector, f32)>,
+        angles: &Self::Tensor,
+        batch: &Batch,
+    );
+
+    /// Causal attention of the query part of `qkv` over the pages of each sequence, positions `0..=position` of the
+    /// row, the last `window` of them where given: `out[h] = softmax(q_h K^T / sqrt(head_dim)) V`, `[rows, q_cols]`.
+    fn attend(
+        &mut self,
+        out: &mut Self::Tensor,
+        kv: &Self::Kv,
+        layer: usize,
+        qkv: &Self::Tensor,
+        heads: HeadShape,
+        window: Option<usize>,
+        batch: &Batch,
+    );
+
+    /// Draws one token per entry of `rows` from `logits` (`[.., vocab]`), as [`crate::sample::sample`] does; clears
+    /// `out` first.
+    fn sample(&mut self, out: &mut SampleOutput, logits: &Self::Tensor, rows: &[SampleRow]);
+
+    // ---- pages, for tests and benches --------------------------------------------------------------------------
+
+    /// Writes whole pages of K and V, `[page_tokens, head_dim]` each, for one (layer, block, head).
+    fn write_page(&mut self, kv: &mut Self::Kv, layer: usize, block: BlockIndex, head: usize, k: &[f32], v: &[f32]);
+
+    /// Reads them back: `(k, v)`, `[page_tokens, head_dim]` each.
+    fn read_page(&mut self, kv: &Self::Kv, layer: usize, block: BlockIndex, head: usize) -> (Vec<f32>, Vec<f32>);
+}

@@ -1,0 +1,73 @@
+//! The batch of one step, as flat arrays.
+
+use crate::BlockIndex;
+
+/// The rows of one sequence in a step: `rows.len()` consecutive tokens that start at position `first_position`.
+///
+/// There is no prefill flag: what a sequence does in a step is how many tokens it runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SequenceRows {
+    /// Its rows in the batch (half-open); never empty.
+    pub rows: std::ops::Range<u32>,
+    /// Position of the first of them; the rows after it follow one by one.
+    pub first_position: u32,
+    /// Its block table: a range of [`Batch::block_tables`], one entry per block from position 0, long enough for the
+    /// last row.
+    pub blocks: std::ops::Range<u32>,
+}
+
+impl SequenceRows {
+    /// Number of rows.
+    pub fn num_rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Tokens in context after the last row: the number of slots that it attends to.
+    pub fn context_tokens(&self) -> usize {
+        self.first_position as usize + self.num_rows()
+    }
+}
+
+/// One step's work: rows of several sequences, decode and prefill alike. Borrowed from arrays that the engine
+/// allocates once.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<'a> {
+    /// Token of each row.
+    pub tokens: &'a [u32],
+    /// Position of each row.
+    pub positions: &'a [u32],
+    /// The sequences, in row order; their row ranges tile `0..tokens.len()`.
+    pub sequences: &'a [SequenceRows],
+    /// Block tables, one after the other.
+    pub block_tables: &'a [BlockIndex],
+}
+
+impl<'a> Batch<'a> {
+    /// Number of rows.
+    pub fn num_rows(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// The block table of `sequence`.
+    pub fn block_table(&self, sequence: &SequenceRows) -> &'a [BlockIndex] {
+        &self.block_tables[sequence.blocks.start as usize..sequence.blocks.end as usize]
+    }
+
+    /// Panics unless the arrays agree with each other for pages of `page_tokens` slots: a broken batch would write
+    /// one user's KV into another's pages.
+    pub fn check(&self, page_tokens: usize) {
+        assert_eq!(self.tokens.len(), self.positions.len(), "one position per row");
+        let mut next_row = 0;
+        for s in self.sequences {
+            assert_eq!(s.rows.start, next_row, "rows of sequences tile the batch");
+            assert!(s.rows.end > s.rows.start, "a sequence in a batch has rows");
+            next_row = s.rows.end;
+            assert!(s.blocks.end as usize <= self.block_tables.len(), "block table lies in the batch");
+            assert!(s.blocks.len() * page_tokens >= s.context_tokens(), "block table covers the context");
+            for (i, row) in s.rows.clone().enumerate() {
+                assert_eq!(self.positions[row as usize], s.first_position + i as u32, "positions ascend by one");
+            }
+        }
+        assert_eq!(next_row as usize, self.tokens.len(), "every row belongs to a sequence");
+    }
+}

@@ -1,0 +1,23 @@
+//! The kernel contract: what a device must be able to do for SparseServe.
+//!
+//! A [`Backend`] owns activations, packed weights and the pages of the KV cache, and runs the operations of one
+//! step over a [`Batch`]. Everything above this crate is written against the trait; the device is chosen once, in
+//! the binary.
+//!
+//! * [`conformance`] compares any backend with it on random inputs, with written tolerances.
+//!
+//! Invariant: this crate knows no thread, clock, socket or device, and holds no `unsafe`.
+#![forbid(unsafe_code)]
+
+mod backend;
+mod batch;
+mod dtype;
+mod page;
+mod random;
+pub mod sample;
+
+pub use backend::{Backend, DeviceInfo, Error, Tensor, WeightView};
+pub use batch::{Batch, SequenceRows};
+pub use dtype::DType;
+pub use page::{BlockIndex, HeadShape, KvGeometry, PAGE_TOKENS_ALLOWED, SPLIT_TOKENS};
+pub use random::Random;

@@ -1,0 +1,2 @@
+//! The `sparseserve` binary.
+fn main() {}
