@@ -24,7 +24,11 @@ impl Random {
 
     /// The stream of (`seed`, `key`): streams of different keys are independent.
     pub fn keyed(seed: u64, key: u64) -> Self {
-        Random { state: mix(mix(seed.wrapping_add(GOLDEN_GAMMA)) ^ mix(key.wrapping_add(GOLDEN_GAMMA).rotate_left(32))) }
+        Random {
+            state: mix(
+                mix(seed.wrapping_add(GOLDEN_GAMMA)) ^ mix(key.wrapping_add(GOLDEN_GAMMA).rotate_left(32))
+            ),
+        }
     }
 
     /// 64 random bits.
