@@ -78,7 +78,10 @@ fn dependencies_point_down() {
         for used in uses {
             let Some(other) = place(used) else { continue };
             assert!(other > own, "{name} must not depend on {used}: the order is {ORDER:?}");
-            assert!(used != "ops-cpu" || name == "sparseserve", "{name} names a backend; only the binary may");
+            assert!(
+                used != "ops-cpu" || name == "sparseserve",
+                "{name} names a backend; only the binary may"
+            );
             assert!(name != "ops-cpu" || used == "ops", "a backend depends on ops alone, not on {used}");
         }
         for (library, allowed) in CONFINED {
@@ -130,8 +133,15 @@ fn files_can_be_read_in_a_sitting() {
 
 #[test]
 fn nothing_is_left_undone() {
-    let banned = Regex::new(concat!(r"todo", r"!\(|unimplemented", r"!\(|\bdbg", r"!\(|allow\(dead", "_code|FIX", "ME"))
-        .expect("a pattern");
+    let banned = Regex::new(concat!(
+        r"todo",
+        r"!\(|unimplemented",
+        r"!\(|\bdbg",
+        r"!\(|allow\(dead",
+        "_code|FIX",
+        "ME"
+    ))
+    .expect("a pattern");
     for (path, text) in sources() {
         for line in text.lines() {
             assert!(!banned.is_match(line), "{path}: {line}");

@@ -63,7 +63,10 @@ mod tests {
 
     #[test]
     fn streams_are_reproducible_and_distinct() {
-        let draw = |mut r: Random| (0..4).map(|_| r.next_u64()).collect::<Vec<_>>();
+        let draw = |stream: Random| {
+            let mut stream = stream;
+            (0..4).map(|_| stream.next_u64()).collect::<Vec<_>>()
+        };
         assert_eq!(draw(Random::keyed(1, 2)), draw(Random::keyed(1, 2)));
         assert_ne!(draw(Random::keyed(1, 2)), draw(Random::keyed(2, 1)));
         assert_ne!(draw(Random::keyed(1, 2)), draw(Random::keyed(1, 3)));
