@@ -68,7 +68,11 @@ impl<'a> Batch<'a> {
             assert!(s.blocks.end as usize <= self.block_tables.len(), "block table lies in the batch");
             assert!(s.blocks.len() * page_tokens >= s.context_tokens(), "block table covers the context");
             for (i, row) in s.rows.clone().enumerate() {
-                assert_eq!(self.positions[row as usize], s.first_position + i as u32, "positions ascend by one");
+                assert_eq!(
+                    self.positions[row as usize],
+                    s.first_position + i as u32,
+                    "positions ascend by one"
+                );
             }
         }
         assert_eq!(next_row as usize, self.tokens.len(), "every row belongs to a sequence");
