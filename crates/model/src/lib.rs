@@ -14,6 +14,7 @@ mod config;
 mod decoder;
 mod error;
 mod load;
+mod mmap;
 mod plan;
 mod rope;
 mod source;
