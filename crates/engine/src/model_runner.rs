@@ -91,6 +91,7 @@ mod tests {
     use ops::{BlockIndex, DType, SequenceRows};
 
     use super::*;
+    use crate::TokenLogprobs;
 
     const PAGE_TOKENS: usize = 16;
     /// From `golden.json` of the demo model: what is the key of Alice, what of Barin?
@@ -156,10 +157,14 @@ mod tests {
         }
     }
 
-    /// Each token with its log-probability, rank and alternatives.
-    fn told(out: &SampleOutput) -> Vec<(u32, f32, u32, &[(u32, f32)])> {
-        let top = |s: &Sampled| &out.top[s.top.start as usize..s.top.end as usize];
-        out.sampled.iter().map(|s| (s.token, s.logprob, s.rank, top(s))).collect()
+    fn told(out: &SampleOutput) -> Vec<TokenLogprobs> {
+        let told = |s: &Sampled| TokenLogprobs {
+            token: s.token,
+            logprob: s.logprob,
+            rank: s.rank,
+            top: out.top[s.top.start as usize..s.top.end as usize].to_vec(),
+        };
+        out.sampled.iter().map(told).collect()
     }
 
     #[test]

@@ -53,7 +53,8 @@ impl<B: Backend> Model<B> {
     /// batch in ascending order, for [`Model::logits`].
     ///
     /// # Panics
-    /// When the batch or its rows exceed the limits of `workspace`.
+    /// When the batch exceeds the limits of `workspace`, where each run of consecutive `logit_rows` within a sequence
+    /// counts as one.
     pub fn forward(
         &self,
         backend: &mut B,

@@ -97,7 +97,7 @@ impl<B: Backend> Workspace<B> {
             logits: backend.tensor(logits_rows_max, config.vocab_size)?,
             inv_freq: Vec::with_capacity(Rope::new(&config.rope).inv_freq_len_max(rows_max)),
             frequency_sets: Vec::with_capacity(rows_max),
-            selected: SelectedRows::with_capacity(rows_max),
+            selected: SelectedRows::with_capacity(rows_max, sequences_max),
             chunk_rows: Vec::with_capacity(logits_rows_max),
             limits,
             bytes: limits.activation_bytes(config) + scratch_bytes,
@@ -121,18 +121,21 @@ pub(crate) struct SelectedRows {
     tokens: Vec<u32>,
     positions: Vec<u32>,
     sequences: Vec<SequenceRows>,
+    sequences_max: usize,
 }
 
 impl SelectedRows {
-    fn with_capacity(rows_max: usize) -> Self {
+    fn with_capacity(rows_max: usize, sequences_max: usize) -> Self {
         SelectedRows {
             tokens: Vec::with_capacity(rows_max),
             positions: Vec::with_capacity(rows_max),
-            sequences: Vec::with_capacity(rows_max),
+            sequences: Vec::with_capacity(sequences_max),
+            sequences_max,
         }
     }
 
-    /// Takes `rows` of `batch`, ascending. Rows that follow one another in a sequence stay together.
+    /// Takes `rows` of `batch`, ascending. Rows that follow one another in a sequence stay together; a gap begins
+    /// what a backend must treat as one more sequence.
     pub(crate) fn select<'a>(&'a mut self, batch: &Batch<'a>, rows: &[u32]) -> Batch<'a> {
         self.tokens.clear();
         self.positions.clear();
@@ -157,6 +160,10 @@ impl SelectedRows {
             }
             previous = Some(row);
         }
+        assert!(
+            self.sequences.len() <= self.sequences_max,
+            "the backend reserved memory for this many sequences"
+        );
         Batch {
             tokens: &self.tokens,
             positions: &self.positions,
@@ -188,7 +195,7 @@ mod tests {
             block_tables: &[BlockIndex(4), BlockIndex(2), BlockIndex(0)],
         };
         batch.check(8);
-        let mut selected = SelectedRows::with_capacity(8);
+        let mut selected = SelectedRows::with_capacity(8, 3);
         let part = selected.select(&batch, &[2, 4, 5, 7]);
         part.check(8);
         assert_eq!(part.tokens, [12, 14, 15, 17]);

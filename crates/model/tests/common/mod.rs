@@ -37,7 +37,7 @@ impl<'a> Sequence<'a> {
         prompt_len: usize,
         context_max: usize,
     ) -> Self {
-        let limits = Limits { rows_max: context_max, logits_rows_max: 5, sequences_max: 1, context_max };
+        let limits = Limits { rows_max: context_max, logits_rows_max: 5, sequences_max: 8, context_max };
         let workspace = Workspace::new(backend, model.config(), limits).unwrap();
         let geometry = kv_geometry(model.config(), PAGE_TOKENS, DType::F32);
         let num_blocks = geometry.blocks(context_max);
