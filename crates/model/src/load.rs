@@ -43,7 +43,7 @@ impl<B: Backend> Model<B> {
     }
 }
 
-/// Element type of the weights of `checkpoint`: that of the embedding, which no checkpoint keeps in another.
+/// Element type of the weights of `checkpoint`, taken from the embedding.
 ///
 /// # Errors
 /// An embedding that is missing or not what `config` says.
