@@ -9,7 +9,7 @@ use crate::core::Engine;
 /// recorder here and the simulator a cost model.
 pub trait Runner {
     /// Runs `batch`, writing its KV, and draws one token per entry of `samples` (whose `row` is a row of the batch)
-    /// into `out`, in order, after clearing it.
+    /// into `out`, in order, after clearing it. Those rows ascend.
     fn run(&mut self, batch: &Batch, samples: &[SampleRow], out: &mut SampleOutput);
 }
 
@@ -31,7 +31,7 @@ impl<R: Runner> Engine<R> {
 
 /// The memory of `samples` for entries of another lifetime. Collecting from a vector's own iterator into entries of
 /// the same layout keeps its allocation, which the allocation test verifies.
-fn recycle<'b>(mut samples: Vec<SampleRow<'_>>) -> Vec<SampleRow<'b>> {
+pub(crate) fn recycle<'b>(mut samples: Vec<SampleRow<'_>>) -> Vec<SampleRow<'b>> {
     samples.clear();
     samples.into_iter().map(|_| unreachable!("it was cleared")).collect()
 }

@@ -1,0 +1,215 @@
+//! The runner of a server: a model on a device.
+
+use model::{Model, Workspace};
+use ops::sample::{SampleOutput, SampleRow, Sampled};
+use ops::{Backend, Batch};
+
+use crate::Runner;
+use crate::run::recycle;
+
+/// A model, its activations and its KV pool on one device.
+pub struct ModelRunner<B: Backend> {
+    backend: B,
+    model: Model<B>,
+    workspace: Workspace<B>,
+    kv: B::Kv,
+    /// Rows of the batch that are sampled from, ascending.
+    logit_rows: Vec<u32>,
+    /// What is sampled from the logits at hand, empty between calls.
+    chunk_samples: Vec<SampleRow<'static>>,
+    chunk_output: SampleOutput,
+}
+
+impl<B: Backend> ModelRunner<B> {
+    /// Takes the parts, all made for `backend`.
+    pub fn new(backend: B, model: Model<B>, workspace: Workspace<B>, kv: B::Kv) -> Self {
+        let limits = workspace.limits();
+        ModelRunner {
+            backend,
+            model,
+            workspace,
+            kv,
+            logit_rows: Vec::with_capacity(limits.rows_max),
+            chunk_samples: Vec::with_capacity(limits.logits_rows_max),
+            chunk_output: SampleOutput::default(),
+        }
+    }
+}
+
+impl<B: Backend> Runner for ModelRunner<B> {
+    /// Computes logits for the sampled rows only, at most `logits_rows_max` at a time: log-probabilities of a whole
+    /// prompt would otherwise need a row of the vocabulary for each of its tokens.
+    ///
+    /// # Panics
+    /// When the rows of `samples` do not ascend, or the batch exceeds the limits of the workspace.
+    fn run(&mut self, batch: &Batch, samples: &[SampleRow], out: &mut SampleOutput) {
+        out.clear();
+        self.logit_rows.clear();
+        self.logit_rows.extend(samples.iter().map(|s| s.row as u32));
+        self.logit_rows.dedup();
+        let ModelRunner { backend, model, workspace, kv, logit_rows, .. } = self;
+        model.forward(backend, workspace, kv, batch, logit_rows);
+
+        let mut chunk_samples = recycle(std::mem::take(&mut self.chunk_samples));
+        let mut rest = samples;
+        for (index, rows) in logit_rows.chunks(workspace.limits().logits_rows_max).enumerate() {
+            let start = index * workspace.limits().logits_rows_max;
+            let logits = model.logits(backend, workspace, start..start + rows.len());
+            let in_chunk =
+                rest.iter().take_while(|s| rows.last().is_some_and(|&last| s.row as u32 <= last)).count();
+            let (chunk, after) = rest.split_at(in_chunk);
+            rest = after;
+            chunk_samples.clear();
+            chunk_samples.extend(chunk.iter().map(|s| {
+                let row = rows.partition_point(|&row| row < s.row as u32);
+                SampleRow { row, ..*s }
+            }));
+            backend.sample(&mut self.chunk_output, logits, &chunk_samples);
+            append(out, &mut self.chunk_output);
+        }
+        self.chunk_samples = recycle(chunk_samples);
+    }
+}
+
+/// Moves what was sampled to the end of `out`.
+fn append(out: &mut SampleOutput, chunk: &mut SampleOutput) {
+    let shift = out.top.len() as u32;
+    out.top.append(&mut chunk.top);
+    out.sampled.extend(chunk.sampled.drain(..).map(|sampled| {
+        let top = sampled.top.start + shift..sampled.top.end + shift;
+        Sampled { top, ..sampled }
+    }));
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use model::{Limits, Source, kv_geometry};
+    use ops::reference::Reference;
+    use ops::sample::SamplingParams;
+    use ops::{BlockIndex, DType, SequenceRows};
+
+    use super::*;
+    use crate::TokenLogprobs;
+
+    const PAGE_TOKENS: usize = 16;
+    /// From `golden.json` of the demo model: what is the key of Alice, what of Barin?
+    const FACTS: [u32; 53] = [
+        1, 501, 741, 817, 638, 759, 25, 584, 784, 740, 378, 87, 84, 363, 569, 232, 432, 442, 460, 25, 567,
+        842, 779, 717, 716, 25, 584, 784, 740, 602, 569, 232, 428, 419, 429, 25, 584, 837, 740, 617, 569,
+        602, 25, 584, 745, 740, 617, 569, 232, 417, 419, 404, 25,
+    ];
+    const ASKS_ALICE: [u32; 11] = [210, 358, 569, 717, 784, 740, 378, 87, 84, 363, 42];
+    const ASKS_BARIN: [u32; 8] = [210, 358, 569, 717, 784, 740, 602, 42];
+    const ALICE: [u32; 6] = [232, 432, 442, 460, 25, 2];
+    const BARIN: [u32; 6] = [232, 428, 419, 429, 25, 2];
+
+    fn runner(logits_rows_max: usize) -> ModelRunner<Reference> {
+        let mut backend = Reference::default();
+        let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo-model");
+        let model = Model::load(&mut backend, &Source::Directory(demo), None, &mut |_, _| {}).unwrap();
+        let limits = Limits { rows_max: 128, logits_rows_max, sequences_max: 2, context_max: 128 };
+        let workspace = Workspace::new(&mut backend, model.config(), limits).unwrap();
+        let kv = backend.kv(kv_geometry(model.config(), PAGE_TOKENS, DType::F32), 16).unwrap();
+        ModelRunner::new(backend, model, workspace, kv)
+    }
+
+    /// Rows of one sequence: tokens, their first position, and the sequence's place in the pool.
+    struct Part<'a>(&'a [u32], u32, u32);
+
+    /// Runs `parts` as one batch and samples as `samples` say.
+    fn step(runner: &mut ModelRunner<Reference>, parts: &[Part], samples: &[SampleRow]) -> SampleOutput {
+        let (mut tokens, mut positions, mut sequences, mut block_tables) = (vec![], vec![], vec![], vec![]);
+        for &Part(own, first_position, place) in parts {
+            let rows = tokens.len() as u32..(tokens.len() + own.len()) as u32;
+            let blocks = block_tables.len() as u32..block_tables.len() as u32 + 8;
+            tokens.extend_from_slice(own);
+            positions.extend(first_position..first_position + own.len() as u32);
+            block_tables.extend((0..8).map(|i| BlockIndex(2 * i + place)));
+            sequences.push(SequenceRows { rows, first_position, prompt_len: 64, blocks });
+        }
+        let batch = Batch {
+            tokens: &tokens,
+            positions: &positions,
+            sequences: &sequences,
+            block_tables: &block_tables,
+        };
+        let mut out = SampleOutput::default();
+        runner.run(&batch, samples, &mut out);
+        out
+    }
+
+    fn greedy() -> SamplingParams {
+        SamplingParams { temperature: 0.0, ..Default::default() }
+    }
+
+    fn sample(params: &SamplingParams, row: usize) -> SampleRow<'_> {
+        SampleRow {
+            row,
+            params,
+            prompt: &[],
+            generated: &[],
+            banned: &[],
+            position: 0,
+            top_logprobs: None,
+            forced: None,
+        }
+    }
+
+    fn told(out: &SampleOutput) -> Vec<TokenLogprobs> {
+        let told = |s: &Sampled| TokenLogprobs {
+            token: s.token,
+            logprob: s.logprob,
+            rank: s.rank,
+            top: out.top[s.top.start as usize..s.top.end as usize].to_vec(),
+        };
+        out.sampled.iter().map(told).collect()
+    }
+
+    #[test]
+    fn two_requests_in_one_batch() {
+        let greedy = greedy();
+        let alice = [&FACTS[..], &ASKS_ALICE].concat();
+        let barin = [&FACTS[..], &ASKS_BARIN].concat();
+        let mut runner = runner(2);
+        // Alice's prompt in two chunks, Barin's beside the second; nobody samples from the first.
+        step(&mut runner, &[Part(&alice[..30], 0, 0)], &[]);
+        let parts = [Part(&alice[30..], 30, 0), Part(&barin, 0, 1)];
+        let (end_alice, end_barin) = (alice.len() - 30, alice.len() - 30 + barin.len());
+        let mut out =
+            step(&mut runner, &parts, &[sample(&greedy, end_alice - 1), sample(&greedy, end_barin - 1)]);
+        for i in 0..ALICE.len() {
+            let drawn: Vec<u32> = out.sampled.iter().map(|s| s.token).collect();
+            assert_eq!(drawn, [ALICE[i], BARIN[i]], "token {i}");
+            let (at_alice, at_barin) = ((alice.len() + i) as u32, (barin.len() + i) as u32);
+            let parts = [Part(&ALICE[i..=i], at_alice, 0), Part(&BARIN[i..=i], at_barin, 1)];
+            out = step(&mut runner, &parts, &[sample(&greedy, 0), sample(&greedy, 1)]);
+        }
+    }
+
+    #[test]
+    fn many_rows_go_in_chunks() {
+        let greedy = greedy();
+        let prompt = [&FACTS[..], &ASKS_ALICE].concat();
+        // The log-probability of every token after the first, then a draw; one row is asked twice.
+        let mut samples: Vec<SampleRow> = (0..prompt.len() - 1)
+            .map(|row| SampleRow {
+                top_logprobs: Some(row as u32 % 3),
+                forced: Some(prompt[row + 1]),
+                ..sample(&greedy, row)
+            })
+            .collect();
+        samples.push(SampleRow { top_logprobs: Some(2), ..sample(&greedy, prompt.len() - 1) });
+        samples.push(sample(&greedy, prompt.len() - 1));
+        let at_once = step(&mut runner(prompt.len()), &[Part(&prompt, 0, 0)], &samples);
+        assert_eq!(at_once.sampled.len(), samples.len());
+        for logits_rows_max in [1, 5] {
+            let out = step(&mut runner(logits_rows_max), &[Part(&prompt, 0, 0)], &samples);
+            assert_eq!(told(&out), told(&at_once), "{logits_rows_max} rows at a time");
+        }
+        let [.., scored, draw, again] = &at_once.sampled[..] else { panic!() };
+        assert_eq!((scored.token, draw.token, again.token), (42, ALICE[0], ALICE[0]));
+        assert_eq!(at_once.top[draw.top.start as usize].0, ALICE[0]);
+    }
+}
