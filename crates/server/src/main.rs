@@ -1,2 +1,6 @@
 //! The `sparseserve` binary.
+#![forbid(unsafe_code)]
+
+mod cli;
+
 fn main() {}
