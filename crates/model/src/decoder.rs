@@ -1,0 +1,123 @@
+//! The loop over the layers.
+
+use std::mem::swap;
+use std::ops::Range;
+
+use ops::{Backend, Batch, DType};
+
+use crate::{ModelConfig, Rope, Workspace};
+
+/// A model on a device: configuration and packed weights.
+pub struct Model<B: Backend> {
+    pub(crate) config: ModelConfig,
+    pub(crate) rope: Rope,
+    pub(crate) dtype: DType,
+    pub(crate) embed: B::Linear,
+    pub(crate) layers: Vec<Layer<B>>,
+    pub(crate) norm: B::Vector,
+    /// `None` when tied to the embedding.
+    pub(crate) lm_head: Option<B::Linear>,
+}
+
+/// The weights of a decoder layer.
+pub(crate) struct Layer<B: Backend> {
+    pub input_norm: B::Vector,
+    /// `[q; k; v]`.
+    pub qkv: B::Linear,
+    /// Of q and k, per head.
+    pub qk_norm: Option<(B::Vector, B::Vector)>,
+    pub output: B::Linear,
+    pub post_attention_norm: B::Vector,
+    /// `[gate; up]`.
+    pub gate_up: B::Linear,
+    pub down: B::Linear,
+}
+
+impl<B: Backend> Model<B> {
+    /// Its configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Element type of its packed weights, which its KV follows.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// See [`Rope::prefix_limit`].
+    pub fn prefix_limit(&self) -> Option<usize> {
+        self.rope.prefix_limit()
+    }
+
+    /// Runs `batch` through all layers, writing its KV, and keeps the final hidden states of `logit_rows`, rows of the
+    /// batch in ascending order, for [`Model::logits`].
+    ///
+    /// # Panics
+    /// When the batch or its rows exceed the limits of `workspace`.
+    pub fn forward(
+        &self,
+        backend: &mut B,
+        workspace: &mut Workspace<B>,
+        kv: &mut B::Kv,
+        batch: &Batch,
+        logit_rows: &[u32],
+    ) {
+        assert!(logit_rows.is_sorted_by(|a, b| a < b), "rows for logits ascend");
+        let Workspace { residual, normed, qkv, qkv_selected, angles, attention, gate_up, activated, .. } = workspace;
+        let (heads, eps) = (self.config.heads, self.config.rms_norm_eps);
+
+        self.rope.frequencies(batch, &mut workspace.inv_freq, &mut workspace.frequency_sets);
+        let (inv_freq, sets) = (&workspace.inv_freq, &workspace.frequency_sets);
+        backend.rope_angles(angles, batch.positions, inv_freq, sets, self.rope.scale());
+        backend.embed(residual, &self.embed, batch.tokens);
+
+        for (index, layer) in self.layers.iter().enumerate() {
+            backend.rms_norm(normed, residual, &layer.input_norm, eps);
+            backend.linear_forward(qkv, normed, &layer.qkv);
+            let qk_norm = layer.qk_norm.as_ref().map(|(q, k)| (q, k, eps));
+            backend.append(kv, index, qkv, heads, qk_norm, angles, batch);
+
+            // All KV is written; from here on only the rows whose logits somebody wants matter.
+            let narrow = index + 1 == self.layers.len() && logit_rows.len() < batch.num_rows();
+            if narrow && logit_rows.is_empty() {
+                return;
+            }
+            let rows = if narrow {
+                backend.select_rows(qkv_selected, qkv, logit_rows);
+                swap(qkv, qkv_selected);
+                backend.select_rows(normed, residual, logit_rows);
+                swap(residual, normed);
+                workspace.selected.select(batch, logit_rows)
+            } else {
+                *batch
+            };
+
+            backend.attend(attention, kv, index, qkv, heads, self.config.windows[index], &rows);
+            backend.linear_add(residual, attention, &layer.output);
+
+            backend.rms_norm(normed, residual, &layer.post_attention_norm, eps);
+            backend.linear_forward(gate_up, normed, &layer.gate_up);
+            backend.swiglu(activated, gate_up);
+            backend.linear_add(residual, activated, &layer.down);
+        }
+        backend.rms_norm(normed, residual, &self.norm, eps);
+    }
+
+    /// Logits `[rows, vocab]` of the given range of the last [`Model::forward`]'s `logit_rows`.
+    ///
+    /// # Panics
+    /// When the range is longer than `logits_rows_max` or not one of that step's.
+    pub fn logits<'w>(
+        &self,
+        backend: &mut B,
+        workspace: &'w mut Workspace<B>,
+        rows: Range<usize>,
+    ) -> &'w B::Tensor {
+        let Workspace { normed, logits_input, logits, chunk_rows, .. } = workspace;
+        chunk_rows.clear();
+        chunk_rows.extend(rows.start as u32..rows.end as u32);
+        backend.select_rows(logits_input, normed, chunk_rows);
+        backend.linear_forward(logits, logits_input, self.lm_head.as_ref().unwrap_or(&self.embed));
+        logits
+    }
+}
