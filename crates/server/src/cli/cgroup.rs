@@ -21,6 +21,8 @@ pub enum LimitSource {
     Machine,
     /// A control group, by its limit file.
     Cgroup(PathBuf),
+    /// The system does not say.
+    Unknown,
 }
 
 impl fmt::Display for LimitSource {
@@ -28,6 +30,7 @@ impl fmt::Display for LimitSource {
         match self {
             LimitSource::Machine => f.write_str("memory of the machine"),
             LimitSource::Cgroup(file) => write!(f, "control group, {}", file.display()),
+            LimitSource::Unknown => f.write_str("not known"),
         }
     }
 }
