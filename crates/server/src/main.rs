@@ -3,4 +3,6 @@
 
 mod cli;
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    cli::run()
+}

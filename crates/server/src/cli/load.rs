@@ -134,6 +134,11 @@ impl Prepared {
         })
     }
 
+    /// Requests of full length that the KV pool holds at once.
+    pub fn kv_requests(&self) -> usize {
+        self.plan.num_blocks / self.geometry.blocks(self.max_context)
+    }
+
     /// Reads and packs the weights and makes the KV pool.
     ///
     /// # Errors
