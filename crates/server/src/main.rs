@@ -4,5 +4,5 @@
 mod cli;
 
 fn main() -> std::process::ExitCode {
-    cli::run()
+    cli::main()
 }

@@ -2,12 +2,15 @@
 
 use std::io::IsTerminal;
 use std::path::Path;
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use model::{Checkpoint, Limits, Model, ModelConfig, Source, Workspace};
+use engine::{Config, Handle, Metrics};
+use model::{Checkpoint, Limits, Model, ModelConfig, Rope, Source, Workspace};
 use ops::{Backend, DType, DeviceInfo, KvGeometry};
 use ops_cpu::{CpuBackend, CpuOptions};
+use prometheus::Registry;
 
 use super::cgroup::{self, LimitSource, MemoryLimit};
 use super::demo;
@@ -17,6 +20,9 @@ use super::plan::{Demand, MemoryPlan};
 use super::runner::{LOGITS_ROWS, ModelRunner};
 use super::settings::{ComputeSettings, EngineSettings, ModelChoice};
 use super::size::Size;
+
+/// Alternatives per token that log-probabilities may ask for.
+const MAX_LOGPROBS: u32 = 20;
 
 /// The device that this build runs on.
 pub type Device = CpuBackend;
@@ -139,11 +145,27 @@ impl Prepared {
         self.plan.num_blocks / self.geometry.blocks(self.max_context)
     }
 
+    /// The limits of an engine for this model, of which `max_waiting` requests may wait.
+    pub fn engine_config(&self, settings: &EngineSettings, max_waiting: usize) -> Config {
+        Config {
+            max_num_seqs: settings.max_num_seqs,
+            max_inject_tokens: settings.max_inject_tokens,
+            max_waiting,
+            max_context: self.max_context,
+            max_logprobs: MAX_LOGPROBS,
+            vocab_size: self.config.vocab_size,
+            page_tokens: self.geometry.page_tokens,
+            num_blocks: self.plan.num_blocks,
+            prefix_cache: settings.prefix_cache,
+            prefix_limit: Rope::new(&self.config.rope).prefix_limit(),
+        }
+    }
+
     /// Reads and packs the weights and makes the KV pool.
     ///
     /// # Errors
     /// A checkpoint that is faulty, memory that does not suffice.
-    pub fn load(mut self) -> Result<(ModelRunner<Device>, Option<usize>), Failure> {
+    pub fn load(mut self) -> Result<ModelRunner<Device>, Failure> {
         let start = Instant::now();
         let bar = progress_bar();
         let model = Model::load(&mut self.backend, &self.source, Some(self.dtype), &mut |done, total| {
@@ -154,8 +176,49 @@ impl Prepared {
         let model = model?;
         let kv = self.backend.kv(self.geometry, self.plan.num_blocks)?;
         tracing::info!(seconds = start.elapsed().as_secs_f64(), "model loaded");
-        let prefix_limit = model.prefix_limit();
-        Ok((ModelRunner::new(self.backend, model, self.workspace, kv), prefix_limit))
+        Ok(ModelRunner::new(self.backend, model, self.workspace, kv))
+    }
+}
+
+/// An engine on its thread.
+pub struct EngineThread {
+    /// How to reach it.
+    pub handle: Handle,
+    /// Its metrics.
+    pub registry: Registry,
+    thread: JoinHandle<Result<(), Failure>>,
+}
+
+impl EngineThread {
+    /// Starts an engine that loads `prepared` on its own thread; requests may come at once and wait for it.
+    ///
+    /// # Errors
+    /// Limits that cannot work together, a thread that cannot be started.
+    pub fn start(prepared: Prepared, settings: &EngineSettings, max_waiting: usize) -> Result<Self, Failure> {
+        let config = prepared.engine_config(settings, max_waiting);
+        config.check().map_err(Failure::input)?;
+        let registry = Registry::new();
+        let metrics = Metrics::new(&registry).map_err(Failure::runtime)?;
+        let (handle, thread) = engine::spawn(config, metrics, engine::abort_process(), move || prepared.load())
+            .map_err(|e| Failure::runtime(format!("cannot start the engine's thread: {e}")))?;
+        Ok(EngineThread { handle, registry, thread })
+    }
+
+    /// Lets running requests finish and waits for the end of the thread.
+    ///
+    /// # Errors
+    /// Why loading failed, if it did.
+    pub fn finish(self) -> Result<(), Failure> {
+        self.handle.drain();
+        self.join()
+    }
+
+    /// Waits for the end of the thread.
+    ///
+    /// # Errors
+    /// Why loading failed, if it did.
+    pub fn join(self) -> Result<(), Failure> {
+        self.thread.join().unwrap_or_else(|_| Err(Failure::runtime("the engine panicked while it loaded the model")))
     }
 }
 

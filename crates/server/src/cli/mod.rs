@@ -10,6 +10,7 @@ mod load;
 mod log;
 mod options;
 mod plan;
+mod run;
 mod runner;
 mod screen;
 mod settings;
@@ -25,13 +26,14 @@ use failure::Failure;
 use options::{Cli, Command};
 
 /// Runs the command that the arguments of the process name.
-pub fn run() -> ExitCode {
+pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
     let result = match cli.command {
         Command::Inspect(args) => inspect::run(args),
+        Command::Run(args) => run::run(args),
         _ => Ok(()),
     };
     match result {
