@@ -91,7 +91,12 @@ pub trait Backend {
 
     /// Packs a linear layer: the rows of `parts` one below the other (so `[q; k; v]` is one product), converted to
     /// `dtype`. `biases`, when not empty, has one vector of matching length per part.
-    fn linear(&mut self, parts: &[WeightView], biases: &[WeightView], dtype: DType) -> Result<Self::Linear, Error>;
+    fn linear(
+        &mut self,
+        parts: &[WeightView],
+        biases: &[WeightView],
+        dtype: DType,
+    ) -> Result<Self::Linear, Error>;
 
     /// Bytes that [`Backend::linear`] will take for `[rows, cols]`: for the memory plan.
     fn linear_bytes(&self, rows: usize, cols: usize, dtype: DType) -> u64;
@@ -182,8 +187,22 @@ pub trait Backend {
     // ---- pages, for tests and benches --------------------------------------------------------------------------
 
     /// Writes whole pages of K and V, `[page_tokens, head_dim]` each, for one (layer, block, head).
-    fn write_page(&mut self, kv: &mut Self::Kv, layer: usize, block: BlockIndex, head: usize, k: &[f32], v: &[f32]);
+    fn write_page(
+        &mut self,
+        kv: &mut Self::Kv,
+        layer: usize,
+        block: BlockIndex,
+        head: usize,
+        k: &[f32],
+        v: &[f32],
+    );
 
     /// Reads them back: `(k, v)`, `[page_tokens, head_dim]` each.
-    fn read_page(&mut self, kv: &Self::Kv, layer: usize, block: BlockIndex, head: usize) -> (Vec<f32>, Vec<f32>);
+    fn read_page(
+        &mut self,
+        kv: &Self::Kv,
+        layer: usize,
+        block: BlockIndex,
+        head: usize,
+    ) -> (Vec<f32>, Vec<f32>);
 }

@@ -11,6 +11,9 @@ pub struct SequenceRows {
     pub rows: std::ops::Range<u32>,
     /// Position of the first of them; the rows after it follow one by one.
     pub first_position: u32,
+    /// Tokens of its prompt. Positions below it were given, later ones were generated: dynamic NTK scaling rotates the
+    /// two differently.
+    pub prompt_len: u32,
     /// Its block table: a range of [`Batch::block_tables`], one entry per block from position 0, long enough for the
     /// last row.
     pub blocks: std::ops::Range<u32>,
@@ -65,7 +68,11 @@ impl<'a> Batch<'a> {
             assert!(s.blocks.end as usize <= self.block_tables.len(), "block table lies in the batch");
             assert!(s.blocks.len() * page_tokens >= s.context_tokens(), "block table covers the context");
             for (i, row) in s.rows.clone().enumerate() {
-                assert_eq!(self.positions[row as usize], s.first_position + i as u32, "positions ascend by one");
+                assert_eq!(
+                    self.positions[row as usize],
+                    s.first_position + i as u32,
+                    "positions ascend by one"
+                );
             }
         }
         assert_eq!(next_row as usize, self.tokens.len(), "every row belongs to a sequence");

@@ -4,6 +4,7 @@
 //! step over a [`Batch`]. Everything above this crate is written against the trait; the device is chosen once, in
 //! the binary.
 //!
+//! * [`reference`](mod@reference) implements the contract in scalar f32, straight from the formulas: the oracle.
 //! * [`conformance`] compares any backend with it on random inputs, with written tolerances.
 //!
 //! Invariant: this crate knows no thread, clock, socket or device, and holds no `unsafe`.
@@ -11,9 +12,11 @@
 
 mod backend;
 mod batch;
+pub mod conformance;
 mod dtype;
 mod page;
 mod random;
+pub mod reference;
 pub mod sample;
 
 pub use backend::{Backend, DeviceInfo, Error, Tensor, WeightView};

@@ -24,7 +24,11 @@ impl Random {
 
     /// The stream of (`seed`, `key`): streams of different keys are independent.
     pub fn keyed(seed: u64, key: u64) -> Self {
-        Random { state: mix(mix(seed.wrapping_add(GOLDEN_GAMMA)) ^ mix(key.wrapping_add(GOLDEN_GAMMA).rotate_left(32))) }
+        Random {
+            state: mix(
+                mix(seed.wrapping_add(GOLDEN_GAMMA)) ^ mix(key.wrapping_add(GOLDEN_GAMMA).rotate_left(32))
+            ),
+        }
     }
 
     /// 64 random bits.
@@ -59,7 +63,10 @@ mod tests {
 
     #[test]
     fn streams_are_reproducible_and_distinct() {
-        let draw = |mut r: Random| (0..4).map(|_| r.next_u64()).collect::<Vec<_>>();
+        let draw = |stream: Random| {
+            let mut stream = stream;
+            (0..4).map(|_| stream.next_u64()).collect::<Vec<_>>()
+        };
         assert_eq!(draw(Random::keyed(1, 2)), draw(Random::keyed(1, 2)));
         assert_ne!(draw(Random::keyed(1, 2)), draw(Random::keyed(2, 1)));
         assert_ne!(draw(Random::keyed(1, 2)), draw(Random::keyed(1, 3)));

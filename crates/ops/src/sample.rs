@@ -355,7 +355,11 @@ mod tests {
         assert_eq!(one(&logits, &SampleRow { generated: &[0, 0], ..row(&p) }).token, 1);
         let p = SamplingParams { presence_penalty: 0.06, ..greedy.clone() };
         assert_eq!(one(&logits, &SampleRow { generated: &[0, 0], ..row(&p) }).token, 0);
-        assert_eq!(one(&logits, &SampleRow { prompt: &[0, 0], ..row(&p) }).token, 0, "prompt is not penalised");
+        assert_eq!(
+            one(&logits, &SampleRow { prompt: &[0, 0], ..row(&p) }).token,
+            0,
+            "prompt is not penalised"
+        );
         let p = SamplingParams { logit_bias: vec![(3, 5.0)], ..greedy.clone() };
         assert_eq!(one(&logits, &row(&p)).token, 3);
         assert_eq!(one(&logits, &SampleRow { banned: &[0, 1], ..row(&greedy) }).token, 3);

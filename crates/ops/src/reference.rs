@@ -1,0 +1,431 @@
+//! The contract in scalar f32, straight from the formulas: the oracle that every backend is compared with.
+//!
+//! Nothing here is tuned or blocked. Weights and KV are rounded to their element type; activations are not.
+
+use crate::sample::{SampleOutput, SampleRow, SampleScratch, sample};
+use crate::{
+    Backend, Batch, BlockIndex, DType, DeviceInfo, Error, HeadShape, KvGeometry, Tensor, WeightView,
+};
+
+/// The scalar backend.
+#[derive(Debug, Default)]
+pub struct Reference {
+    scratch: SampleScratch,
+}
+
+/// A row-major matrix in host memory.
+#[derive(Clone, Debug)]
+pub struct Matrix {
+    values: Vec<f32>,
+    rows: usize,
+    cols: usize,
+}
+
+impl Matrix {
+    /// Row `row`.
+    pub fn row(&self, row: usize) -> &[f32] {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        &self.values[row * self.cols..][..self.cols]
+    }
+
+    fn row_mut(&mut self, row: usize) -> &mut [f32] {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        &mut self.values[row * self.cols..][..self.cols]
+    }
+}
+
+impl Tensor for Matrix {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn cols(&self) -> usize {
+        self.cols
+    }
+
+    fn set_rows(&mut self, rows: usize) {
+        assert!(rows * self.cols <= self.values.len(), "{rows} rows were not allocated");
+        self.rows = rows;
+    }
+}
+
+/// A weight matrix `[outputs, inputs]` with its bias.
+#[derive(Debug)]
+pub struct Weights {
+    values: Vec<f32>,
+    bias: Option<Vec<f32>>,
+    outputs: usize,
+    inputs: usize,
+}
+
+/// Pages of all layers: `[layer][block][head][K | V][slot][channel]`.
+#[derive(Debug)]
+pub struct Pages {
+    geometry: KvGeometry,
+    num_blocks: usize,
+    values: Vec<f32>,
+}
+
+impl Pages {
+    /// Where K (`part` 0) or V (`part` 1) of a page begins.
+    fn at(&self, layer: usize, block: BlockIndex, head: usize, part: usize) -> usize {
+        let g = &self.geometry;
+        assert!(layer < g.num_layers && block.at() < self.num_blocks && head < g.kv_heads, "page exists");
+        (((layer * self.num_blocks + block.at()) * g.kv_heads + head) * 2 + part) * g.page_tokens * g.head_dim
+    }
+
+    /// K or V of the slot at `position` of a sequence with this block table.
+    fn slot(&self, layer: usize, table: &[BlockIndex], position: usize, head: usize, part: usize) -> usize {
+        let g = &self.geometry;
+        self.at(layer, table[position / g.page_tokens], head, part) + position % g.page_tokens * g.head_dim
+    }
+}
+
+fn decode(view: WeightView, dtype: DType) -> Vec<f32> {
+    (0..view.rows * view.cols).map(|i| dtype.round(view.dtype.read(view.bytes, i))).collect()
+}
+
+impl Backend for Reference {
+    type Tensor = Matrix;
+    type Linear = Weights;
+    type Vector = Vec<f32>;
+    type Kv = Pages;
+
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo { kind: "cpu", isa: "reference".into(), threads: 1 }
+    }
+
+    fn tensor(&mut self, rows_max: usize, cols: usize) -> Result<Matrix, Error> {
+        Ok(Matrix { values: vec![0.0; rows_max * cols], rows: rows_max, cols })
+    }
+
+    fn upload(&mut self, tensor: &mut Matrix, values: &[f32]) {
+        assert_eq!(values.len() % tensor.cols, 0, "whole rows");
+        tensor.set_rows(values.len() / tensor.cols);
+        tensor.values[..values.len()].copy_from_slice(values);
+    }
+
+    fn row<'a>(&'a mut self, tensor: &'a Matrix, row: usize) -> &'a [f32] {
+        tensor.row(row)
+    }
+
+    fn linear(
+        &mut self,
+        parts: &[WeightView],
+        biases: &[WeightView],
+        dtype: DType,
+    ) -> Result<Weights, Error> {
+        let inputs = parts[0].cols;
+        assert!(parts.iter().all(|p| p.cols == inputs), "parts have the same inputs");
+        let values: Vec<f32> = parts.iter().flat_map(|p| decode(*p, dtype)).collect();
+        let outputs = values.len() / inputs;
+        let bias: Vec<f32> = biases.iter().flat_map(|b| decode(*b, DType::F32)).collect();
+        assert!(bias.is_empty() || bias.len() == outputs, "one bias per output");
+        Ok(Weights { values, bias: (!bias.is_empty()).then_some(bias), outputs, inputs })
+    }
+
+    fn linear_bytes(&self, rows: usize, cols: usize, _dtype: DType) -> u64 {
+        (rows * cols * size_of::<f32>()) as u64
+    }
+
+    fn vector(&mut self, view: WeightView) -> Result<Vec<f32>, Error> {
+        Ok(decode(view, DType::F32))
+    }
+
+    fn kv(&mut self, geometry: KvGeometry, num_blocks: usize) -> Result<Pages, Error> {
+        let elements = num_blocks * geometry.block_bytes() / geometry.dtype.bytes();
+        Ok(Pages { geometry, num_blocks, values: vec![0.0; elements] })
+    }
+
+    fn reserve(&mut self, _: HeadShape, _: usize, _: usize, _: usize, _: usize) -> Result<u64, Error> {
+        Ok(0)
+    }
+
+    fn embed(&mut self, out: &mut Matrix, table: &Weights, tokens: &[u32]) {
+        assert_eq!(out.cols, table.inputs, "hidden size");
+        out.set_rows(tokens.len());
+        for (i, &token) in tokens.iter().enumerate() {
+            out.row_mut(i).copy_from_slice(&table.values[token as usize * table.inputs..][..table.inputs]);
+        }
+    }
+
+    fn select_rows(&mut self, out: &mut Matrix, x: &Matrix, rows: &[u32]) {
+        assert_eq!(out.cols, x.cols, "columns");
+        out.set_rows(rows.len());
+        for (i, &row) in rows.iter().enumerate() {
+            out.row_mut(i).copy_from_slice(x.row(row as usize));
+        }
+    }
+
+    fn rms_norm(&mut self, out: &mut Matrix, x: &Matrix, weight: &Vec<f32>, eps: f32) {
+        assert_eq!((out.cols, weight.len()), (x.cols, x.cols), "columns");
+        out.set_rows(x.rows);
+        for i in 0..x.rows {
+            out.row_mut(i).copy_from_slice(x.row(i));
+            normalise(out.row_mut(i), weight, eps);
+        }
+    }
+
+    fn linear_forward(&mut self, out: &mut Matrix, x: &Matrix, w: &Weights) {
+        out.set_rows(x.rows);
+        out.values[..x.rows * out.cols].fill(0.0);
+        self.linear_add(out, x, w);
+    }
+
+    fn linear_add(&mut self, out: &mut Matrix, x: &Matrix, w: &Weights) {
+        assert_eq!((x.cols, out.cols, out.rows), (w.inputs, w.outputs, x.rows), "shapes of a product");
+        for i in 0..x.rows {
+            for n in 0..w.outputs {
+                let weights = &w.values[n * w.inputs..][..w.inputs];
+                let sum = dot(x.row(i), weights) + w.bias.as_ref().map_or(0.0, |b| b[n]);
+                out.row_mut(i)[n] += sum;
+            }
+        }
+    }
+
+    fn swiglu(&mut self, out: &mut Matrix, gate_up: &Matrix) {
+        assert_eq!(gate_up.cols, 2 * out.cols, "gate and up");
+        out.set_rows(gate_up.rows);
+        for i in 0..gate_up.rows {
+            let (gate, up) = gate_up.row(i).split_at(out.cols);
+            for ((o, &g), &u) in out.row_mut(i).iter_mut().zip(gate).zip(up) {
+                *o = g / (1.0 + (-g).exp()) * u;
+            }
+        }
+    }
+
+    fn rope_angles(
+        &mut self,
+        out: &mut Matrix,
+        positions: &[u32],
+        inv_freq: &[f32],
+        sets: &[u32],
+        scale: f32,
+    ) {
+        let half = out.cols / 2;
+        assert_eq!((positions.len(), inv_freq.len() % half), (sets.len(), 0), "a set of frequencies per row");
+        out.set_rows(positions.len());
+        for (i, (&position, &set)) in positions.iter().zip(sets).enumerate() {
+            let (cos, sin) = out.row_mut(i).split_at_mut(half);
+            for (c, &frequency) in inv_freq[set as usize * half..][..half].iter().enumerate() {
+                let angle = position as f32 * frequency;
+                cos[c] = angle.cos() * scale;
+                sin[c] = angle.sin() * scale;
+            }
+        }
+    }
+
+    fn append(
+        &mut self,
+        kv: &mut Pages,
+        layer: usize,
+        qkv: &mut Matrix,
+        heads: HeadShape,
+        qk_norm: Option<(&Vec<f32>, &Vec<f32>, f32)>,
+        angles: &Matrix,
+        batch: &Batch,
+    ) {
+        let KvGeometry { page_tokens, dtype, .. } = kv.geometry;
+        batch.check(page_tokens);
+        assert_eq!((qkv.cols, angles.cols), (heads.qkv_cols(), heads.head_dim), "columns");
+        let d = heads.head_dim;
+        for sequence in batch.sequences {
+            let table = batch.block_table(sequence);
+            for row in sequence.rows.clone() {
+                let row = row as usize;
+                let position = batch.positions[row] as usize;
+                for (h, head) in qkv.row_mut(row).chunks_exact_mut(d).enumerate() {
+                    let is_q = h < heads.q_heads;
+                    if h < heads.q_heads + heads.kv_heads {
+                        if let Some((q_weight, k_weight, eps)) = qk_norm {
+                            normalise(head, if is_q { q_weight } else { k_weight }, eps);
+                        }
+                        rotate(head, angles.row(row));
+                    }
+                    if !is_q {
+                        let part = (h - heads.q_heads) / heads.kv_heads;
+                        let kv_head = (h - heads.q_heads) % heads.kv_heads;
+                        let at = kv.slot(layer, table, position, kv_head, part);
+                        if position.is_multiple_of(page_tokens) {
+                            kv.values[at..][..page_tokens * d].fill(0.0);
+                        }
+                        for (c, &value) in head.iter().enumerate() {
+                            kv.values[at + c] = dtype.round(value);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn attend(
+        &mut self,
+        out: &mut Matrix,
+        kv: &Pages,
+        layer: usize,
+        qkv: &Matrix,
+        heads: HeadShape,
+        window: Option<usize>,
+        batch: &Batch,
+    ) {
+        batch.check(kv.geometry.page_tokens);
+        assert_eq!((qkv.cols, out.cols), (heads.qkv_cols(), heads.q_cols()), "columns");
+        out.set_rows(qkv.rows);
+        let d = heads.head_dim;
+        let scale = 1.0 / (d as f32).sqrt();
+        for sequence in batch.sequences {
+            let table = batch.block_table(sequence);
+            for row in sequence.rows.clone() {
+                let row = row as usize;
+                let end = batch.positions[row] as usize + 1;
+                let start = window.map_or(0, |w| end.saturating_sub(w));
+                for h in 0..heads.q_heads {
+                    let kv_head = h / heads.group();
+                    let q = &qkv.row(row)[h * d..][..d];
+                    let slot = |p, part| &kv.values[kv.slot(layer, table, p, kv_head, part)..][..d];
+                    let scores: Vec<f32> = (start..end).map(|p| dot(q, slot(p, 0)) * scale).collect();
+                    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                    let weights: Vec<f32> = scores.iter().map(|s| (s - max).exp()).collect();
+                    let sum: f32 = weights.iter().sum();
+                    let o = &mut out.row_mut(row)[h * d..][..d];
+                    o.fill(0.0);
+                    for (p, weight) in (start..end).zip(&weights) {
+                        for (o, v) in o.iter_mut().zip(slot(p, 1)) {
+                            *o += weight / sum * v;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn sample(&mut self, out: &mut SampleOutput, logits: &Matrix, rows: &[SampleRow]) {
+        out.clear();
+        for row in rows {
+            sample(out, logits.row(row.row), row, &mut self.scratch);
+        }
+    }
+
+    fn write_page(
+        &mut self,
+        kv: &mut Pages,
+        layer: usize,
+        block: BlockIndex,
+        head: usize,
+        k: &[f32],
+        v: &[f32],
+    ) {
+        let dtype = kv.geometry.dtype;
+        for (part, values) in [k, v].into_iter().enumerate() {
+            assert_eq!(values.len(), kv.geometry.page_tokens * kv.geometry.head_dim, "a whole page");
+            let at = kv.at(layer, block, head, part);
+            for (slot, &value) in kv.values[at..].iter_mut().zip(values) {
+                *slot = dtype.round(value);
+            }
+        }
+    }
+
+    fn read_page(
+        &mut self,
+        kv: &Pages,
+        layer: usize,
+        block: BlockIndex,
+        head: usize,
+    ) -> (Vec<f32>, Vec<f32>) {
+        let len = kv.geometry.page_tokens * kv.geometry.head_dim;
+        let part = |part| kv.values[kv.at(layer, block, head, part)..][..len].to_vec();
+        (part(0), part(1))
+    }
+}
+
+/// Eight sums side by side, only so that the compiler can use vectors and the oracle is not unbearably slow.
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0f32; 8];
+    let (a, b) = (a.chunks(8), b.chunks(8));
+    for (a, b) in a.zip(b) {
+        for (sum, (a, b)) in sums.iter_mut().zip(a.iter().zip(b)) {
+            *sum += a * b;
+        }
+    }
+    sums.iter().sum()
+}
+
+fn normalise(x: &mut [f32], weight: &[f32], eps: f32) {
+    assert_eq!(x.len(), weight.len(), "one weight per channel");
+    let mean = dot(x, x) / x.len() as f32;
+    let scale = 1.0 / (mean + eps).sqrt();
+    for (x, w) in x.iter_mut().zip(weight) {
+        *x *= scale * w;
+    }
+}
+
+fn rotate(head: &mut [f32], angles: &[f32]) {
+    let half = head.len() / 2;
+    let (cos, sin) = angles.split_at(half);
+    for c in 0..half {
+        let (a, b) = (head[c], head[c + half]);
+        head[c] = a * cos[c] - b * sin[c];
+        head[c + half] = b * cos[c] + a * sin[c];
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Attention over two slots, by hand: q.k = 0 and ln 3 after scaling, so the weights are 1/4 and 3/4.
+    #[test]
+    fn attention_by_hand() {
+        let mut b = Reference::default();
+        let heads = HeadShape { q_heads: 1, kv_heads: 1, head_dim: 2 };
+        let geometry =
+            KvGeometry { num_layers: 1, kv_heads: 1, head_dim: 2, page_tokens: 8, dtype: DType::F32 };
+        let mut kv = b.kv(geometry, 1).unwrap();
+        let (mut k, mut v) = (vec![0.0; 16], vec![0.0; 16]);
+        k[2] = 3f32.ln() * 2f32.sqrt();
+        (v[0], v[3]) = (4.0, 8.0);
+        b.write_page(&mut kv, 0, BlockIndex(0), 0, &k, &v);
+        let mut qkv = b.tensor(1, 6).unwrap();
+        b.upload(&mut qkv, &[1.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+        let mut out = b.tensor(1, 2).unwrap();
+        let sequence = crate::SequenceRows { rows: 0..1, first_position: 1, prompt_len: 1, blocks: 0..1 };
+        let batch =
+            Batch { tokens: &[0], positions: &[1], sequences: &[sequence], block_tables: &[BlockIndex(0)] };
+        b.attend(&mut out, &kv, 0, &qkv, heads, None, &batch);
+        assert!((out.row(0)[0] - 1.0).abs() < 1e-6 && (out.row(0)[1] - 6.0).abs() < 1e-6, "{:?}", out.row(0));
+        b.attend(&mut out, &kv, 0, &qkv, heads, Some(1), &batch);
+        assert_eq!(out.row(0), [0.0, 8.0]);
+    }
+
+    /// Rotation keeps the length of a head, and q.k depends on the distance of positions only.
+    #[test]
+    fn rotation_is_relative() {
+        let mut b = Reference::default();
+        let mut angles = b.tensor(4, 4).unwrap();
+        b.rope_angles(&mut angles, &[3, 5, 10, 12], &[1.0, 0.1], &[0; 4], 1.0);
+        let at = |row: usize, x: [f32; 4]| {
+            let mut rotated = x;
+            rotate(&mut rotated, angles.row(row));
+            rotated
+        };
+        let (q, k) = ([0.3, -1.0, 0.7, 0.2], [1.0, 0.5, -0.4, 0.9]);
+        let near = dot(&at(0, q), &at(1, k));
+        let far = dot(&at(2, q), &at(3, k));
+        assert!((near - far).abs() < 1e-5, "{near} {far}");
+        let (after, before) = (dot(&at(2, q), &at(2, q)), dot(&q, &q));
+        assert!((after - before).abs() < 1e-5, "{after} {before}");
+    }
+
+    #[test]
+    fn swiglu_and_norm_by_hand() {
+        let mut b = Reference::default();
+        let (mut out, mut x) = (b.tensor(1, 1).unwrap(), b.tensor(1, 2).unwrap());
+        b.upload(&mut x, &[2.0, 3.0]);
+        b.swiglu(&mut out, &x);
+        assert!((out.row(0)[0] - 6.0 / (1.0 + (-2f32).exp())).abs() < 1e-6);
+        let mut normed = b.tensor(1, 2).unwrap();
+        b.rms_norm(&mut normed, &x, &vec![1.0, 2.0], 0.0);
+        let rms = (6.5f32).sqrt();
+        assert!((normed.row(0)[0] - 2.0 / rms).abs() < 1e-6 && (normed.row(0)[1] - 6.0 / rms).abs() < 1e-6);
+    }
+}
