@@ -11,6 +11,8 @@ use crate::text::{ChatTemplate, Tokenizer};
 pub struct App {
     /// The engine that runs the model.
     pub engine: engine::Handle,
+    /// What `/metrics` shows; the engine's metrics are registered here.
+    pub registry: prometheus::Registry,
     /// The model's tokenizer.
     pub tokenizer: Arc<Tokenizer>,
     /// The model's chat template; without one there are no chat completions.

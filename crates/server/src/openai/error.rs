@@ -108,6 +108,7 @@ impl From<Refusal> for ApiError {
             Refusal::NeverFits(_) => {
                 ApiError { code: Some("context_length_exceeded"), ..ApiError::new(StatusCode::BAD_REQUEST, message) }
             }
+            Refusal::Invalid(_) => ApiError::new(StatusCode::BAD_REQUEST, message),
             Refusal::ShuttingDown => ApiError::unavailable(&message),
         }
     }

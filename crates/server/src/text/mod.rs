@@ -11,4 +11,5 @@ pub(crate) use tokenizer::tests;
 pub use decoder::Decoder;
 pub use stop::StopMatcher;
 pub use template::{ChatTemplate, RenderInput, TemplateError};
+pub(crate) use tokenizer::panic_message;
 pub use tokenizer::{Tokenizer, TokenizerError};
