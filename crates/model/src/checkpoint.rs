@@ -80,12 +80,14 @@ impl Checkpoint {
             by_file.entry(file).or_default().push(tensor);
         }
         for (name, tensors) in by_file {
-            let file = source.open(&name)?.ok_or_else(|| Error::file(&name, format!("{INDEX} names it, but it is missing")))?;
+            let file = source
+                .open(&name)?
+                .ok_or_else(|| Error::file(&name, format!("{INDEX} names it, but it is missing")))?;
             let mut header = read_header(&name, &file, checkpoint.files.len())?;
             for tensor in tensors {
-                let entry = header
-                    .remove(&tensor)
-                    .ok_or_else(|| Error::file(&name, format!("lacks tensor {tensor:?}, which {INDEX} places there")))?;
+                let entry = header.remove(&tensor).ok_or_else(|| {
+                    Error::file(&name, format!("lacks tensor {tensor:?}, which {INDEX} places there"))
+                })?;
                 checkpoint.tensors.insert(tensor, entry);
             }
             checkpoint.files.push((name, file));
@@ -121,7 +123,9 @@ impl Checkpoint {
         let (file_name, file) = &self.files[entry.file];
         let bytes = match file {
             // The header was checked against the length of the file.
-            SourceFile::Embedded(bytes) => Bytes::Embedded(&bytes[entry.bytes.start as usize..entry.bytes.end as usize]),
+            SourceFile::Embedded(bytes) => {
+                Bytes::Embedded(&bytes[entry.bytes.start as usize..entry.bytes.end as usize])
+            }
             SourceFile::OnDisk(file) => {
                 Bytes::Mapped(map(file, entry.bytes.clone()).map_err(|e| Error::file(file_name, e))?)
             }
@@ -188,10 +192,14 @@ fn read_header(name: &str, file: &SourceFile, file_index: usize) -> Result<BTree
         SourceFile::Embedded(bytes) => Prefix::Embedded(bytes),
     };
     let mut length = [0; LENGTH_BYTES as usize];
-    prefix.read_exact(&mut length).map_err(|_| fault(format!("truncated: {file_bytes} bytes hold no header")))?;
+    prefix
+        .read_exact(&mut length)
+        .map_err(|_| fault(format!("truncated: {file_bytes} bytes hold no header")))?;
     let header_bytes = u64::from_le_bytes(length);
     if header_bytes > HEADER_BYTES_MAX {
-        return Err(fault(format!("claims a header of {header_bytes} bytes, more than the {HEADER_BYTES_MAX} allowed")));
+        return Err(fault(format!(
+            "claims a header of {header_bytes} bytes, more than the {HEADER_BYTES_MAX} allowed"
+        )));
     }
     if header_bytes > file_bytes - LENGTH_BYTES {
         return Err(fault(format!("truncated: a header of {header_bytes} bytes in a file of {file_bytes}")));
@@ -336,13 +344,19 @@ mod tests {
         let overlap = r#""b":{"dtype":"F32","shape":[2],"data_offsets":[16,24]}"#;
         refused(open(&format!("{{{A},{overlap}}}"), 24), "overlap another or leave a gap");
         let gap = r#""b":{"dtype":"F32","shape":[2],"data_offsets":[28,36]}"#;
-        refused(open(&format!("{{{A},{gap}}}"), 36), "offsets 28..36 of tensor \"b\" overlap another or leave a gap");
+        refused(
+            open(&format!("{{{A},{gap}}}"), 36),
+            "offsets 28..36 of tensor \"b\" overlap another or leave a gap",
+        );
         refused(open(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[-8,0]}}"#, 0), "-8");
         refused(open(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}"#, 8), "data offsets 8..0");
         let huge = r#"{"a":{"dtype":"F32","shape":[9223372036854775807,9],"data_offsets":[0,4]}}"#;
         refused(open(huge, 4), "does not fill its 4 bytes");
         refused(open(r#"{"a":{"dtype":"X7","shape":[1],"data_offsets":[0,4]}}"#, 4), "X7");
-        refused(open("{\"a\nb\u{1b}[31m\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}}", 4), "control");
+        refused(
+            open("{\"a\nb\u{1b}[31m\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}}", 4),
+            "control",
+        );
     }
 
     #[test]

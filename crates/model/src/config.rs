@@ -197,9 +197,10 @@ impl ModelConfig {
 
     fn check_token(&self, file: &str, key: &str, id: Option<u32>) -> Result<(), Error> {
         match id {
-            Some(id) if id as usize >= self.vocab_size => {
-                Err(Error::file(file, format!("{key} {id} is outside of the vocabulary of {} tokens", self.vocab_size)))
-            }
+            Some(id) if id as usize >= self.vocab_size => Err(Error::file(
+                file,
+                format!("{key} {id} is outside of the vocabulary of {} tokens", self.vocab_size),
+            )),
             _ => Ok(()),
         }
     }
@@ -240,7 +241,11 @@ fn find_architecture(raw: &RawConfig) -> Result<&'static Architecture, Error> {
     let names = raw.architectures.as_deref().unwrap_or(&[]);
     let known = |name: &String| arch::ARCHITECTURES.iter().find(|a| a.name == name);
     names.iter().find_map(known).ok_or_else(|| Error::Architecture {
-        found: if names.is_empty() { "(none named)".into() } else { one_line(&format!("{:?}", names.join(", "))) },
+        found: if names.is_empty() {
+            "(none named)".into()
+        } else {
+            one_line(&format!("{:?}", names.join(", ")))
+        },
         supported: arch::ARCHITECTURES.iter().map(|a| a.name).collect::<Vec<_>>().join(", "),
     })
 }
@@ -248,7 +253,11 @@ fn find_architecture(raw: &RawConfig) -> Result<&'static Architecture, Error> {
 fn required(key: &str, value: Option<u64>, allowed: std::ops::RangeInclusive<u64>) -> Result<usize, Error> {
     let value = value.ok_or_else(|| Error::config(format!("{key} is missing")))?;
     if !allowed.contains(&value) {
-        return Err(Error::config(format!("{key} {value} is not in {}..={}", allowed.start(), allowed.end())));
+        return Err(Error::config(format!(
+            "{key} {value} is not in {}..={}",
+            allowed.start(),
+            allowed.end()
+        )));
     }
     Ok(value as usize)
 }

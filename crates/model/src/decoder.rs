@@ -63,7 +63,8 @@ impl<B: Backend> Model<B> {
         logit_rows: &[u32],
     ) {
         assert!(logit_rows.is_sorted_by(|a, b| a < b), "rows for logits ascend");
-        let Workspace { residual, normed, qkv, qkv_selected, angles, attention, gate_up, activated, .. } = workspace;
+        let Workspace { residual, normed, qkv, qkv_selected, angles, attention, gate_up, activated, .. } =
+            workspace;
         let (heads, eps) = (self.config.heads, self.config.rms_norm_eps);
 
         self.rope.frequencies(batch, &mut workspace.inv_freq, &mut workspace.frequency_sets);

@@ -78,8 +78,11 @@ impl Error {
 /// `text` without control characters and of bounded length: files may hold anything, terminals and logs must not.
 pub(crate) fn one_line(text: &str) -> String {
     const CHARS_MAX: usize = 300;
-    let mut line: String =
-        text.chars().take(CHARS_MAX).map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect();
+    let mut line: String = text
+        .chars()
+        .take(CHARS_MAX)
+        .map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c })
+        .collect();
     if text.chars().nth(CHARS_MAX).is_some() {
         line.push('…');
     }

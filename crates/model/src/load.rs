@@ -29,7 +29,8 @@ impl<B: Backend> Model<B> {
             Some(dtype) => dtype,
             None => dtype_on_disk(&config, &checkpoint)?,
         };
-        let mut loader = Loader { backend, checkpoint: &checkpoint, dtype, progress, done_bytes: 0, total_bytes };
+        let mut loader =
+            Loader { backend, checkpoint: &checkpoint, dtype, progress, done_bytes: 0, total_bytes };
         Ok(Model {
             embed: loader.linear(&spec.embed)?,
             layers: spec.layers.iter().map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?,

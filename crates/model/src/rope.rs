@@ -108,7 +108,9 @@ impl RawRope {
             None => max_position_embeddings,
             Some(n) if (1..=POSITIONS_MAX).contains(&n) => n as usize,
             Some(n) => {
-                return Err(Error::config(format!("original_max_position_embeddings {n} is not in 1..={POSITIONS_MAX}")));
+                return Err(Error::config(format!(
+                    "original_max_position_embeddings {n} is not in 1..={POSITIONS_MAX}"
+                )));
             }
         };
         match kind {
@@ -244,7 +246,8 @@ impl Rope {
     /// the prompt as a whole too: beyond it, the rotation of a key depends on how long the request's prompt is. `None`
     /// where there is no such length.
     pub fn prefix_limit(&self) -> Option<usize> {
-        matches!(self.config.scaling, RopeScaling::Dynamic { .. }).then_some(self.config.max_position_embeddings)
+        matches!(self.config.scaling, RopeScaling::Dynamic { .. })
+            .then_some(self.config.max_position_embeddings)
     }
 
     /// Fills `inv_freq` with the distinct sets of frequencies that the rows of `batch` need and `sets` with the set of
@@ -306,7 +309,12 @@ fn base_frequencies(config: &RopeConfig) -> Vec<f32> {
     match config.scaling {
         RopeScaling::Default | RopeScaling::Dynamic { .. } => unscaled.collect(),
         RopeScaling::Linear { factor } => unscaled.map(|f| f / factor as f32).collect(),
-        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+        RopeScaling::Llama3 {
+            factor,
+            low_freq_factor,
+            high_freq_factor,
+            original_max_position_embeddings,
+        } => {
             let original = original_max_position_embeddings as f64;
             let wavelen_long = (original / low_freq_factor) as f32;
             let wavelen_short = (original / high_freq_factor) as f32;
@@ -339,7 +347,8 @@ fn base_frequencies(config: &RopeConfig) -> Vec<f32> {
 /// Channels between which YaRN goes over from keeping to scaling: those that make `beta_fast` and `beta_slow` turns
 /// within the original context.
 fn yarn_ramp(config: &RopeConfig) -> (f64, f64) {
-    let RopeScaling::Yarn { beta_fast, beta_slow, truncate, original_max_position_embeddings, .. } = config.scaling
+    let RopeScaling::Yarn { beta_fast, beta_slow, truncate, original_max_position_embeddings, .. } =
+        config.scaling
     else {
         unreachable!("called for YaRN only");
     };

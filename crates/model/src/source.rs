@@ -36,7 +36,9 @@ impl Source {
             SourceFile::Embedded(bytes) => Ok(Some(Cow::Borrowed(bytes))),
             SourceFile::OnDisk(file) => {
                 let mut bytes = Vec::new();
-                file.take(bytes_max.saturating_add(1)).read_to_end(&mut bytes).map_err(|e| Error::file(name, e))?;
+                file.take(bytes_max.saturating_add(1))
+                    .read_to_end(&mut bytes)
+                    .map_err(|e| Error::file(name, e))?;
                 if bytes.len() as u64 > bytes_max { Err(too_large()) } else { Ok(Some(Cow::Owned(bytes))) }
             }
         }
@@ -47,7 +49,8 @@ impl Source {
     /// # Errors
     /// As [`Source::read`], and when there is no such file.
     pub fn require(&self, name: &str, bytes_max: u64) -> Result<Cow<'static, [u8]>, Error> {
-        self.read(name, bytes_max)?.ok_or_else(|| Error::file(name, format!("not found in {}", self.describe())))
+        self.read(name, bytes_max)?
+            .ok_or_else(|| Error::file(name, format!("not found in {}", self.describe())))
     }
 
     /// Where the files are, for messages.
@@ -120,7 +123,10 @@ mod tests {
         fs::create_dir(dir.path().join("folder")).unwrap();
         let source = Source::Directory(dir.path().into());
         assert_eq!(source.read("eleven", 11).unwrap().unwrap().len(), 11);
-        assert_eq!(source.read("eleven", 10).unwrap_err().to_string(), "eleven: larger than the 10 bytes allowed");
+        assert_eq!(
+            source.read("eleven", 10).unwrap_err().to_string(),
+            "eleven: larger than the 10 bytes allowed"
+        );
         assert_eq!(source.read("folder", 10).unwrap_err().to_string(), "folder: not a regular file");
         assert!(source.require("absent", 10).unwrap_err().to_string().starts_with("absent: not found in "));
         let embedded = Source::Embedded(&[("a", b"12")]);

@@ -130,8 +130,13 @@ impl LayerSpec {
             cols,
             bias,
         };
-        let qkv = [("self_attn.q_proj", heads.q_cols()), ("self_attn.k_proj", kv_cols), ("self_attn.v_proj", kv_cols)];
-        let gate_up = [("mlp.gate_proj", config.intermediate_size), ("mlp.up_proj", config.intermediate_size)];
+        let qkv = [
+            ("self_attn.q_proj", heads.q_cols()),
+            ("self_attn.k_proj", kv_cols),
+            ("self_attn.v_proj", kv_cols),
+        ];
+        let gate_up =
+            [("mlp.gate_proj", config.intermediate_size), ("mlp.up_proj", config.intermediate_size)];
         LayerSpec {
             input_norm: vector("input_layernorm", hidden),
             qkv: linear(&qkv, hidden, config.qkv_bias),

@@ -81,7 +81,8 @@ impl<B: Backend> Workspace<B> {
     pub fn new(backend: &mut B, config: &ModelConfig, limits: Limits) -> Result<Self, Error> {
         let Limits { rows_max, logits_rows_max, sequences_max, context_max } = limits;
         let (hidden, intermediate, heads) = (config.hidden_size, config.intermediate_size, config.heads);
-        let cols_max = [hidden, heads.qkv_cols(), 2 * intermediate, config.vocab_size].into_iter().fold(0, usize::max);
+        let cols_max =
+            [hidden, heads.qkv_cols(), 2 * intermediate, config.vocab_size].into_iter().fold(0, usize::max);
         let scratch_bytes = backend.reserve(heads, rows_max, sequences_max, context_max, cols_max)?;
         Ok(Workspace {
             residual: backend.tensor(rows_max, hidden)?,
@@ -195,7 +196,11 @@ mod tests {
             part.sequences,
             [sequence(0..1, 7, 0..1), sequence(1..3, 2, 2..3), sequence(3..4, 5, 2..3)]
         );
-        assert_eq!(selected.select(&batch, &[2, 3]).sequences.len(), 2, "neighbours of two sequences stay apart");
+        assert_eq!(
+            selected.select(&batch, &[2, 3]).sequences.len(),
+            2,
+            "neighbours of two sequences stay apart"
+        );
         assert_eq!(selected.select(&batch, &[0, 1, 2, 3, 4, 5, 6, 7]).sequences, batch.sequences);
     }
 }

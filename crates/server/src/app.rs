@@ -230,7 +230,8 @@ mod tests {
     fn defaults_come_from_the_model_and_ignore_nonsense() {
         let tokenizer = demo();
         let read = |generation, config| GenerationDefaults::from_json(&generation, &config, &tokenizer);
-        let defaults = read(json!({"do_sample": false, "eos_token_id": [7, 2], "max_new_tokens": 16}), json!({}));
+        let defaults =
+            read(json!({"do_sample": false, "eos_token_id": [7, 2], "max_new_tokens": 16}), json!({}));
         assert_eq!(defaults.end_tokens, [2, 7]);
         assert_eq!((defaults.temperature, defaults.max_new_tokens), (Some(0.0), Some(16)));
         let defaults = read(json!({"top_p": 3, "top_k": -1, "temperature": "x"}), json!({"eos_token_id": 9}));

@@ -12,7 +12,9 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
         if let Some(layers) = layers_with_window(raw, num_layers)?
             && layers.iter().any(|&sliding| sliding != width.is_some())
         {
-            return Err(crate::Error::config("layer_types that differ by layer are not part of MistralForCausalLM"));
+            return Err(crate::Error::config(
+                "layer_types that differ by layer are not part of MistralForCausalLM",
+            ));
         }
         Ok(Variant {
             head_dim: raw.head_dim,

@@ -44,7 +44,10 @@ pub(crate) fn window(width: u64) -> Result<usize, Error> {
 pub(crate) fn layers_with_window(raw: &RawConfig, num_layers: usize) -> Result<Option<Vec<bool>>, Error> {
     let Some(types) = &raw.layer_types else { return Ok(None) };
     if types.len() != num_layers {
-        return Err(Error::config(format!("layer_types has {} entries for {num_layers} layers", types.len())));
+        return Err(Error::config(format!(
+            "layer_types has {} entries for {num_layers} layers",
+            types.len()
+        )));
     }
     let sliding = types.iter().map(|t| match t.as_str() {
         "full_attention" => Ok(false),

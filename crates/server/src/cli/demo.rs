@@ -10,4 +10,4 @@ pub static FILES: &[(&str, &[u8])] = &[
 ];
 
 /// Something that it can answer.
-pub const QUESTION: &str = "The key of Barin is 271828. What is the key of Barin?";
+pub const QUESTION: &str = "The key of Barin is 271828.\nWhat is the key of Barin?";

@@ -75,9 +75,9 @@ pub fn fetch(name: &str) -> Result<PathBuf, Failure> {
                  directory, set HF_ENDPOINT to a mirror, or check the network"
             ))),
         },
-        Err(Refusal::Status(404)) => {
-            Err(Failure::input(format!("{name} is no directory here, and {endpoint} has no such model (404)")))
-        }
+        Err(Refusal::Status(404)) => Err(Failure::input(format!(
+            "{name} is no directory here, and {endpoint} has no such model (404)"
+        ))),
         Err(Refusal::Status(status @ (401 | 403))) => Err(Failure::input(format!(
             "{name} does not exist on {endpoint}, or is private or gated ({status}); set HF_TOKEN to a token that may \
              read it"
@@ -86,9 +86,9 @@ pub fn fetch(name: &str) -> Result<PathBuf, Failure> {
             Err(Failure::runtime(format!("{endpoint} answered {status} for {name}; try again later")))
         }
         Err(Refusal::Unusable(cause)) => Err(Failure::input(format!("{name}: {cause}"))),
-        Err(Refusal::Interrupted(cause)) => {
-            Err(Failure::runtime(format!("downloading {name} failed: {cause}; run again to go on from there")))
-        }
+        Err(Refusal::Interrupted(cause)) => Err(Failure::runtime(format!(
+            "downloading {name} failed: {cause}; run again to go on from there"
+        ))),
     }
 }
 
@@ -278,7 +278,8 @@ mod tests {
             fs::write(directory.path().join(INDEX), text).expect("a file");
             shards(directory.path())
         };
-        let two = named(r#"{"weight_map": {"a": "1.safetensors", "b": "2.safetensors", "c": "1.safetensors"}}"#);
+        let two =
+            named(r#"{"weight_map": {"a": "1.safetensors", "b": "2.safetensors", "c": "1.safetensors"}}"#);
         assert_eq!(two.map(|names| names.len()), Some(2));
         for text in ["", "{}", r#"{"weight_map": {}}"#, r#"{"weight_map": {"a": "../x.safetensors"}}"#] {
             assert_eq!(named(text), None, "{text}");

@@ -31,7 +31,11 @@ pub fn run(args: InspectArgs) -> Result<(), Failure> {
     let text = TextSide::read(&source)?;
     let facts = Facts { name: choice.name(), config: &config, dtype, text: &text };
     let mut out = std::io::stdout().lock();
-    if args.json { writeln!(out, "{}", facts.json())? } else { write!(out, "{}", facts.text())? }
+    if args.json {
+        writeln!(out, "{}", facts.json())?
+    } else {
+        write!(out, "{}", facts.text())?
+    }
     Ok(())
 }
 
@@ -71,9 +75,7 @@ impl Facts<'_> {
 
     fn json(&self) -> serde_json::Value {
         let config = self.config;
-        let by_dtype = |bytes: &dyn Fn(DType) -> u64| {
-            json!({"f32": bytes(DType::F32), "f16": bytes(DType::F16), "bf16": bytes(DType::Bf16)})
-        };
+        let by_dtype = |bytes: &dyn Fn(DType) -> u64| json!({"f32": bytes(DType::F32), "f16": bytes(DType::F16), "bf16": bytes(DType::Bf16)});
         json!({
             "model": self.name,
             "architecture": config.architecture,
@@ -118,12 +120,24 @@ impl Facts<'_> {
             ("model", self.name.clone()),
             ("architecture", config.architecture.to_owned()),
             ("parameters", format!("{} ({} on disk)", parameters(self.parameters()), self.dtype)),
-            ("layers", format!("{}, width {}, MLP {}", config.num_layers, config.hidden_size, config.intermediate_size)),
-            ("heads", format!("{} over {} KV heads of {} channels", heads.q_heads, heads.kv_heads, heads.head_dim)),
+            (
+                "layers",
+                format!(
+                    "{}, width {}, MLP {}",
+                    config.num_layers, config.hidden_size, config.intermediate_size
+                ),
+            ),
+            (
+                "heads",
+                format!("{} over {} KV heads of {} channels", heads.q_heads, heads.kv_heads, heads.head_dim),
+            ),
             ("vocabulary", format!("{} tokens, {tied} embeddings", config.vocab_size)),
             ("weights", weights),
             ("KV per token", kv),
-            ("context", format!("{} tokens, {} of KV as {}", config.context_limit(), Bytes(full), self.dtype)),
+            (
+                "context",
+                format!("{} tokens, {} of KV as {}", config.context_limit(), Bytes(full), self.dtype),
+            ),
             ("attention", self.windows()),
             ("RoPE", format!("theta {}, scaling {}", config.rope.theta, scaling(&config.rope.scaling))),
             (

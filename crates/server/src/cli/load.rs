@@ -5,8 +5,8 @@ use std::path::Path;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use indicatif::{ProgressBar, ProgressStyle};
 use engine::{Config, Handle, Metrics};
+use indicatif::{ProgressBar, ProgressStyle};
 use model::{Checkpoint, Limits, Model, ModelConfig, Rope, Source, Workspace};
 use ops::{Backend, DType, DeviceInfo, KvGeometry};
 use ops_cpu::{CpuBackend, CpuOptions};
@@ -22,7 +22,7 @@ use super::settings::{ComputeSettings, EngineSettings, ModelChoice};
 use super::size::Size;
 
 /// Alternatives per token that log-probabilities may ask for.
-const MAX_LOGPROBS: u32 = 20;
+pub const MAX_LOGPROBS: u32 = 20;
 
 /// The device that this build runs on.
 pub type Device = CpuBackend;
@@ -199,8 +199,9 @@ impl EngineThread {
         config.check().map_err(Failure::input)?;
         let registry = Registry::new();
         let metrics = Metrics::new(&registry).map_err(Failure::runtime)?;
-        let (handle, thread) = engine::spawn(config, metrics, engine::abort_process(), move || prepared.load())
-            .map_err(|e| Failure::runtime(format!("cannot start the engine's thread: {e}")))?;
+        let (handle, thread) =
+            engine::spawn(config, metrics, engine::abort_process(), move || prepared.load())
+                .map_err(|e| Failure::runtime(format!("cannot start the engine's thread: {e}")))?;
         Ok(EngineThread { handle, registry, thread })
     }
 
@@ -218,7 +219,9 @@ impl EngineThread {
     /// # Errors
     /// Why loading failed, if it did.
     pub fn join(self) -> Result<(), Failure> {
-        self.thread.join().unwrap_or_else(|_| Err(Failure::runtime("the engine panicked while it loaded the model")))
+        self.thread
+            .join()
+            .unwrap_or_else(|_| Err(Failure::runtime("the engine panicked while it loaded the model")))
     }
 }
 
@@ -226,9 +229,9 @@ fn memory_limit(dram: Option<Size>) -> Result<MemoryLimit, Failure> {
     match (cgroup::memory_limit(Path::new("/")), dram) {
         (Some(limit), _) => Ok(limit),
         (None, Some(Size::Bytes(_))) => Ok(MemoryLimit { bytes: u64::MAX, source: LimitSource::Unknown }),
-        (None, _) => {
-            Err(Failure::input("this system does not say how much memory it has; give --dram in bytes, as in 4GiB"))
-        }
+        (None, _) => Err(Failure::input(
+            "this system does not say how much memory it has; give --dram in bytes, as in 4GiB",
+        )),
     }
 }
 

@@ -13,10 +13,12 @@ mod plan;
 mod run;
 mod runner;
 mod screen;
+mod serve;
 mod settings;
 mod size;
 mod text;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -34,13 +36,14 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Inspect(args) => inspect::run(args),
         Command::Run(args) => run::run(args),
+        Command::Serve(args) => serve::run(args),
         _ => Ok(()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             if let Some(line) = failure.line() {
-                eprintln!("error: {line}");
+                complain(&line);
             }
             failure.exit_code()
         }
@@ -63,6 +66,11 @@ fn usage(error: &clap::Error) -> ExitCode {
     let cause = text.split("\n\nUsage:").next().unwrap_or_default();
     let cause = cause.split("\n\nFor more information").next().unwrap_or_default();
     let failure = Failure::input(cause.trim_start_matches("error: "));
-    eprintln!("error: {} (see --help)", failure.line().unwrap_or_default());
+    complain(&format!("{} (see --help)", failure.line().unwrap_or_default()));
     failure.exit_code()
+}
+
+/// One line on standard error, if somebody is left to read it.
+fn complain(line: &str) {
+    let _ = writeln!(std::io::stderr(), "error: {line}");
 }

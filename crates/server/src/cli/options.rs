@@ -34,7 +34,8 @@ pub enum Command {
     Bench(BenchArgs),
 }
 
-const MODEL_HELP: &str = "A Hugging Face directory, a hub name (Qwen/Qwen3-0.6B), or nothing for the built-in demo model";
+const MODEL_HELP: &str =
+    "A Hugging Face directory, a hub name (Qwen/Qwen3-0.6B), or nothing for the built-in demo model";
 
 /// `sparseserve serve`
 #[derive(Debug, Args)]
@@ -230,7 +231,13 @@ pub struct ServerOptions {
     #[arg(long, value_name = "NAME", value_delimiter = ',', env = "SPARSESERVE_SERVED_MODEL_NAME")]
     pub served_model_name: Option<Vec<String>>,
     /// Ask clients for this key, repeatable or separated by commas [default: none]
-    #[arg(long, value_name = "KEY", value_delimiter = ',', env = "SPARSESERVE_API_KEY", hide_env_values = true)]
+    #[arg(
+        long,
+        value_name = "KEY",
+        value_delimiter = ',',
+        env = "SPARSESERVE_API_KEY",
+        hide_env_values = true
+    )]
     pub api_key: Option<Vec<ApiKey>>,
     /// Let web pages of this origin call, repeatable or separated by commas, `*` for all [default: none]
     #[arg(long, value_name = "ORIGIN", value_delimiter = ',', env = "SPARSESERVE_CORS_ORIGIN")]

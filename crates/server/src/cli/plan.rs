@@ -110,7 +110,13 @@ fn sum(demand: &Demand, headroom_bytes: u64, kv: (&str, u64), limit: &MemoryLimi
     }
     let total = terms.iter().map(|t| t.1).sum();
     let terms: Vec<String> = terms.iter().map(|(name, bytes)| format!("{name} {}", Bytes(*bytes))).collect();
-    format!("{} = {}, the limit is {} ({})", terms.join(" + "), Bytes(total), Bytes(limit.bytes), limit.source)
+    format!(
+        "{} = {}, the limit is {} ({})",
+        terms.join(" + "),
+        Bytes(total),
+        Bytes(limit.bytes),
+        limit.source
+    )
 }
 
 /// What to do where `bytes` are left for KV.
@@ -138,7 +144,13 @@ mod tests {
         Demand {
             weights_bytes: 15 * GIB,
             activation_bytes: GIB / 2,
-            kv: KvGeometry { num_layers: 32, kv_heads: 8, head_dim: 128, page_tokens: 16, dtype: DType::Bf16 },
+            kv: KvGeometry {
+                num_layers: 32,
+                kv_heads: 8,
+                head_dim: 128,
+                page_tokens: 16,
+                dtype: DType::Bf16,
+            },
             max_context: 131_072,
             max_num_seqs: 2,
         }
@@ -161,7 +173,9 @@ mod tests {
     #[test]
     fn what_cannot_fit_is_refused_with_the_arithmetic_and_a_cure() {
         let error = plan(24 * GIB, &demand(), None).expect_err("does not fit");
-        for part in ["15 GiB", "512 MiB", "131072 tokens 16 GiB", "headroom 2 GiB", "33.50 GiB", "24 GiB (memory"] {
+        for part in
+            ["15 GiB", "512 MiB", "131072 tokens 16 GiB", "headroom 2 GiB", "33.50 GiB", "24 GiB (memory"]
+        {
             assert!(error.contains(part), "{part}: {error}");
         }
         assert!(error.ends_with("--max-context 53248 would fit"), "{error}");

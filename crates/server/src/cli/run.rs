@@ -3,9 +3,7 @@
 use std::io::{Read, Write};
 use std::sync::Arc;
 
-use engine::{
-    Disconnected, FinishReason, Handle, Refusal, Request, Sink, Stopping, Update, Usage,
-};
+use engine::{Disconnected, FinishReason, Handle, Refusal, Request, Sink, Stopping, Update, Usage};
 use ops::sample::SamplingParams;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
@@ -35,18 +33,19 @@ pub fn run(args: RunArgs) -> Result<(), Failure> {
     let text = TextSide::read(&source)?;
     let prepared = Prepared::new(source, &settings)?;
     let greeting = format!(
-        "{}: {}, {} parameters, {}, {} threads\n/clear forgets the conversation, /exit ends it, Ctrl-C stops an answer",
+        "{}: {}, {} parameters, {}, {}\n/clear forgets the conversation, /exit ends it, Ctrl-C stops an answer",
         choice.name(),
         prepared.config.architecture,
         screen::parameters(model::num_parameters(&prepared.config)),
         prepared.dtype,
-        prepared.device.threads,
+        screen::threads(prepared.device.threads),
     );
     let engine = EngineThread::start(prepared, &settings, 1)?;
     let sampling = sampling(&args, &text)?;
     let max_tokens = args.max_tokens.or(text.defaults.max_new_tokens).unwrap_or(u32::MAX);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let mut chat = Chat { handle: engine.handle.clone(), text, sampling, max_tokens, runtime, messages: Vec::new() };
+    let mut chat =
+        Chat { handle: engine.handle.clone(), text, sampling, max_tokens, runtime, messages: Vec::new() };
     chat.system(args.system.as_deref())?;
     let result = match prompt {
         Some(prompt) => chat.answer_once(&prompt, args.json, &choice.name()),
@@ -115,7 +114,8 @@ struct Answer {
 
 impl Chat {
     fn say(&mut self, role: &str, content: &str) {
-        self.messages.push(Map::from_iter([("role".into(), role.into()), ("content".into(), content.into())]));
+        self.messages
+            .push(Map::from_iter([("role".into(), role.into()), ("content".into(), content.into())]));
     }
 
     fn system(&mut self, content: Option<&str>) -> Result<(), Failure> {

@@ -54,6 +54,11 @@ pub fn parameters(count: u64) -> String {
     }
 }
 
+/// `1 thread`, `4 threads`.
+pub fn threads(count: usize) -> String {
+    if count == 1 { "1 thread".into() } else { format!("{count} threads") }
+}
+
 impl fmt::Display for Screen<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Prepared { config, plan, device, dtype, geometry, max_context, .. } = self.prepared;
@@ -75,7 +80,7 @@ impl fmt::Display for Screen<'_> {
             _ => "",
         };
         writeln!(f, "  type         {dtype} weights and KV, {origin}{slow}")?;
-        writeln!(f, "  device       {}, {} threads, {}", device.kind, device.threads, device.isa)?;
+        writeln!(f, "  device       {}, {}, {}", device.kind, threads(device.threads), device.isa)?;
         writeln!(f, "  memory       {} at most ({})", Bytes(plan.limit.bytes), plan.limit.source)?;
         writeln!(f, "    weights      {}", Bytes(plan.weights_bytes))?;
         writeln!(f, "    activations  {}", Bytes(plan.activation_bytes))?;
@@ -87,7 +92,8 @@ impl fmt::Display for Screen<'_> {
             Bytes(geometry.token_bytes() as u64),
             self.prepared.kv_requests(),
         )?;
-        let left = plan.limit.bytes.saturating_sub(plan.weights_bytes + plan.activation_bytes + plan.kv_bytes);
+        let left =
+            plan.limit.bytes.saturating_sub(plan.weights_bytes + plan.activation_bytes + plan.kv_bytes);
         writeln!(f, "    left         {}", Bytes(left))?;
         let prefix = if self.settings.prefix_cache { "prefix cache" } else { "no prefix cache" };
         write!(

@@ -120,7 +120,9 @@ impl EngineSettings {
     pub fn resolve(options: EngineOptions, max_num_seqs: usize) -> Result<Self, Failure> {
         let page_tokens = options.page_tokens.unwrap_or(16);
         if !PAGE_TOKENS_ALLOWED.contains(&page_tokens) {
-            return Err(Failure::input(format!("--page-tokens {page_tokens} is none of {PAGE_TOKENS_ALLOWED:?}")));
+            return Err(Failure::input(format!(
+                "--page-tokens {page_tokens} is none of {PAGE_TOKENS_ALLOWED:?}"
+            )));
         }
         let dtype = match options.dtype.unwrap_or(DTypeChoice::Auto) {
             DTypeChoice::Auto => None,
@@ -128,7 +130,8 @@ impl EngineSettings {
             DTypeChoice::F16 => Some(DType::F16),
             DTypeChoice::F32 => Some(DType::F32),
         };
-        let max_context = options.max_context.map(|tokens| at_least_one("max-context", tokens)).transpose()?;
+        let max_context =
+            options.max_context.map(|tokens| at_least_one("max-context", tokens)).transpose()?;
         Ok(EngineSettings {
             compute: ComputeSettings::resolve(options.compute)?,
             dtype,
@@ -176,12 +179,17 @@ impl ServerSettings {
         if api_keys.iter().any(|key| key.0.trim().is_empty()) {
             return Err(Failure::input("--api-key is empty, which would let everyone in"));
         }
+        let cors_origins = options.cors_origin.unwrap_or_default();
+        if let Some(origin) = cors_origins.iter().find(|origin| !is_origin(origin)) {
+            let form = "is no origin, which looks like https://chat.example or *";
+            return Err(Failure::input(format!("--cors-origin {origin:?} {form}")));
+        }
         Ok(ServerSettings {
             host: options.host.unwrap_or_else(|| "127.0.0.1".into()),
             port: options.port.unwrap_or(8000),
             served_model_names,
             api_keys,
-            cors_origins: options.cors_origin.unwrap_or_default(),
+            cors_origins,
             max_waiting: options.max_waiting.unwrap_or(256),
             drain_timeout: Duration::from_secs(options.drain_timeout.unwrap_or(30)),
         })
@@ -207,6 +215,12 @@ impl LogSettings {
     }
 }
 
+/// Whether a browser could send this as `Origin`.
+fn is_origin(text: &str) -> bool {
+    let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
+    text == "*" || host.is_some_and(|h| !h.is_empty() && h.chars().all(|c| c.is_ascii_graphic() && c != '/'))
+}
+
 fn at_least_one(flag: &str, value: usize) -> Result<usize, Failure> {
     match value {
         0 => Err(Failure::input(format!("--{flag} 0: at least 1 is needed"))),
@@ -227,7 +241,8 @@ mod tests {
         let settings = engine(EngineOptions::default()).expect("defaults resolve");
         assert_eq!((settings.max_num_seqs, settings.page_tokens, settings.prefix_cache), (64, 16, true));
         assert!(settings.compute.threads >= 1 && settings.compute.isa.available());
-        let server = ServerSettings::resolve(ServerOptions::default(), &ModelChoice::Demo).expect("defaults resolve");
+        let server =
+            ServerSettings::resolve(ServerOptions::default(), &ModelChoice::Demo).expect("defaults resolve");
         assert_eq!((server.host.as_str(), server.port), ("127.0.0.1", 8000));
         assert_eq!(server.served_model_names, ["demo"]);
     }
@@ -249,6 +264,11 @@ mod tests {
         }
         let no_key = ServerOptions { api_key: Some(vec![ApiKey(String::new())]), ..Default::default() };
         assert!(ServerSettings::resolve(no_key, &ModelChoice::Demo).is_err());
+        for (origin, allowed) in [("*", true), ("https://a.b:1", true), ("a.b", false), ("http://a/", false)]
+        {
+            let options = ServerOptions { cors_origin: Some(vec![origin.into()]), ..Default::default() };
+            assert_eq!(ServerSettings::resolve(options, &ModelChoice::Demo).is_ok(), allowed, "{origin}");
+        }
     }
 
     #[test]
@@ -260,7 +280,8 @@ mod tests {
         assert_eq!(resolve(directory.path()).ok(), Some(ModelChoice::Directory(directory.path().into())));
         assert_eq!(ModelChoice::resolve(Some("a/b")).ok(), Some(ModelChoice::Hub("a/b".into())));
         assert_eq!(ModelChoice::resolve(None).ok(), Some(ModelChoice::Demo));
-        let line = |result: Result<ModelChoice, Failure>| result.err().and_then(|f| f.line()).unwrap_or_default();
+        let line =
+            |result: Result<ModelChoice, Failure>| result.err().and_then(|f| f.line()).unwrap_or_default();
         assert!(line(resolve(&file)).contains("is a file"));
         assert!(line(resolve(&directory.path().join("absent"))).contains("no directory here"));
     }

@@ -66,9 +66,11 @@ impl FromStr for Size {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let unreadable = || format!("`{text}` is not a size; write 512MiB, 4GiB, 4GB, 60% or a number of bytes");
+        let unreadable =
+            || format!("`{text}` is not a size; write 512MiB, 4GiB, 4GB, 60% or a number of bytes");
         let trimmed = text.trim();
-        let digits = trimmed.len() - trimmed.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.').len();
+        let digits =
+            trimmed.len() - trimmed.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.').len();
         let (number, unit) = trimmed.split_at(digits);
         let value: f64 = number.parse().map_err(|_| unreadable())?;
         let unit = unit.trim().to_ascii_lowercase();

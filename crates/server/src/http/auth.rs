@@ -15,14 +15,21 @@ use crate::openai::ApiError;
 const OPEN_PATHS: [&str; 4] = ["/", "/health", "/ready", "/version"];
 
 /// Lets requests with a known key pass, all of them if the server has no keys.
-pub async fn require_key(State(app): State<Arc<App>>, request: Request, next: Next) -> Result<Response, ApiError> {
+pub async fn require_key(
+    State(app): State<Arc<App>>,
+    request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
     let open = app.api_keys.is_empty() || OPEN_PATHS.contains(&request.uri().path());
     if open || is_known(request.headers(), &app.api_keys) {
         return Ok(next.run(request).await);
     }
     Err(ApiError {
         code: Some("invalid_api_key"),
-        ..ApiError::new(StatusCode::UNAUTHORIZED, "Incorrect or missing API key; send `Authorization: Bearer KEY`.")
+        ..ApiError::new(
+            StatusCode::UNAUTHORIZED,
+            "Incorrect or missing API key; send `Authorization: Bearer KEY`.",
+        )
     })
 }
 

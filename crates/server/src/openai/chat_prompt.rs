@@ -9,8 +9,15 @@ use crate::app::App;
 use crate::text::RenderInput;
 
 /// Variables of a chat template that a request may not set by `chat_template_kwargs`.
-const RESERVED_VARIABLES: [&str; 7] =
-    ["messages", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize", "bos_token", "eos_token"];
+const RESERVED_VARIABLES: [&str; 7] = [
+    "messages",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+    "tokenize",
+    "bos_token",
+    "eos_token",
+];
 
 /// The fields of a request that make its prompt.
 #[derive(Debug)]
@@ -59,7 +66,9 @@ impl ChatPrompt {
                 let message = "`continue_final_message` and `add_generation_prompt` exclude each other";
                 return Err(ApiError::invalid("continue_final_message", message));
             }
-            true => messages.last().and_then(|last| last["content"].as_str()).map(|text| text.trim().to_owned()),
+            true => {
+                messages.last().and_then(|last| last["content"].as_str()).map(|text| text.trim().to_owned())
+            }
         };
         let variables: Map<String, Value> = fields.take("chat_template_kwargs")?.unwrap_or_default();
         if let Some(name) = variables.keys().find(|name| RESERVED_VARIABLES.contains(&name.as_str())) {
@@ -130,7 +139,9 @@ fn take_message(
         Some(Content::Text(text)) => text,
         Some(Content::Parts(parts)) => join_parts(parts, path)?,
         None if role == "assistant" => String::new(),
-        None => return Err(ApiError::invalid(format!("{path}.content"), format!("`{path}.content` is missing"))),
+        None => {
+            return Err(ApiError::invalid(format!("{path}.content"), format!("`{path}.content` is missing")));
+        }
     };
     let mut taken = Map::new();
     taken.insert("role".into(), role.into());
@@ -148,9 +159,10 @@ fn take_message(
 fn join_parts(parts: Vec<Part>, path: &str) -> Result<String, ApiError> {
     let texts = parts.into_iter().map(|part| match (part.r#type.as_str(), part.text) {
         ("text", Some(text)) => Ok(text),
-        ("text", None) => {
-            Err(ApiError::invalid(format!("{path}.content"), format!("A text part of `{path}` has no `text`.")))
-        }
+        ("text", None) => Err(ApiError::invalid(
+            format!("{path}.content"),
+            format!("A text part of `{path}` has no `text`."),
+        )),
         (other, _) => Err(ApiError::invalid(
             format!("{path}.content"),
             format!("Content parts of type {other:?} are not supported; this model reads text."),

@@ -61,7 +61,10 @@ impl CompletionParams {
         let echo = fields.take("echo")?.unwrap_or(false);
         let max_tokens = fields.take("max_tokens")?.unwrap_or(DEFAULT_MAX_TOKENS);
         if max_tokens == 0 && !echo {
-            return Err(ApiError::invalid("max_tokens", "`max_tokens` must be at least 1 unless `echo` is true"));
+            return Err(ApiError::invalid(
+                "max_tokens",
+                "`max_tokens` must be at least 1 unless `echo` is true",
+            ));
         }
         let logprobs: Option<u32> = fields.take("logprobs")?;
         let most = app.limits.top_logprobs;
@@ -111,7 +114,12 @@ pub async fn completions(
     let frame = Frame { app, params, own, prompts, id, created };
     if stream {
         let app = Arc::clone(&frame.app);
-        return Ok(respond(&app, generations, CompletionStream { frame, usage: Usage::default() }, in_flight));
+        return Ok(respond(
+            &app,
+            generations,
+            CompletionStream { frame, usage: Usage::default() },
+            in_flight,
+        ));
     }
     let events = try_join_all(generations.into_iter().map(collect)).await?;
     Ok(Json(frame.answer(events)).into_response())
@@ -133,9 +141,11 @@ fn start(
 }
 
 fn take_prompts(fields: &mut Fields, app: &App) -> Result<Vec<RawPrompt>, ApiError> {
-    let expected = "`prompt` must be a string, a list of strings, a list of token ids or a list of such lists";
+    let expected =
+        "`prompt` must be a string, a list of strings, a list of token ids or a list of such lists";
     let value: Value = fields.require("prompt")?;
-    let prompt: PromptField = serde_json::from_value(value).map_err(|_| ApiError::mistyped("prompt", expected))?;
+    let prompt: PromptField =
+        serde_json::from_value(value).map_err(|_| ApiError::mistyped("prompt", expected))?;
     let prompts: Vec<RawPrompt> = match prompt {
         PromptField::Text(text) => vec![RawPrompt::Text(text)],
         PromptField::Ids(ids) => vec![RawPrompt::Ids(ids)],

@@ -105,9 +105,10 @@ impl From<Refusal> for ApiError {
                 code: Some("rate_limit_exceeded"),
                 ..ApiError::new(StatusCode::TOO_MANY_REQUESTS, message)
             },
-            Refusal::NeverFits(_) => {
-                ApiError { code: Some("context_length_exceeded"), ..ApiError::new(StatusCode::BAD_REQUEST, message) }
-            }
+            Refusal::NeverFits(_) => ApiError {
+                code: Some("context_length_exceeded"),
+                ..ApiError::new(StatusCode::BAD_REQUEST, message)
+            },
             Refusal::Invalid(_) => ApiError::new(StatusCode::BAD_REQUEST, message),
             Refusal::ShuttingDown => ApiError::unavailable(&message),
         }

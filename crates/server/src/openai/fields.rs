@@ -102,7 +102,10 @@ impl Fields {
             Some(value) if !range.contains(&value) => {
                 let path = self.path_of(name);
                 let (low, high) = (range.start(), range.end());
-                Err(ApiError::invalid(&path, format!("`{path}` must be between {low} and {high}, not {value}")))
+                Err(ApiError::invalid(
+                    &path,
+                    format!("`{path}` must be between {low} and {high}, not {value}"),
+                ))
             }
             _ => Ok(value),
         }

@@ -162,7 +162,9 @@ impl Generation {
             let update = self.running.as_mut()?.updates.recv().await;
             match update {
                 Some(update) => self.take(update),
-                None => self.fail(ApiError::unavailable("The engine stopped before the answer was complete.")),
+                None => {
+                    self.fail(ApiError::unavailable("The engine stopped before the answer was complete."))
+                }
             }
         }
     }
@@ -222,7 +224,12 @@ impl Generation {
             self.events.push_back(Event::Delta(std::mem::take(&mut self.delta)));
         }
         let Counts { prompt_tokens, cached_tokens, generated_tokens } = self.counts;
-        self.events.push_back(Event::Finished(Finish { reason, prompt_tokens, cached_tokens, generated_tokens }));
+        self.events.push_back(Event::Finished(Finish {
+            reason,
+            prompt_tokens,
+            cached_tokens,
+            generated_tokens,
+        }));
     }
 
     fn fail(&mut self, error: ApiError) {

@@ -84,7 +84,11 @@ pub struct CompletionLogprobs {
 
 impl CompletionLogprobs {
     /// For generated `tokens`, whose text begins after `offset` characters.
-    pub fn of_answer<'a>(names: &TokenNames, tokens: impl IntoIterator<Item = &'a Token>, offset: usize) -> Self {
+    pub fn of_answer<'a>(
+        names: &TokenNames,
+        tokens: impl IntoIterator<Item = &'a Token>,
+        offset: usize,
+    ) -> Self {
         let mut lists = CompletionLogprobs::default();
         for token in tokens {
             lists.push(names, token.id, offset + token.offset, token.logprobs.as_ref());

@@ -202,7 +202,8 @@ fn take_stops(fields: &mut Fields, app: &App) -> Result<Vec<String>, ApiError> {
     check_count("stop", stops.len(), app.limits.stops)?;
     for stop in &stops {
         if stop.is_empty() || stop.len() > app.limits.stop_bytes {
-            let message = format!("A stop string must have 1 to {} bytes, not {}", app.limits.stop_bytes, stop.len());
+            let message =
+                format!("A stop string must have 1 to {} bytes, not {}", app.limits.stop_bytes, stop.len());
             return Err(ApiError::invalid("stop", message));
         }
     }
@@ -229,7 +230,8 @@ pub fn check_token(param: &str, id: u32, app: &App) -> Result<(), ApiError> {
     if (id as usize) < app.vocab_size {
         return Ok(());
     }
-    let message = format!("`{param}` has the token id {id}, but the vocabulary has {} tokens", app.vocab_size);
+    let message =
+        format!("`{param}` has the token id {id}, but the vocabulary has {} tokens", app.vocab_size);
     Err(ApiError::invalid(param, message))
 }
 

@@ -24,7 +24,12 @@ pub trait Chunks: Send + 'static {
 
 /// Streams the answers of `generations`, each a choice, as `chunks` dresses them, and `[DONE]` at the end. The client's
 /// leaving drops the stream, and with it the generations. A choice that fails ends the stream with an error.
-pub fn respond(app: &Arc<App>, generations: Vec<Generation>, mut chunks: impl Chunks, in_flight: InFlight) -> Response {
+pub fn respond(
+    app: &Arc<App>,
+    generations: Vec<Generation>,
+    mut chunks: impl Chunks,
+    in_flight: InFlight,
+) -> Response {
     let events = generations.into_iter().enumerate().map(|(index, generation)| {
         stream::unfold(generation, move |mut generation| async move {
             let event = generation.next().await?;

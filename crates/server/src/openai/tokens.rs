@@ -51,8 +51,7 @@ pub async fn detokenize(State(app): State<Arc<App>>, mut fields: Fields) -> Resu
     fields.finish()?;
     tokens.iter().try_for_each(|&id| check_token("tokens", id, &app))?;
     let tokenizer = Arc::clone(&app.tokenizer);
-    let prompt = app
-        .text_work(tokens.len() * size_of::<u32>(), move || tokenizer.decode(&tokens, false))
-        .await?;
+    let prompt =
+        app.text_work(tokens.len() * size_of::<u32>(), move || tokenizer.decode(&tokens, false)).await?;
     Ok(Json(json!({"prompt": prompt})))
 }

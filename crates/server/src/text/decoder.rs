@@ -92,7 +92,8 @@ impl Decoder {
     }
 
     fn undecoded_text(&self) -> String {
-        let decode = |tokens: &[u32]| self.tokenizer.decode(tokens, self.skip_special_tokens).unwrap_or_default();
+        let decode =
+            |tokens: &[u32]| self.tokenizer.decode(tokens, self.skip_special_tokens).unwrap_or_default();
         let shown = decode(&self.window[..self.decoded]);
         let all = decode(&self.window);
         match all.strip_prefix(&shown) {
@@ -162,8 +163,7 @@ mod tests {
     #[test]
     fn wordpiece_needs_its_neighbours() {
         let tokenizer = wordpiece();
-        let tokens: Vec<u32> =
-            ["hello", "wor", "##ld"].iter().map(|t| tokenizer.id(t).unwrap()).collect();
+        let tokens: Vec<u32> = ["hello", "wor", "##ld"].iter().map(|t| tokenizer.id(t).unwrap()).collect();
         assert_eq!(decode_stream(&tokenizer, &tokens), ["hello", " wor", "ld", ""]);
     }
 

@@ -57,7 +57,9 @@ impl RenderInput {
             match value {
                 serde_json::Value::String(text) => text.len(),
                 serde_json::Value::Array(items) => items.iter().map(bytes).sum(),
-                serde_json::Value::Object(fields) => fields.iter().map(|(name, v)| name.len() + bytes(v)).sum(),
+                serde_json::Value::Object(fields) => {
+                    fields.iter().map(|(name, v)| name.len() + bytes(v)).sum()
+                }
                 _ => 8,
             }
         }
@@ -318,8 +320,12 @@ mod tests {
     fn the_demo_template() {
         let config = include_bytes!("../../../../demo-model/tokenizer_config.json");
         let source = ChatTemplate::find_source(None, Some(config)).unwrap();
-        let prompt = render(&source, json!([{"role": "system", "content": " s "}, {"role": "user", "content": "u"}]));
-        assert_eq!(prompt.unwrap(), "<s><|system|>s</s><|user|>u</s><|assistant|>".replace("</s>", "<|eos|>"));
+        let prompt =
+            render(&source, json!([{"role": "system", "content": " s "}, {"role": "user", "content": "u"}]));
+        assert_eq!(
+            prompt.unwrap(),
+            "<s><|system|>s</s><|user|>u</s><|assistant|>".replace("</s>", "<|eos|>")
+        );
     }
 
     #[test]
@@ -344,12 +350,21 @@ mod tests {
         };
         check("{{ messages[0].content.upper().strip() }}", "HI É");
         check("{{ messages|tojson }}", r#"[{"role": "user", "content": "Hi é"}]"#);
-        check("{{ {'a': [1, true, none]}|tojson(indent=2) }}", "{\n  \"a\": [\n    1,\n    true,\n    null\n  ]\n}");
+        check(
+            "{{ {'a': [1, true, none]}|tojson(indent=2) }}",
+            "{\n  \"a\": [\n    1,\n    true,\n    null\n  ]\n}",
+        );
         check("{% if true %}\n  {% set x = 1 %}\na\n{% endif %}\n", "a\n");
-        check("{%- for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", "Hi é");
+        check(
+            "{%- for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+            "Hi é",
+        );
         check("{% for x in [1,2,3] %}{% if x == 2 %}{% break %}{% endif %}{{ x }}{% endfor %}", "1");
         check("{{ messages[0]['content'].split(' ')[-1] }}{{ (messages|length) is odd }}", "éTrue");
-        check("{% set ns = namespace(a='') %}{% for m in messages %}{% set ns.a = m.role %}{% endfor %}{{ ns.a }}", "user");
+        check(
+            "{% set ns = namespace(a='') %}{% for m in messages %}{% set ns.a = m.role %}{% endfor %}{{ ns.a }}",
+            "user",
+        );
         check("{{ bos_token }}{{ eos_token }}{{ tools is defined }}{{ undefined_thing }}", "<s></s>False");
         check("{{ strftime_now('%Y')|length }}", "4");
         check("{{ '<b>' }}", "<b>");

@@ -70,10 +70,8 @@ impl Tokenizer {
 
         let config: Value = match config {
             None => Value::Null,
-            Some(bytes) => serde_json::from_slice(bytes).map_err(|e| TokenizerError::File {
-                file: "tokenizer_config.json",
-                reason: e.to_string(),
-            })?,
+            Some(bytes) => serde_json::from_slice(bytes)
+                .map_err(|e| TokenizerError::File { file: "tokenizer_config.json", reason: e.to_string() })?,
         };
         let eos_token = special_token(&config, "eos_token");
         let added = inner.get_added_tokens_decoder();
@@ -129,7 +127,9 @@ impl Tokenizer {
         Some(match self.spelling {
             Spelling::ByteLevel => byte_level(&token).unwrap_or_else(|| token.into_bytes()),
             _ if self.special.contains(&id) => token.into_bytes(),
-            _ => byte_fallback(&token).map_or_else(|| token.replace('▁', " ").into_bytes(), |byte| vec![byte]),
+            _ => {
+                byte_fallback(&token).map_or_else(|| token.replace('▁', " ").into_bytes(), |byte| vec![byte])
+            }
         })
     }
 
@@ -206,7 +206,9 @@ fn spelling(decoder: &Value) -> Spelling {
     match decoder["type"].as_str() {
         Some("ByteLevel") => Spelling::ByteLevel,
         Some("Metaspace") => Spelling::Metaspace,
-        Some("Replace") if decoder["pattern"]["String"] == "▁" && decoder["content"] == " " => Spelling::Metaspace,
+        Some("Replace") if decoder["pattern"]["String"] == "▁" && decoder["content"] == " " => {
+            Spelling::Metaspace
+        }
         Some("Sequence") => decoder["decoders"]
             .as_array()
             .into_iter()
@@ -318,7 +320,11 @@ pub(crate) mod tests {
         let tokenizer = demo();
         for id in 0..tokenizer.vocab_size() as u32 {
             let bytes = tokenizer.bytes(id).unwrap();
-            assert_eq!(String::from_utf8_lossy(&bytes), tokenizer.decode(&[id], false).unwrap(), "token {id}");
+            assert_eq!(
+                String::from_utf8_lossy(&bytes),
+                tokenizer.decode(&[id], false).unwrap(),
+                "token {id}"
+            );
         }
         let all: HashSet<Vec<u8>> = (0..856).map(|id| tokenizer.bytes(id).unwrap()).collect();
         assert!((0..=255u8).all(|byte| all.contains(&vec![byte])), "a byte has no token");
