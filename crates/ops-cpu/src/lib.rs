@@ -1,1 +1,208 @@
-//! SparseServe: ops-cpu.
+//! The CPU backend: SIMD and threads.
+//!
+//! In reading order: [`Isa`] (which instructions), `simd` (vectors of 16 lanes), `tile` (the one inner loop), `pack`
+//! and `gemm` (matrix products), `pages`, `attention` and `split` (the KV cache), `rows` (everything that treats a
+//! row alone), `pool` (threads), `memory`.
+//!
+//! Invariant: at one instruction set, a row's bits depend on nothing but the row: not on the batch, the number of
+//! threads, the chunking of a prompt, or how work is cut into tasks. Outputs are vectorised, reductions are not:
+//! every sum over k runs in ascending order, every split of attention is merged in ascending order.
+//!
+//! Invariant: this crate and one mapping of `model` are the only homes of `unsafe`; this one has no dependency above `ops`.
+
+mod attention;
+mod gemm;
+mod isa;
+mod memory;
+mod pack;
+mod pages;
+mod pool;
+mod rows;
+mod sampling;
+mod simd;
+mod split;
+mod tensor;
+mod tile;
+
+use ops::sample::{SampleOutput, SampleRow};
+use ops::{Backend, Batch, BlockIndex, DType, DeviceInfo, Error, HeadShape, KvGeometry, Tensor, WeightView};
+
+pub use isa::Isa;
+pub use pack::{Linear, Vector};
+pub use pages::Kv;
+pub use pool::Pool;
+pub use tensor::CpuTensor;
+
+/// How to run.
+#[derive(Clone, Debug, Default)]
+pub struct CpuOptions {
+    /// Threads that run kernels, the calling one among them; `None` takes as many as the process may use.
+    pub threads: Option<usize>,
+    /// Instruction set; `None` takes the best of the machine.
+    pub isa: Option<Isa>,
+}
+
+/// The CPU as a device.
+#[derive(Debug)]
+pub struct CpuBackend {
+    isa: Isa,
+    pool: Pool,
+    products: gemm::Scratch,
+    attention: attention::Scratch,
+    sampling: sampling::Scratch,
+}
+
+impl CpuBackend {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// When the machine lacks the instruction set asked for, or memory.
+    pub fn new(options: CpuOptions) -> Result<Self, Error> {
+        let isa = options.isa.unwrap_or_else(Isa::detect);
+        if !isa.available() {
+            let best = Isa::detect();
+            return Err(Error::Unsupported(format!("this machine has no {isa}; the best it has is {best}")));
+        }
+        let threads = match options.threads {
+            Some(0) => return Err(Error::Unsupported("a backend needs at least one thread".into())),
+            Some(threads) => threads,
+            None => std::thread::available_parallelism().map_or(1, usize::from),
+        };
+        Ok(CpuBackend {
+            isa,
+            pool: Pool::new(threads),
+            products: gemm::Scratch::new(threads)?,
+            attention: attention::Scratch::new(threads)?,
+            sampling: sampling::Scratch::new(threads),
+        })
+    }
+
+    /// The instruction set in use.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+}
+
+impl Backend for CpuBackend {
+    type Tensor = CpuTensor;
+    type Linear = Linear;
+    type Vector = Vector;
+    type Kv = Kv;
+
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo { kind: "cpu", isa: self.isa.name().to_owned(), threads: self.pool.threads() }
+    }
+
+    fn tensor(&mut self, rows_max: usize, cols: usize) -> Result<CpuTensor, Error> {
+        CpuTensor::new(rows_max, cols)
+    }
+
+    fn upload(&mut self, tensor: &mut CpuTensor, values: &[f32]) {
+        let cols = tensor.cols();
+        assert!(cols > 0 && values.len().is_multiple_of(cols), "whole rows");
+        tensor.set_rows(values.len() / cols);
+        for (row, values) in values.chunks_exact(cols).enumerate() {
+            tensor.row_mut(row).copy_from_slice(values);
+        }
+    }
+
+    fn row<'a>(&'a mut self, tensor: &'a CpuTensor, row: usize) -> &'a [f32] {
+        tensor.row(row)
+    }
+
+    fn linear(&mut self, parts: &[WeightView], biases: &[WeightView], dtype: DType) -> Result<Linear, Error> {
+        Linear::pack(&mut self.pool, parts, biases, dtype)
+    }
+
+    fn linear_bytes(&self, rows: usize, cols: usize, dtype: DType) -> u64 {
+        Linear::bytes(rows, cols, dtype)
+    }
+
+    fn vector(&mut self, view: WeightView) -> Result<Vector, Error> {
+        Vector::new(view)
+    }
+
+    fn kv(&mut self, geometry: KvGeometry, num_blocks: usize) -> Result<Kv, Error> {
+        Kv::new(geometry, num_blocks)
+    }
+
+    fn reserve(
+        &mut self,
+        heads: HeadShape,
+        rows_max: usize,
+        sequences_max: usize,
+        context_max: usize,
+        cols_max: usize,
+    ) -> Result<u64, Error> {
+        self.sampling.reserve(sequences_max);
+        let products = self.products.reserve(rows_max, cols_max)?;
+        Ok(products + self.attention.reserve(heads, sequences_max, context_max)?)
+    }
+
+    fn embed(&mut self, out: &mut CpuTensor, table: &Linear, tokens: &[u32]) {
+        rows::embed(&mut self.pool, out, table, tokens);
+    }
+
+    fn select_rows(&mut self, out: &mut CpuTensor, x: &CpuTensor, rows: &[u32]) {
+        rows::select_rows(&mut self.pool, out, x, rows);
+    }
+
+    fn rms_norm(&mut self, out: &mut CpuTensor, x: &CpuTensor, weight: &Vector, eps: f32) {
+        rows::rms_norm(self.isa, &mut self.pool, out, x, weight, eps);
+    }
+
+    fn linear_forward(&mut self, out: &mut CpuTensor, x: &CpuTensor, w: &Linear) {
+        gemm::product(self.isa, &mut self.pool, &mut self.products, out, x, w, gemm::Store::Set);
+    }
+
+    fn linear_add(&mut self, out: &mut CpuTensor, x: &CpuTensor, w: &Linear) {
+        gemm::product(self.isa, &mut self.pool, &mut self.products, out, x, w, gemm::Store::Add);
+    }
+
+    fn swiglu(&mut self, out: &mut CpuTensor, gate_up: &CpuTensor) {
+        rows::swiglu(self.isa, &mut self.pool, out, gate_up);
+    }
+
+    fn rope_angles(&mut self, out: &mut CpuTensor, positions: &[u32], inv_freq: &[f32], sets: &[u32], scale: f32) {
+        rows::rope_angles(&mut self.pool, out, positions, inv_freq, sets, scale);
+    }
+
+    fn append(
+        &mut self,
+        kv: &mut Kv,
+        layer: usize,
+        qkv: &mut CpuTensor,
+        heads: HeadShape,
+        qk_norm: Option<(&Vector, &Vector, f32)>,
+        angles: &CpuTensor,
+        batch: &Batch,
+    ) {
+        pages::append(self.isa, &mut self.pool, kv, layer, qkv, heads, qk_norm, angles, batch);
+    }
+
+    fn attend(
+        &mut self,
+        out: &mut CpuTensor,
+        kv: &Kv,
+        layer: usize,
+        qkv: &CpuTensor,
+        heads: HeadShape,
+        window: Option<usize>,
+        batch: &Batch,
+    ) {
+        let scratch = &mut self.attention;
+        attention::attend(self.isa, &mut self.pool, scratch, out, kv, layer, qkv, heads, window, batch);
+    }
+
+    fn sample(&mut self, out: &mut SampleOutput, logits: &CpuTensor, rows: &[SampleRow]) {
+        sampling::sample_rows(&mut self.pool, &mut self.sampling, out, logits, rows);
+    }
+
+    fn write_page(&mut self, kv: &mut Kv, layer: usize, block: BlockIndex, head: usize, k: &[f32], v: &[f32]) {
+        kv.write_page(layer, block, head, k, v);
+    }
+
+    fn read_page(&mut self, kv: &Kv, layer: usize, block: BlockIndex, head: usize) -> (Vec<f32>, Vec<f32>) {
+        kv.read_page(layer, block, head)
+    }
+}

@@ -1,0 +1,348 @@
+//! Attention, for decode and prefill alike, split by split (flash attention: Dao et al. 2022; its split form for
+//! decode: Dao et al. 2023).
+//!
+//! A *unit* is a tile of rows of one sequence with one KV head, so every page is read once for all query heads that
+//! share it. For each split of 512 slots [`crate::split`] computes scores, their maximum, and the weighted values, and
+//! the results are merged in ascending order. Where one row has a long context, splits become tasks of their own:
+//! each leaves its result in memory, and whoever finishes last merges them in the same order by the same code.
+//! So no bit depends on how the work was cut.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use ops::{Batch, DType, HeadShape, KvGeometry, SPLIT_TOKENS, SequenceRows, Tensor};
+
+use crate::isa::{Isa, Kernel};
+use crate::memory::{Buffer, PerThread, Shared};
+use crate::pages::Kv;
+use crate::pool::Pool;
+use crate::simd::Simd;
+use crate::split::{HeadView, Partial, SplitScratch, finish, merge, pack_queries, split_partial};
+use crate::tensor::CpuTensor;
+use crate::tile::{Bf16, Element, F16, F32, round_to_lanes};
+
+/// Rows times query heads per unit: enough to reuse what was read, few enough for their scores to stay in the
+/// second-level cache.
+const UNIT_HEIGHT: usize = 60;
+
+/// Rows times query heads up to which the splits of a sequence are tasks of their own.
+const SPLIT_HEIGHT_MAX: usize = 16;
+
+/// Memory for the results of splits, unless a single sequence needs more.
+const PARTIALS_BYTES: usize = 32 << 20;
+
+/// Memory of attention.
+#[derive(Debug)]
+pub struct Scratch {
+    threads: PerThread<SplitScratch>,
+    partials: Buffer<f32>,
+    plans: Vec<Plan>,
+    pending: Vec<AtomicU32>,
+}
+
+/// How the work of one sequence is cut.
+#[derive(Clone, Copy, Debug)]
+struct Plan {
+    tasks_end: usize,
+    /// Rows per unit.
+    tile_rows: usize,
+    /// First split that any row attends to, and how many there are.
+    first_split: usize,
+    num_splits: usize,
+    /// Where each split is a task: the first result in `partials` and the first counter in `pending`.
+    by_split: Option<(usize, usize)>,
+}
+
+/// Rows per unit: as many as make up `UNIT_HEIGHT`, in multiples that fill tiles of six rows.
+fn tile_rows(group: usize) -> usize {
+    let rows = UNIT_HEIGHT / group;
+    let whole = (1..=6).find(|r| (r * group).is_multiple_of(6)).unwrap_or(6);
+    if rows > whole { rows / whole * whole } else { rows.max(1) }
+}
+
+/// Splits that rows at `positions` attend to.
+fn splits(positions: Range<usize>, window: Option<usize>) -> Range<usize> {
+    let first = window.map_or(0, |w| (positions.start + 1).saturating_sub(w));
+    first / SPLIT_TOKENS..positions.end.div_ceil(SPLIT_TOKENS)
+}
+
+impl Scratch {
+    /// Scratch for `threads` threads that grows when first used.
+    pub fn new(threads: usize) -> Result<Self, ops::Error> {
+        let mut empty = Vec::with_capacity(threads);
+        for _ in 0..threads {
+            empty.push(SplitScratch::new(0, 0)?);
+        }
+        let mut empty = empty.into_iter();
+        Ok(Scratch {
+            threads: PerThread::new(threads, || empty.next().expect("one per thread")),
+            partials: Buffer::zeroed(0, "attention")?,
+            plans: Vec::new(),
+            pending: Vec::new(),
+        })
+    }
+
+    /// Makes room; returns all bytes held.
+    pub fn reserve(
+        &mut self,
+        heads: HeadShape,
+        sequences_max: usize,
+        context_max: usize,
+    ) -> Result<u64, ops::Error> {
+        self.reserve_threads(heads)?;
+        let rows = (SPLIT_HEIGHT_MAX / heads.group()).max(1);
+        let one = heads.kv_heads * context_max.div_ceil(SPLIT_TOKENS) * Partial::len(rows * heads.group(), heads.head_dim);
+        let needed = one.saturating_mul(sequences_max).min(PARTIALS_BYTES / size_of::<f32>()).max(one);
+        if self.partials.len() < needed {
+            self.partials = Buffer::zeroed(needed, "attention")?;
+        }
+        self.plans.reserve(sequences_max);
+        self.reserve_pending(sequences_max * heads.kv_heads);
+        let threads: usize = self.threads.iter_mut().map(|t| t.bytes()).sum();
+        let tables = self.plans.capacity() * size_of::<Plan>() + self.pending.len() * size_of::<AtomicU32>();
+        Ok((threads + self.partials.len() * size_of::<f32>() + tables) as u64)
+    }
+
+    fn reserve_threads(&mut self, heads: HeadShape) -> Result<(), ops::Error> {
+        let height = heads.group().max(tile_rows(heads.group()) * heads.group()).max(SPLIT_HEIGHT_MAX);
+        for scratch in self.threads.iter_mut() {
+            if !scratch.fits(height, heads.head_dim) {
+                *scratch = SplitScratch::new(height, heads.head_dim)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn reserve_pending(&mut self, len: usize) {
+        if self.pending.len() < len {
+            self.pending.resize_with(len, || AtomicU32::new(0));
+        }
+    }
+
+    /// Cuts the work of a batch; returns the number of tasks.
+    fn plan(&mut self, heads: HeadShape, window: Option<usize>, batch: &Batch) -> usize {
+        self.plans.clear();
+        self.plans.reserve(batch.sequences.len());
+        self.reserve_pending(batch.sequences.len() * heads.kv_heads);
+        let (mut tasks, mut partials, mut counters) = (0, 0, 0);
+        for s in batch.sequences {
+            let splits = splits(s.first_position as usize..s.context_tokens(), window);
+            let height = s.num_rows() * heads.group();
+            let needed = heads.kv_heads * splits.len() * Partial::len(height, heads.head_dim);
+            let few_rows = s.num_rows() == 1 || height <= SPLIT_HEIGHT_MAX;
+            let by_split = few_rows && splits.len() > 1 && partials + needed <= self.partials.len();
+            let mut plan = Plan {
+                tasks_end: 0,
+                tile_rows: if by_split { s.num_rows() } else { tile_rows(heads.group()) },
+                first_split: splits.start,
+                num_splits: splits.len(),
+                by_split: by_split.then_some((partials, counters)),
+            };
+            let tiles = s.num_rows().div_ceil(plan.tile_rows);
+            tasks += heads.kv_heads * tiles * if by_split { splits.len() } else { 1 };
+            plan.tasks_end = tasks;
+            if by_split {
+                for pending in &mut self.pending[counters..counters + heads.kv_heads] {
+                    *pending.get_mut() = splits.len() as u32;
+                }
+                partials += needed;
+                counters += heads.kv_heads;
+            }
+            self.plans.push(plan);
+        }
+        tasks
+    }
+}
+
+/// `out[h] = softmax(q_h K^T / sqrt(head_dim)) V`.
+///
+/// # Panics
+/// When shapes do not fit.
+pub fn attend(
+    isa: Isa,
+    pool: &mut Pool,
+    scratch: &mut Scratch,
+    out: &mut CpuTensor,
+    kv: &Kv,
+    layer: usize,
+    qkv: &CpuTensor,
+    heads: HeadShape,
+    window: Option<usize>,
+    batch: &Batch,
+) {
+    let geometry = *kv.geometry();
+    assert_eq!((heads.kv_heads, heads.head_dim), (geometry.kv_heads, geometry.head_dim), "heads of the cache");
+    assert!(heads.q_heads.is_multiple_of(heads.kv_heads) && heads.q_heads > 0, "groups of query heads");
+    assert_eq!((qkv.rows(), qkv.cols()), (batch.num_rows(), heads.qkv_cols()), "shape of QKV");
+    assert_eq!(out.cols(), heads.q_cols(), "columns of the output");
+    assert!(window != Some(0), "a window holds the row itself");
+    batch.check(geometry.page_tokens);
+    out.set_rows(qkv.rows());
+    scratch.reserve_threads(heads).expect("memory for a step that was not reserved");
+    if scratch.partials.len() == 0 {
+        let context = batch.sequences.iter().map(SequenceRows::context_tokens).max().unwrap_or(0);
+        scratch.reserve(heads, batch.sequences.len(), context).expect("memory for a step that was not reserved");
+    }
+    let num_tasks = scratch.plan(heads, window, batch);
+    let out_stride = out.stride();
+    let out = out.shared();
+    let partials = Shared(scratch.partials.as_mut_ptr());
+    let scratch = &*scratch;
+    pool.run(num_tasks, &|task, thread| {
+        let sequence = scratch.plans.partition_point(|p| p.tasks_end <= task);
+        let tasks_start = if sequence == 0 { 0 } else { scratch.plans[sequence - 1].tasks_end };
+        let unit = Unit {
+            geometry,
+            kv,
+            layer,
+            qkv,
+            heads,
+            window,
+            batch,
+            sequence: &batch.sequences[sequence],
+            plan: scratch.plans[sequence],
+            task: task - tasks_start,
+            out,
+            out_stride,
+            partials,
+            pending: &scratch.pending,
+        };
+        // SAFETY: the scratch of this thread, borrowed for this task.
+        let scratch = unsafe { scratch.threads.get(thread) };
+        match geometry.dtype {
+            DType::Bf16 => isa.run(UnitAs { unit, scratch, element: PhantomData::<Bf16> }),
+            DType::F16 => isa.run(UnitAs { unit, scratch, element: PhantomData::<F16> }),
+            DType::F32 => isa.run(UnitAs { unit, scratch, element: PhantomData::<F32> }),
+        }
+    });
+}
+
+/// One task.
+struct Unit<'a> {
+    geometry: KvGeometry,
+    kv: &'a Kv,
+    layer: usize,
+    qkv: &'a CpuTensor,
+    heads: HeadShape,
+    window: Option<usize>,
+    batch: &'a Batch<'a>,
+    sequence: &'a SequenceRows,
+    plan: Plan,
+    /// Its number among those of the sequence.
+    task: usize,
+    out: Shared<f32>,
+    out_stride: usize,
+    partials: Shared<f32>,
+    pending: &'a [AtomicU32],
+}
+
+/// A task with its memory, for pages of `E`.
+struct UnitAs<'a, E> {
+    unit: Unit<'a>,
+    scratch: &'a mut SplitScratch,
+    element: PhantomData<E>,
+}
+
+impl Unit<'_> {
+    /// The pages of a KV head and the rows `rows` (of the sequence) that look at them.
+    #[inline(always)]
+    fn view(&self, head: usize, rows: Range<usize>) -> HeadView<'_> {
+        let HeadShape { head_dim, .. } = self.heads;
+        let group = self.heads.group();
+        let first_row = self.sequence.rows.start as usize + rows.start;
+        HeadView {
+            kv: self.kv,
+            layer: self.layer,
+            head,
+            blocks: self.batch.block_table(self.sequence),
+            queries: self.qkv.row(first_row)[head * group * head_dim..].as_ptr(),
+            queries_stride: self.qkv.stride(),
+            // SAFETY: rows of this sequence and columns of these query heads exist in `out`.
+            out: unsafe { self.out.at(first_row * self.out_stride + head * group * head_dim) },
+            out_stride: self.out_stride,
+            group,
+            head_dim,
+            page_tokens: self.geometry.page_tokens,
+            window: self.window.unwrap_or(usize::MAX),
+            first_position: self.sequence.first_position as usize + rows.start,
+            num_rows: rows.len(),
+        }
+    }
+}
+
+impl<E: Element> Kernel for UnitAs<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let UnitAs { unit: u, scratch, element: PhantomData } = self;
+        let plan = u.plan;
+        let Some((first_partial, first_counter)) = plan.by_split else {
+            let tiles = u.sequence.num_rows().div_ceil(plan.tile_rows);
+            let (head, tile) = (u.task / tiles, u.task % tiles);
+            // The last tile has the longest context: first, so that no thread is left with it at the end.
+            let first = (tiles - 1 - tile) * plan.tile_rows;
+            let view = u.view(head, first..(first + plan.tile_rows).min(u.sequence.num_rows()));
+            let end = view.first_position + view.num_rows;
+            let (partial, mut running) = scratch.start(view.height(), view.head_dim);
+            // SAFETY: the scratch was made for this height; `out` rows and columns are this task's alone.
+            unsafe {
+                pack_queries::<S, E>(s, &view, scratch);
+                for split in splits(view.first_position..end, u.window) {
+                    split_partial::<S, E>(s, &view, split, scratch, partial);
+                    merge(s, &view, &mut running, partial);
+                }
+                finish(s, &view, &running);
+            }
+            return;
+        };
+        let (head, split) = (u.task / plan.num_splits, u.task % plan.num_splits);
+        let view = u.view(head, 0..u.sequence.num_rows());
+        let len = Partial::len(view.height(), view.head_dim);
+        let first_partial = first_partial + head * plan.num_splits * len;
+        let (_, mut running) = scratch.start(view.height(), view.head_dim);
+        // SAFETY: the plan gave each (head, split) of the sequence its own place in `partials`. The counter orders the
+        // writes of the others before the merge.
+        unsafe {
+            let place = |split: usize| Partial::at(u.partials.at(first_partial + split * len), view.height());
+            pack_queries::<S, E>(s, &view, scratch);
+            split_partial::<S, E>(s, &view, plan.first_split + split, scratch, place(split));
+            if u.pending[first_counter + head].fetch_sub(1, Ordering::AcqRel) > 1 {
+                return;
+            }
+            for split in 0..plan.num_splits {
+                merge(s, &view, &mut running, place(split));
+            }
+            finish(s, &view, &running);
+        }
+    }
+}
+
+/// Values of a head, rounded up to vectors.
+pub(crate) const fn head_stride(head_dim: usize) -> usize {
+    round_to_lanes(head_dim)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units_fill_register_tiles() {
+        for group in 1..=64 {
+            let rows = tile_rows(group);
+            assert!(rows >= 1 && (rows == 1 || rows * group <= UNIT_HEIGHT), "{group}");
+        }
+        assert_eq!([1, 2, 4, 5, 7, 8].map(tile_rows), [60, 30, 15, 12, 6, 6]);
+    }
+
+    #[test]
+    fn splits_follow_the_window() {
+        assert_eq!(splits(0..1, None), 0..1);
+        assert_eq!(splits(511..512, None), 0..1);
+        assert_eq!(splits(512..513, None), 0..2);
+        assert_eq!(splits(1023..1030, Some(512)), 1..3);
+        assert_eq!(splits(1022..1030, Some(512)), 0..3);
+    }
+}

@@ -1,0 +1,320 @@
+//! KV pages: their layout, and writing to them.
+//!
+//! A page holds K, then V, of `page_tokens` slots. Both are right operands of the register tile, so they lie as packed
+//! weights do: K with slots as outputs, `[head_dim / 2][page_tokens][2]` in bf16 and `[head_dim][page_tokens]`
+//! otherwise; V with channels as outputs, `[page_tokens / 2][head_dim][2]` and `[page_tokens][head_dim]`. One
+//! instruction then scores 16 tokens, with no sum across lanes.
+
+use std::marker::PhantomData;
+
+use half::{bf16, f16};
+use ops::{Batch, BlockIndex, DType, Error, HeadShape, KvGeometry, PAGE_TOKENS_ALLOWED, SequenceRows, Tensor};
+
+use crate::isa::{Isa, Kernel};
+use crate::memory::{Buffer, Shared};
+use crate::pack::{Vector, k_per_step};
+use crate::pool::Pool;
+use crate::rows::rms_norm_row;
+use crate::simd::{LANES, Simd};
+use crate::tensor::CpuTensor;
+use crate::tile::{Bf16, Element, F16, F32};
+
+/// Widest head.
+pub const HEAD_DIM_MAX: usize = 256;
+
+/// The pages of all layers: one allocation per layer, then block, then head.
+#[derive(Debug)]
+pub struct Kv {
+    geometry: KvGeometry,
+    num_blocks: usize,
+    layers: Vec<Buffer<u8>>,
+}
+
+impl Kv {
+    /// A pool of `num_blocks` blocks, all zero.
+    pub fn new(geometry: KvGeometry, num_blocks: usize) -> Result<Self, Error> {
+        let KvGeometry { head_dim, page_tokens, .. } = geometry;
+        if !PAGE_TOKENS_ALLOWED.contains(&page_tokens) {
+            return Err(Error::Unsupported(format!("pages of {page_tokens} tokens; 8, 16, 32 and 64 are possible")));
+        }
+        if head_dim == 0 || head_dim > HEAD_DIM_MAX || !head_dim.is_multiple_of(2) {
+            return Err(Error::Unsupported(format!(
+                "a head of {head_dim} channels; even numbers up to {HEAD_DIM_MAX} are possible"
+            )));
+        }
+        let layer_bytes = num_blocks.saturating_mul(geometry.kv_heads * geometry.page_bytes());
+        let layers = (0..geometry.num_layers).map(|_| Buffer::zeroed(layer_bytes, "KV cache"));
+        Ok(Kv { geometry, num_blocks, layers: layers.collect::<Result<_, _>>()? })
+    }
+
+    /// Shape.
+    pub fn geometry(&self) -> &KvGeometry {
+        &self.geometry
+    }
+
+    /// Offset of a page in its layer.
+    ///
+    /// # Panics
+    /// When there is no such page.
+    #[inline]
+    fn offset(&self, block: BlockIndex, head: usize) -> usize {
+        assert!(block.at() < self.num_blocks && head < self.geometry.kv_heads, "{block:?} of {}", self.num_blocks);
+        (block.at() * self.geometry.kv_heads + head) * self.geometry.page_bytes()
+    }
+
+    /// Start of a page.
+    ///
+    /// # Panics
+    /// When there is no such page.
+    #[inline]
+    pub fn page(&self, layer: usize, block: BlockIndex, head: usize) -> *const u8 {
+        self.layers[layer].as_slice()[self.offset(block, head)..].as_ptr()
+    }
+
+    /// A layer, for the tasks of a fork.
+    fn shared(&mut self, layer: usize) -> Shared<u8> {
+        Shared(self.layers[layer].as_mut_ptr())
+    }
+
+    /// Bytes from the start of a page to its V.
+    pub fn value_offset(&self) -> usize {
+        self.geometry.page_bytes() / 2
+    }
+
+    /// Element of a page that holds channel `c` of K at `slot`.
+    fn key_element(&self, slot: usize, c: usize) -> usize {
+        let per_step = k_per_step(self.geometry.dtype);
+        (c / per_step * self.geometry.page_tokens + slot) * per_step + c % per_step
+    }
+
+    /// Element of a page that holds channel `c` of V at `slot`.
+    fn value_element(&self, slot: usize, c: usize) -> usize {
+        let per_step = k_per_step(self.geometry.dtype);
+        let half = self.geometry.page_tokens * self.geometry.head_dim;
+        half + (slot / per_step * self.geometry.head_dim + c) * per_step + slot % per_step
+    }
+
+    /// Writes K and V (`[page_tokens, head_dim]`) of a page.
+    pub fn write_page(&mut self, layer: usize, block: BlockIndex, head: usize, k: &[f32], v: &[f32]) {
+        let KvGeometry { head_dim, page_tokens, dtype, .. } = self.geometry;
+        assert_eq!((k.len(), v.len()), (page_tokens * head_dim, page_tokens * head_dim), "a whole page");
+        let offset = self.offset(block, head);
+        for slot in 0..page_tokens {
+            for c in 0..head_dim {
+                let key = self.key_element(slot, c);
+                let value = self.value_element(slot, c);
+                let page = &mut self.layers[layer].as_mut_slice()[offset..];
+                write(page, key, dtype, k[slot * head_dim + c]);
+                write(page, value, dtype, v[slot * head_dim + c]);
+            }
+        }
+    }
+
+    /// K and V (`[page_tokens, head_dim]`) of a page.
+    pub fn read_page(&self, layer: usize, block: BlockIndex, head: usize) -> (Vec<f32>, Vec<f32>) {
+        let KvGeometry { head_dim, page_tokens, dtype, .. } = self.geometry;
+        let page = &self.layers[layer].as_slice()[self.offset(block, head)..];
+        let places = || (0..page_tokens).flat_map(|slot| (0..head_dim).map(move |c| (slot, c)));
+        let k = places().map(|(slot, c)| dtype.read(page, self.key_element(slot, c))).collect();
+        let v = places().map(|(slot, c)| dtype.read(page, self.value_element(slot, c))).collect();
+        (k, v)
+    }
+}
+
+fn write(page: &mut [u8], element: usize, dtype: DType, value: f32) {
+    let at = element * dtype.bytes();
+    match dtype {
+        DType::F32 => page[at..at + 4].copy_from_slice(&value.to_le_bytes()),
+        DType::F16 => page[at..at + 2].copy_from_slice(&f16::from_f32(value).to_le_bytes()),
+        DType::Bf16 => page[at..at + 2].copy_from_slice(&bf16::from_f32(value).to_le_bytes()),
+    }
+}
+
+/// Normalisation of the heads of q and k: weights of each, and epsilon.
+pub type QkNorm<'a> = Option<(&'a Vector, &'a Vector, f32)>;
+
+/// Normalises and rotates q and k in place and writes k and v to the open pages. A task is what one sequence writes to
+/// one block, so no two tasks touch a page.
+pub fn append(
+    isa: Isa,
+    pool: &mut Pool,
+    kv: &mut Kv,
+    layer: usize,
+    qkv: &mut CpuTensor,
+    heads: HeadShape,
+    qk_norm: QkNorm,
+    angles: &CpuTensor,
+    batch: &Batch,
+) {
+    let KvGeometry { kv_heads, head_dim, page_tokens, dtype, .. } = kv.geometry;
+    assert_eq!((heads.kv_heads, heads.head_dim), (kv_heads, head_dim), "heads of the cache");
+    assert_eq!((qkv.rows(), qkv.cols()), (batch.num_rows(), heads.qkv_cols()), "shape of QKV");
+    assert_eq!((angles.rows(), angles.cols()), (batch.num_rows(), head_dim), "shape of the angles");
+    if let Some((q, k, _)) = qk_norm {
+        assert_eq!((q.len(), k.len()), (head_dim, head_dim), "weights of the head norms");
+    }
+    batch.check(page_tokens);
+    let blocks_of = |s: &SequenceRows| {
+        let first = s.first_position as usize / page_tokens;
+        (first, s.context_tokens().div_ceil(page_tokens))
+    };
+    for s in batch.sequences {
+        // Also checks that the blocks exist.
+        batch.block_table(s).iter().for_each(|&block| drop(kv.offset(block, 0)));
+    }
+    let num_tasks = batch.sequences.iter().map(blocks_of).map(|(first, end)| end - first).sum();
+    let (stride, rows) = (qkv.stride(), qkv.shared());
+    let (value_offset, page_bytes) = (kv.value_offset(), kv.geometry.page_bytes());
+    let pages = kv.shared(layer);
+    pool.run(num_tasks, &|mut task, _| {
+        // Sequences are few and this search is short; a table of first tasks would have to be kept somewhere.
+        let mut found = None;
+        for s in batch.sequences {
+            let (first, end) = blocks_of(s);
+            if task < end - first {
+                found = Some((s, first + task));
+                break;
+            }
+            task -= end - first;
+        }
+        let (s, block) = found.expect("every task is a block of a sequence");
+        let block_start = block * page_tokens;
+        let positions = block_start.max(s.first_position as usize)
+            ..(block_start + page_tokens).min(s.context_tokens());
+        let page = batch.block_table(s)[block].at() * kv_heads * page_bytes;
+        for position in positions {
+            let row = s.rows.start as usize + position - s.first_position as usize;
+            // SAFETY: the row and the pages of the block belong to this task alone; shapes were checked above.
+            unsafe {
+                let append = AppendRow {
+                    qkv: rows.at(row * stride),
+                    angles: angles.row(row).as_ptr(),
+                    heads,
+                    qk_norm,
+                    page: pages.at(page),
+                    page_bytes,
+                    value_offset,
+                    page_tokens,
+                    slot: position - block_start,
+                };
+                match dtype {
+                    DType::Bf16 => isa.run(AppendAs(append, PhantomData::<Bf16>)),
+                    DType::F16 => isa.run(AppendAs(append, PhantomData::<F16>)),
+                    DType::F32 => isa.run(AppendAs(append, PhantomData::<F32>)),
+                }
+            }
+        }
+    });
+}
+
+/// One row on its way to its slot. All pointers are valid for the shape.
+struct AppendRow<'a> {
+    qkv: *mut f32,
+    angles: *const f32,
+    heads: HeadShape,
+    qk_norm: QkNorm<'a>,
+    /// The page of KV head 0; those of the other heads follow.
+    page: *mut u8,
+    page_bytes: usize,
+    value_offset: usize,
+    page_tokens: usize,
+    slot: usize,
+}
+
+struct AppendAs<'a, E>(AppendRow<'a>, PhantomData<E>);
+
+impl<E: Element> Kernel for AppendAs<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let a = self.0;
+        let HeadShape { q_heads, kv_heads, head_dim } = a.heads;
+        // SAFETY: q heads, then k heads, then v heads lie in the row; the page is as long as `page_bytes` per head.
+        unsafe {
+            for head in 0..q_heads + kv_heads {
+                let values = a.qkv.add(head * head_dim);
+                if let Some((q, k, eps)) = a.qk_norm {
+                    let weight = if head < q_heads { q } else { k };
+                    rms_norm_row(s, values, values, weight.padded().as_ptr(), head_dim, eps);
+                }
+                rotate(s, values, a.angles, head_dim);
+            }
+            for head in 0..kv_heads {
+                let page = a.page.add(head * a.page_bytes);
+                if a.slot == 0 {
+                    page.write_bytes(0, a.page_bytes);
+                }
+                let k = a.qkv.add((q_heads + head) * head_dim);
+                let v = a.qkv.add((q_heads + kv_heads + head) * head_dim);
+                let per_step = E::K_PER_STEP;
+                // Element (slot, c) of K is at `(c / per_step * page_tokens + slot) * per_step + c % per_step`.
+                scatter::<S, E>(s, page, k, head_dim, a.slot * per_step, per_step, a.page_tokens * per_step);
+                // Element (slot, c) of V is at `(slot / per_step * head_dim + c) * per_step + slot % per_step`.
+                let first = a.slot / per_step * head_dim * per_step + a.slot % per_step;
+                scatter::<S, E>(s, page.add(a.value_offset), v, head_dim, first, 1, per_step);
+            }
+        }
+    }
+}
+
+/// Rotates the pairs `(c, c + head_dim / 2)` by `[cos | sin]`.
+///
+/// # Safety
+/// `values` and `angles` are valid for `head_dim` values.
+#[inline(always)]
+unsafe fn rotate<S: Simd>(s: S, values: *mut f32, angles: *const f32, head_dim: usize) {
+    let half = head_dim / 2;
+    let mut c = 0;
+    while c < half {
+        let n = (half - c).min(LANES);
+        // SAFETY: `c + n <= half`.
+        unsafe {
+            let (x, y) = (s.load_part(values.add(c), n), s.load_part(values.add(half + c), n));
+            let (cos, sin) = (s.load_part(angles.add(c), n), s.load_part(angles.add(half + c), n));
+            let rotated_x = s.sub(s.mul(x, cos), s.mul(y, sin));
+            let rotated_y = s.add(s.mul(y, cos), s.mul(x, sin));
+            s.store_part(values.add(c), rotated_x, n);
+            s.store_part(values.add(half + c), rotated_y, n);
+        }
+        c += LANES;
+    }
+}
+
+/// Writes `len` values as elements: value `c` goes to element `first + c / run * stride + c % run`.
+///
+/// # Safety
+/// `values` is valid for `len` values and `to` for those elements.
+#[inline(always)]
+unsafe fn scatter<S: Simd, E: Element>(
+    s: S,
+    to: *mut u8,
+    values: *const f32,
+    len: usize,
+    first: usize,
+    run: usize,
+    stride: usize,
+) {
+    let element = E::VECTOR_BYTES / LANES / E::K_PER_STEP;
+    let mut converted = [0u32; LANES];
+    let mut c = 0;
+    while c < len {
+        let n = (len - c).min(LANES);
+        // SAFETY: the buffer holds 16 elements of up to 4 bytes; the rest is the caller's promise. `element * run` is 2
+        // or 4 and all places are aligned to it, as pages are.
+        unsafe {
+            E::store_right(s, converted.as_mut_ptr().cast(), s.load_part(values.add(c), n));
+            let mut i = 0;
+            while i < n {
+                let place = to.add((first + (c + i) / run * stride) * element);
+                if element * run == 4 {
+                    place.cast::<u32>().write(*converted.as_ptr().byte_add(i * element));
+                } else {
+                    place.cast::<u16>().write(*converted.as_ptr().cast::<u16>().add(i));
+                }
+                i += run;
+            }
+        }
+        c += LANES;
+    }
+}

@@ -1,0 +1,263 @@
+//! AVX-512, with and without bf16 dot products.
+
+use std::arch::x86_64::*;
+
+use super::Simd;
+
+/// AVX-512 F, BW, DQ, VL: bf16 is widened.
+#[derive(Clone, Copy, Debug)]
+pub struct Avx512(());
+
+/// AVX-512 with the bf16 extension.
+#[derive(Clone, Copy, Debug)]
+pub struct Avx512Bf16(());
+
+impl Avx512 {
+    /// # Safety
+    /// The processor has AVX-512 F, BW, DQ and VL, AVX2, FMA and F16C.
+    #[inline(always)]
+    pub(crate) unsafe fn new() -> Self {
+        Avx512(())
+    }
+}
+
+impl Avx512Bf16 {
+    /// # Safety
+    /// As for [`Avx512::new`], and AVX512_BF16.
+    #[inline(always)]
+    pub(crate) unsafe fn new() -> Self {
+        Avx512Bf16(())
+    }
+}
+
+/// Rounds to nearest even in integers; the bf16 bits end up in the low halves.
+///
+/// # Safety
+/// AVX-512 F.
+#[inline(always)]
+unsafe fn narrow(v: __m512) -> __m512i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let bits = _mm512_castps_si512(v);
+        let odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        _mm512_srli_epi32(rounded, 16)
+    }
+}
+
+/// The lower values of pairs, widened.
+///
+/// # Safety
+/// AVX-512 F.
+#[inline(always)]
+unsafe fn low(pairs: __m512i) -> __m512 {
+    // SAFETY: the caller's promise.
+    unsafe { _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)) }
+}
+
+/// The upper values of pairs, widened.
+///
+/// # Safety
+/// AVX-512 F.
+#[inline(always)]
+unsafe fn high(pairs: __m512i) -> __m512 {
+    // SAFETY: the caller's promise.
+    unsafe { _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32))) }
+}
+
+// What both levels share. A macro, since a token type is what carries the proof that the features are there.
+macro_rules! common {
+    () => {
+        const TILE_ROWS: usize = 6;
+        const TILE_VECTORS: usize = 4;
+
+        type V = __m512;
+
+        #[inline(always)]
+        fn splat(self, value: f32) -> __m512 {
+            // SAFETY: `self` proves the features; so in every method of this macro.
+            unsafe { _mm512_set1_ps(value) }
+        }
+
+        #[inline(always)]
+        unsafe fn load(self, from: *const f32) -> __m512 {
+            // SAFETY: features as above; the caller vouches for the memory.
+            unsafe { _mm512_loadu_ps(from) }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32, v: __m512) {
+            // SAFETY: as for `load`.
+            unsafe { _mm512_storeu_ps(to, v) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_part(self, from: *const f32, n: usize) -> __m512 {
+            // SAFETY: as for `load`; masked lanes are not accessed.
+            unsafe { _mm512_maskz_loadu_ps(((1u32 << n) - 1) as u16, from) }
+        }
+
+        #[inline(always)]
+        unsafe fn store_part(self, to: *mut f32, v: __m512, n: usize) {
+            // SAFETY: as for `load_part`.
+            unsafe { _mm512_mask_storeu_ps(to, ((1u32 << n) - 1) as u16, v) }
+        }
+
+        #[inline(always)]
+        fn add(self, a: __m512, b: __m512) -> __m512 {
+            // SAFETY: features as above.
+            unsafe { _mm512_add_ps(a, b) }
+        }
+
+        #[inline(always)]
+        fn sub(self, a: __m512, b: __m512) -> __m512 {
+            // SAFETY: features as above.
+            unsafe { _mm512_sub_ps(a, b) }
+        }
+
+        #[inline(always)]
+        fn mul(self, a: __m512, b: __m512) -> __m512 {
+            // SAFETY: features as above.
+            unsafe { _mm512_mul_ps(a, b) }
+        }
+
+        #[inline(always)]
+        fn div(self, a: __m512, b: __m512) -> __m512 {
+            // SAFETY: features as above.
+            unsafe { _mm512_div_ps(a, b) }
+        }
+
+        #[inline(always)]
+        fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+            // SAFETY: features as above.
+            unsafe { _mm512_fmadd_ps(a, b, c) }
+        }
+
+        #[inline(always)]
+        fn max(self, a: __m512, b: __m512) -> __m512 {
+            // SAFETY: features as above.
+            unsafe { _mm512_max_ps(a, b) }
+        }
+
+        #[inline(always)]
+        fn keep(self, v: __m512, mask: u16) -> __m512 {
+            // SAFETY: features as above.
+            unsafe { _mm512_mask_blend_ps(mask, _mm512_set1_ps(f32::NEG_INFINITY), v) }
+        }
+
+        #[inline(always)]
+        fn reduce_max(self, v: __m512) -> f32 {
+            // SAFETY: features as above.
+            unsafe { _mm512_reduce_max_ps(v) }
+        }
+
+        #[inline(always)]
+        fn reduce_sum(self, v: __m512) -> f32 {
+            // SAFETY: features as above. Spelt out, since the order of the library's reduction is its own affair.
+            unsafe {
+                let v = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+                super::avx2::sum_8(v)
+            }
+        }
+
+        #[inline(always)]
+        fn round(self, v: __m512) -> __m512 {
+            // SAFETY: features as above.
+            unsafe { _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC) }
+        }
+
+        #[inline(always)]
+        fn scale_by_power(self, v: __m512, n: __m512) -> __m512 {
+            // SAFETY: features as above.
+            unsafe { _mm512_scalef_ps(v, n) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_f16(self, from: *const u16) -> __m512 {
+            // SAFETY: features as above; the caller vouches for the memory.
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+        }
+
+        #[inline(always)]
+        unsafe fn store_f16(self, to: *mut u16, v: __m512) {
+            // SAFETY: as for `load_f16`.
+            unsafe {
+                _mm256_storeu_si256(to.cast(), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
+            }
+        }
+    };
+}
+
+impl Simd for Avx512 {
+    common!();
+
+    type Pairs = __m512i;
+
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16, v: __m512) {
+        // SAFETY: `self` proves the features; the caller vouches for the memory.
+        unsafe { _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(narrow(v))) }
+    }
+
+    #[inline(always)]
+    fn round_bf16(self, v: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32(narrow(v), 16)) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_pairs(self, from: *const u32) -> __m512i {
+        // SAFETY: `self` proves the features; the caller vouches for the memory.
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+
+    #[inline(always)]
+    fn splat_pair(self, pair: u32) -> __m512i {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_set1_epi32(pair as i32) }
+    }
+
+    #[inline(always)]
+    fn dot_pairs(self, acc: __m512, a: __m512i, b: __m512i) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            _mm512_fmadd_ps(high(a), high(b), _mm512_fmadd_ps(low(a), low(b), acc))
+        }
+    }
+}
+
+impl Simd for Avx512Bf16 {
+    common!();
+
+    type Pairs = __m512bh;
+
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16, v: __m512) {
+        // SAFETY: `self` proves the features; the caller vouches for the memory. Both are 32 bytes of plain data.
+        unsafe { to.cast::<__m256bh>().write_unaligned(_mm512_cvtneps_pbh(v)) }
+    }
+
+    #[inline(always)]
+    fn round_bf16(self, v: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_cvtpbh_ps(_mm512_cvtneps_pbh(v)) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_pairs(self, from: *const u32) -> __m512bh {
+        // SAFETY: the caller vouches for the memory; both are 64 bytes of plain data.
+        unsafe { from.cast::<__m512bh>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    fn splat_pair(self, pair: u32) -> __m512bh {
+        // SAFETY: `self` proves the features; both are 64 bytes of plain data.
+        unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(pair as i32)) }
+    }
+
+    #[inline(always)]
+    fn dot_pairs(self, acc: __m512, a: __m512bh, b: __m512bh) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_dpbf16_ps(acc, a, b) }
+    }
+}

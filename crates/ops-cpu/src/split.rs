@@ -1,0 +1,513 @@
+//! Attention within one split, and the merge of splits.
+//!
+//! Everything works in powers of two: queries are scaled by `log2(e) / sqrt(head_dim)` before they are rounded, so
+//! `softmax` is `2^(s - max)`. Masked slots weigh exactly 0.
+
+use ops::{BlockIndex, SPLIT_TOKENS};
+
+use crate::attention::head_stride;
+use crate::memory::Buffer;
+use crate::pages::Kv;
+use crate::simd::{LANES, Simd};
+use crate::tensor::odd_stride;
+use crate::tile::{Element, RowTiles, accumulate, round_to_lanes, with_tile};
+
+/// Floats between the scores of one row and the next: a split, and a line so that rows do not share cache sets.
+const SCORES_STRIDE: usize = SPLIT_TOKENS + LANES;
+
+/// Most pages in a split.
+const PAGES_MAX: usize = SPLIT_TOKENS / 8;
+
+/// Vectors of keys per register tile, at most.
+const KEY_VECTORS: usize = 4;
+
+/// Below any finite maximum: `-inf - LOWEST` is `-inf` where `-inf - -inf` would be no number.
+const LOWEST: f32 = f32::MIN / 4.0;
+
+/// The pages of one KV head, and the consecutive rows of a sequence that attend to them with all query heads of its
+/// group. Row `r` and query head `g` make up line `r * group + g` of everything below.
+pub struct HeadView<'a> {
+    /// Pages.
+    pub kv: &'a Kv,
+    /// Layer.
+    pub layer: usize,
+    /// KV head.
+    pub head: usize,
+    /// Block table of the sequence.
+    pub blocks: &'a [BlockIndex],
+    /// Queries of the first row.
+    pub queries: *const f32,
+    /// Floats to those of the next row.
+    pub queries_stride: usize,
+    /// Output of the first row.
+    pub out: *mut f32,
+    /// Floats to that of the next row.
+    pub out_stride: usize,
+    /// Query heads.
+    pub group: usize,
+    /// Channels.
+    pub head_dim: usize,
+    /// Slots per page.
+    pub page_tokens: usize,
+    /// Positions that a row attends to, itself included.
+    pub window: usize,
+    /// Position of the first row.
+    pub first_position: usize,
+    /// Rows.
+    pub num_rows: usize,
+}
+
+impl HeadView<'_> {
+    /// Rows times query heads.
+    pub fn height(&self) -> usize {
+        self.num_rows * self.group
+    }
+
+    /// Slots of `split` that row `row` attends to, relative to its start; may be empty.
+    #[inline(always)]
+    fn attended(&self, row: usize, split: usize) -> (usize, usize) {
+        let start = split * SPLIT_TOKENS;
+        let end = self.first_position + row + 1;
+        let first = end.saturating_sub(self.window).saturating_sub(start);
+        (first.min(SPLIT_TOKENS), end.saturating_sub(start).min(SPLIT_TOKENS))
+    }
+}
+
+/// The result of one split: per line the maximum of the scores, the sum of the weights, and the weighted values.
+#[derive(Clone, Copy, Debug)]
+pub struct Partial {
+    max: *mut f32,
+    sum: *mut f32,
+    values: *mut f32,
+}
+
+impl Partial {
+    /// Floats of a result.
+    pub const fn len(height: usize, head_dim: usize) -> usize {
+        2 * round_to_lanes(height) + height * head_stride(head_dim)
+    }
+
+    /// The result that lies at `start`.
+    ///
+    /// # Safety
+    /// [`Partial::len`] floats from there are valid.
+    pub unsafe fn at(start: *mut f32, height: usize) -> Self {
+        let padded = round_to_lanes(height);
+        // SAFETY: the caller's promise.
+        unsafe { Partial { max: start, sum: start.add(padded), values: start.add(2 * padded) } }
+    }
+}
+
+/// Results merged so far, laid out as one.
+#[derive(Debug)]
+pub struct Running(Partial);
+
+/// Memory of one thread.
+#[derive(Debug)]
+pub struct SplitScratch {
+    height: usize,
+    head_dim: usize,
+    /// Scaled queries as left operands, `[height][head_dim]`.
+    queries: Buffer<u32>,
+    /// Scores, then in their place weights as left operands, `[height][SPLIT_TOKENS]`.
+    scores: Buffer<f32>,
+    /// Keys of pairs of 8-slot pages, joined to vectors of 16.
+    joined: Buffer<u8>,
+    /// A partial and a running result.
+    results: Buffer<f32>,
+}
+
+impl SplitScratch {
+    /// Scratch for up to `height` lines of `head_dim` channels.
+    pub fn new(height: usize, head_dim: usize) -> Result<Self, ops::Error> {
+        const WHAT: &str = "attention";
+        Ok(SplitScratch {
+            height,
+            head_dim,
+            queries: Buffer::zeroed(height * odd_stride(head_dim, LANES), WHAT)?,
+            scores: Buffer::zeroed(height * SCORES_STRIDE, WHAT)?,
+            joined: Buffer::zeroed(KEY_VECTORS * head_dim * LANES * size_of::<f32>(), WHAT)?,
+            results: Buffer::zeroed(2 * Partial::len(height, head_dim), WHAT)?,
+        })
+    }
+
+    /// Whether it is large enough.
+    pub fn fits(&self, height: usize, head_dim: usize) -> bool {
+        self.height >= height && self.head_dim >= head_dim
+    }
+
+    /// Its size.
+    pub fn bytes(&self) -> usize {
+        (self.queries.len() + self.scores.len() + self.results.len()) * size_of::<f32>() + self.joined.len()
+    }
+
+    /// A place for results of splits, and a running result of nothing yet.
+    #[inline(always)]
+    pub fn start(&mut self, height: usize, head_dim: usize) -> (Partial, Running) {
+        assert!(self.fits(height, head_dim), "attention scratch of {} lines for {height}", self.height);
+        let len = Partial::len(height, head_dim);
+        let (partial, running) = self.results.as_mut_slice().split_at_mut(len);
+        running[..len].fill(0.0);
+        running[..round_to_lanes(height)].fill(f32::NEG_INFINITY);
+        // SAFETY: `len` floats in each half.
+        unsafe {
+            (Partial::at(partial.as_mut_ptr(), height), Running(Partial::at(running.as_mut_ptr(), height)))
+        }
+    }
+}
+
+/// Left operands from one line of queries to the next.
+#[inline(always)]
+fn queries_stride<E: Element>(head_dim: usize) -> usize {
+    odd_stride(head_dim.div_ceil(E::K_PER_STEP), LANES)
+}
+
+/// Scales and rounds the queries.
+///
+/// # Safety
+/// The view is valid and fits the scratch.
+#[inline(always)]
+pub unsafe fn pack_queries<S: Simd, E: Element>(s: S, view: &HeadView, scratch: &mut SplitScratch) {
+    let scale = s.splat(std::f32::consts::LOG2_E / (view.head_dim as f32).sqrt());
+    let stride = queries_stride::<E>(view.head_dim);
+    for line in 0..view.height() {
+        let (row, g) = (line / view.group, line % view.group);
+        // SAFETY: the caller's promise; a line of the scratch has room for whole vectors.
+        unsafe {
+            let from = view.queries.add(row * view.queries_stride + g * view.head_dim);
+            let to = scratch.queries.as_mut_ptr().cast::<E::Left>().add(line * stride);
+            let mut c = 0;
+            while c < view.head_dim {
+                let v = s.load_part(from.add(c), (view.head_dim - c).min(LANES));
+                E::store_left(s, to.add(c / E::K_PER_STEP), s.mul(v, scale));
+                c += LANES;
+            }
+        }
+    }
+}
+
+/// What the tiles of one split need to know.
+struct Split {
+    queries: *const u32,
+    queries_stride: usize,
+    scores: *mut f32,
+    /// Pages of the split.
+    pages: [*const u8; PAGES_MAX],
+    page_tokens: usize,
+    head_dim: usize,
+    value_offset: usize,
+    /// Slots to be looked at: from a whole vector and page on, to the end of a vector or of the last page.
+    first: usize,
+    end: usize,
+    /// Where weighted values go.
+    values: *mut f32,
+}
+
+/// Scores, weights and weighted values of one split, into `to`.
+///
+/// # Safety
+/// The view is valid, fits the scratch, and `to` is valid for its height; queries are packed.
+#[inline(always)]
+pub unsafe fn split_partial<S: Simd, E: Element>(
+    s: S,
+    view: &HeadView,
+    split: usize,
+    scratch: &mut SplitScratch,
+    to: Partial,
+) {
+    let page_tokens = view.page_tokens;
+    let (first, _) = view.attended(0, split);
+    let (_, end) = view.attended(view.num_rows - 1, split);
+    let num_pages = end.div_ceil(page_tokens);
+    let mut p = Split {
+        queries: scratch.queries.as_ptr(),
+        queries_stride: queries_stride::<E>(view.head_dim),
+        scores: scratch.scores.as_mut_ptr(),
+        pages: [std::ptr::null(); PAGES_MAX],
+        page_tokens,
+        head_dim: view.head_dim,
+        value_offset: view.kv.value_offset(),
+        first: first / page_tokens.max(LANES) * page_tokens.max(LANES),
+        end: round_to_lanes(end),
+        values: to.values,
+    };
+    let first_page = split * (SPLIT_TOKENS / page_tokens);
+    for page in p.first / page_tokens..num_pages {
+        p.pages[page] = view.kv.page(view.layer, view.blocks[first_page + page], view.head);
+    }
+    // SAFETY: the caller's promise; pages from `first` to `end` were just set.
+    unsafe {
+        scores::<S, E>(s, view, &p, num_pages, scratch.joined.as_mut_ptr());
+        for line in 0..view.height() {
+            let (first, end) = view.attended(line / view.group, split);
+            let scores = p.scores.add(line * SCORES_STRIDE);
+            let (max, sum) = weights::<S, E>(s, scores, first, end, p.first, p.end);
+            *to.max.add(line) = max;
+            *to.sum.add(line) = sum;
+        }
+        // The last page may end before the last vector of scores.
+        p.end = p.end.min(num_pages * page_tokens);
+        let vectors = view.head_dim.div_ceil(LANES);
+        let mut vector = 0;
+        while vector < vectors {
+            let n = (vectors - vector).min(S::TILE_VECTORS);
+            let mut tiles = RowTiles::new::<S>(view.height());
+            while let Some((line, lines)) = tiles.next_tile() {
+                with_tile!(S, lines, n, values_tile, (s, &p, line, vector));
+            }
+            vector += n;
+        }
+    }
+}
+
+/// Scores of all lines with slots `p.first..p.end`.
+///
+/// # Safety
+/// As for [`split_partial`].
+#[inline(always)]
+unsafe fn scores<S: Simd, E: Element>(s: S, view: &HeadView, p: &Split, num_pages: usize, joined: *mut u8) {
+    let mut slot = p.first;
+    while slot < p.end {
+        let n = ((p.end - slot) / LANES).min(S::TILE_VECTORS);
+        let mut keys = [std::ptr::null(); KEY_VECTORS];
+        // SAFETY: the caller's promise.
+        unsafe {
+            let stride = if p.page_tokens < LANES {
+                for i in 0..n {
+                    let to = joined.add(i * p.head_dim.div_ceil(E::K_PER_STEP) * E::VECTOR_BYTES);
+                    join_pages::<E>(to, p, (slot + i * LANES) / p.page_tokens, num_pages);
+                    keys[i] = to.cast_const();
+                }
+                E::VECTOR_BYTES
+            } else {
+                for i in 0..n {
+                    let slot = slot + i * LANES;
+                    keys[i] = p.pages[slot / p.page_tokens].add(slot % p.page_tokens / LANES * E::VECTOR_BYTES);
+                }
+                p.page_tokens / LANES * E::VECTOR_BYTES
+            };
+            let mut tiles = RowTiles::new::<S>(view.height());
+            while let Some((line, lines)) = tiles.next_tile() {
+                with_tile!(S, lines, n, scores_tile, (s, p, line, slot, &keys, stride));
+            }
+        }
+        slot += n * LANES;
+    }
+}
+
+/// Joins the keys of pages `page` and `page + 1`, of 8 slots each, to vectors of 16. A page beyond the last counts
+/// as zeros.
+///
+/// # Safety
+/// `to` has room for them; pages below `num_pages` are valid.
+#[inline(always)]
+unsafe fn join_pages<E: Element>(to: *mut u8, p: &Split, page: usize, num_pages: usize) {
+    let half = E::VECTOR_BYTES / 2;
+    for step in 0..p.head_dim.div_ceil(E::K_PER_STEP) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let to = to.add(step * E::VECTOR_BYTES);
+            to.copy_from_nonoverlapping(p.pages[page].add(step * half), half);
+            if page + 1 < num_pages {
+                to.add(half).copy_from_nonoverlapping(p.pages[page + 1].add(step * half), half);
+            } else {
+                to.add(half).write_bytes(0, half);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As for [`split_partial`]; lines and keys are valid.
+#[inline(always)]
+unsafe fn scores_tile<S: Simd, E: Element, const R: usize, const N: usize>(
+    s: S,
+    p: &Split,
+    line: usize,
+    slot: usize,
+    keys: &[*const u8; KEY_VECTORS],
+    stride: usize,
+) {
+    let mut acc = [[s.splat(0.0); N]; R];
+    let mut right = [keys[0]; N];
+    for n in 1..N {
+        right[n] = keys[n];
+    }
+    // SAFETY: the caller's promise.
+    unsafe {
+        let left = p.queries.cast::<E::Left>().add(line * p.queries_stride);
+        let steps = p.head_dim.div_ceil(E::K_PER_STEP);
+        accumulate::<S, E, R, N>(s, &mut acc, left, p.queries_stride, right, stride, steps);
+        for r in 0..R {
+            for n in 0..N {
+                s.store(p.scores.add((line + r) * SCORES_STRIDE + slot + n * LANES), acc[r][n]);
+            }
+        }
+    }
+}
+
+/// Replaces the scores of one line by weights, as left operands: `2^(score - max)` for slots `first..end`, 0 for the
+/// others of `begin..stop`. Returns the maximum and the sum of the weights, as rounded.
+///
+/// Weights are not wider than scores and written in ascending order, so none overwrites a score still to be read.
+///
+/// # Safety
+/// `scores` is valid for a split; `begin <= first`, `end <= stop`, and both outer bounds are whole vectors.
+#[inline(always)]
+unsafe fn weights<S: Simd, E: Element>(
+    s: S,
+    scores: *mut f32,
+    first: usize,
+    end: usize,
+    begin: usize,
+    stop: usize,
+) -> (f32, f32) {
+    let to = scores.cast::<E::Left>();
+    let zero = s.splat(0.0);
+    // SAFETY: the caller's promise.
+    unsafe {
+        if first >= end {
+            let mut slot = begin;
+            while slot < stop {
+                E::store_left(s, to.add(slot / E::K_PER_STEP), zero);
+                slot += LANES;
+            }
+            return (f32::NEG_INFINITY, 0.0);
+        }
+        let (low, high) = (first / LANES * LANES, round_to_lanes(end));
+        if first > low {
+            let mask = u16::MAX << (first - low);
+            s.store(scores.add(low), s.keep(s.load(scores.add(low)), mask));
+        }
+        if end < high {
+            let mask = u16::MAX >> (high - end);
+            s.store(scores.add(high - LANES), s.keep(s.load(scores.add(high - LANES)), mask));
+        }
+        let mut max = s.load(scores.add(low));
+        let mut slot = low + LANES;
+        while slot < high {
+            max = s.max(max, s.load(scores.add(slot)));
+            slot += LANES;
+        }
+        let max = s.reduce_max(max);
+        let mut slot = begin;
+        while slot < low {
+            E::store_left(s, to.add(slot / E::K_PER_STEP), zero);
+            slot += LANES;
+        }
+        let (mut sum, largest) = (zero, s.splat(max));
+        while slot < high {
+            let weight = s.exp2(s.sub(s.load(scores.add(slot)), largest));
+            E::store_left(s, to.add(slot / E::K_PER_STEP), weight);
+            sum = s.add(sum, E::round_left(s, weight));
+            slot += LANES;
+        }
+        while slot < stop {
+            E::store_left(s, to.add(slot / E::K_PER_STEP), zero);
+            slot += LANES;
+        }
+        (max, s.reduce_sum(sum))
+    }
+}
+
+/// # Safety
+/// As for [`split_partial`]; weights are there.
+#[inline(always)]
+unsafe fn values_tile<S: Simd, E: Element, const R: usize, const N: usize>(
+    s: S,
+    p: &Split,
+    line: usize,
+    vector: usize,
+) {
+    let mut acc = [[s.splat(0.0); N]; R];
+    let left_stride = SCORES_STRIDE * size_of::<f32>() / size_of::<E::Left>();
+    let row_bytes = p.head_dim * (E::VECTOR_BYTES / LANES);
+    // SAFETY: the caller's promise. Loads past the last channel of the last slot stay in what a buffer has after its end,
+    // and their lanes are not stored.
+    unsafe {
+        let weights = p.scores.cast::<E::Left>().add(line * left_stride);
+        let mut slot = p.first;
+        while slot < p.end {
+            let slots = (p.end - slot).min(p.page_tokens);
+            let start = p.pages[slot / p.page_tokens].add(p.value_offset + vector * E::VECTOR_BYTES);
+            let mut right = [start; N];
+            for n in 1..N {
+                right[n] = start.add(n * E::VECTOR_BYTES);
+            }
+            let left = weights.add(slot / E::K_PER_STEP);
+            accumulate::<S, E, R, N>(s, &mut acc, left, left_stride, right, row_bytes, slots / E::K_PER_STEP);
+            slot += slots;
+        }
+        for r in 0..R {
+            for n in 0..N {
+                let to = p.values.add((line + r) * head_stride(p.head_dim) + (vector + n) * LANES);
+                s.store(to, acc[r][n]);
+            }
+        }
+    }
+}
+
+/// Adds the result of a split to those merged before:
+/// `m' = max(m, m_s)`, `l' = l 2^(m - m') + l_s 2^(m_s - m')`, and values as sums.
+///
+/// # Safety
+/// Both are valid for the view's height.
+#[inline(always)]
+pub unsafe fn merge<S: Simd>(s: S, view: &HeadView, running: &mut Running, split: Partial) {
+    let Running(old) = running;
+    let height = view.height();
+    let stride = head_stride(view.head_dim);
+    let (mut old_scale, mut new_scale) = ([0.0; LANES], [0.0; LANES]);
+    let mut first = 0;
+    while first < height {
+        // SAFETY: the caller's promise; maxima and sums have room for whole vectors. What lies in lanes past the height
+        // is never used.
+        unsafe {
+            let (old_max, new_max) = (s.load(old.max.add(first)), s.load(split.max.add(first)));
+            let max = s.max(old_max, new_max);
+            let finite = s.max(max, s.splat(LOWEST));
+            let a = s.exp2(s.sub(old_max, finite));
+            let b = s.exp2(s.sub(new_max, finite));
+            let sum = s.mul(s.load(old.sum.add(first)), a);
+            s.store(old.max.add(first), max);
+            s.store(old.sum.add(first), s.mul_add(s.load(split.sum.add(first)), b, sum));
+            s.store(old_scale.as_mut_ptr(), a);
+            s.store(new_scale.as_mut_ptr(), b);
+            for i in 0..(height - first).min(LANES) {
+                let (a, b) = (s.splat(old_scale[i]), s.splat(new_scale[i]));
+                let mut c = 0;
+                while c < stride {
+                    let at = (first + i) * stride + c;
+                    let v = s.mul(s.load(old.values.add(at)), a);
+                    s.store(old.values.add(at), s.mul_add(s.load(split.values.add(at)), b, v));
+                    c += LANES;
+                }
+            }
+        }
+        first += LANES;
+    }
+}
+
+/// Divides by the sums and writes the output.
+///
+/// # Safety
+/// The view is valid and the result too, for its height.
+#[inline(always)]
+pub unsafe fn finish<S: Simd>(s: S, view: &HeadView, running: &Running) {
+    let Running(result) = running;
+    for line in 0..view.height() {
+        let (row, g) = (line / view.group, line % view.group);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let scale = s.splat(1.0 / *result.sum.add(line));
+            let out = view.out.add(row * view.out_stride + g * view.head_dim);
+            let values = result.values.add(line * head_stride(view.head_dim));
+            let mut c = 0;
+            while c < view.head_dim {
+                let n = (view.head_dim - c).min(LANES);
+                s.store_part(out.add(c), s.mul(s.load(values.add(c)), scale), n);
+                c += LANES;
+            }
+        }
+    }
+}
