@@ -1,6 +1,43 @@
-//! SparseServe: engine.
+//! Requests, admission, and the step: everything between a tokenized prompt and its answer, except the model.
+//!
+//! ```text
+//! Handle::submit => Engine::handle -> schedule -> run -> commit -> emit => Sink::send
+//! ```
+//!
+//! * `request.rs`: what is asked and what is answered. `config.rs`: what is refused.
+//! * `handle.rs`: the thread around the engine, and how others reach it.
+//! * `core.rs`: the engine itself, without thread, clock or device. `sequence.rs`: a request inside it.
+//! * `schedule.rs`, `run.rs`, `commit.rs`, `emit.rs`: the four verbs of a step. `rows.rs`: what they pass on.
+//! * `metrics.rs`: what is counted.
+//!
+//! Invariant: the answer to a request depends on the request alone, never on what else runs, on preemption, or on how
+//! its prompt was cut.
+//!
+//! Invariant: from schedule to commit nothing is allocated.
+//!
+//! Invariant: a request fails alone, by [`Update::Failed`]. A panic in a step is a broken invariant: another user's
+//! tokens could leak, so the process stops with a dump.
 #![forbid(unsafe_code)]
+
+mod commit;
+mod config;
+mod core;
+mod emit;
+mod handle;
+mod metrics;
 mod request;
+mod rows;
 mod run;
+mod schedule;
+mod sequence;
+
+#[cfg(test)]
+mod tests;
+
+pub use config::{Config, ConfigError};
+pub use core::{Engine, Event};
+pub use handle::{Handle, OnBroken, abort_process, spawn};
+pub use metrics::{METRICS, MetricDoc, MetricKind, Metrics};
 pub use request::*;
 pub use run::Runner;
+pub use sequence::Submission;

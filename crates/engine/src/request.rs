@@ -93,6 +93,9 @@ pub enum Update {
 }
 
 /// Where updates of one request go. Called on the engine thread: it must neither block nor take long.
+///
+/// A sink gets exactly one last update, [`Update::Finished`] or [`Update::Failed`], unless its request was aborted or
+/// stopped from outside; then it is dropped in silence.
 pub trait Sink: Send {
     /// Delivers `update`; `Err` when nobody listens any more, which cancels the request within one step.
     fn send(&mut self, update: Update) -> Result<(), Disconnected>;
@@ -113,6 +116,9 @@ pub enum Refusal {
         /// The bound.
         limit: usize,
     },
+    /// It makes no sense; says what to change.
+    #[error("{0}")]
+    Invalid(String),
     /// It could never run, whatever else finishes; says what does not fit.
     #[error("{0}")]
     NeverFits(String),

@@ -1,7 +1,9 @@
-//! The third verb of a step.
+//! The second verb of a step: the model.
 
 use ops::Batch;
 use ops::sample::{SampleOutput, SampleRow};
+
+use crate::core::Engine;
 
 /// Runs the rows of a step through a model. The engine knows nothing else of models and devices, so tests put a
 /// recorder here and the simulator a cost model.
@@ -9,4 +11,27 @@ pub trait Runner {
     /// Runs `batch`, writing its KV, and draws one token per entry of `samples` (whose `row` is a row of the batch)
     /// into `out`, in order, after clearing it.
     fn run(&mut self, batch: &Batch, samples: &[SampleRow], out: &mut SampleOutput);
+}
+
+impl<R: Runner> Engine<R> {
+    /// Runs the scheduled rows and samples where a sequence asks for it.
+    pub(crate) fn run(&mut self) {
+        let mut samples = recycle(std::mem::take(&mut self.samples));
+        for part in &mut self.rows.parts {
+            let start = samples.len();
+            let sequence = &self.running[part.owner];
+            part.draws = sequence.push_samples(&mut samples, part.first_row, part.positions.clone());
+            part.samples = start..samples.len();
+        }
+        self.runner.run(&self.rows.batch(), &samples, &mut self.output);
+        assert_eq!(self.output.sampled.len(), samples.len(), "the runner samples what it was asked to");
+        self.samples = recycle(samples);
+    }
+}
+
+/// The memory of `samples` for entries of another lifetime. Collecting from a vector's own iterator into entries of
+/// the same layout keeps its allocation, which the allocation test verifies.
+fn recycle<'b>(mut samples: Vec<SampleRow<'_>>) -> Vec<SampleRow<'b>> {
+    samples.clear();
+    samples.into_iter().map(|_| unreachable!("it was cleared")).collect()
 }

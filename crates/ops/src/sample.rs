@@ -78,6 +78,9 @@ pub struct Sampled {
     pub rank: u32,
     /// Where its alternatives lie in [`SampleOutput::top`].
     pub top: Range<u32>,
+    /// False when its logit is NaN, which is so only when every logit is (or, for a forced token, its own): the token
+    /// then means nothing and the request must fail.
+    pub valid: bool,
 }
 
 /// Where sampled tokens go; kept between steps so that nothing is allocated once it is warm.
@@ -122,7 +125,8 @@ pub fn sample(out: &mut SampleOutput, logits: &[f32], row: &SampleRow, scratch: 
         Some(token) => token,
         None => draw(logits, row, scratch),
     };
-    let mut sampled = Sampled { token, logprob: 0.0, rank: 0, top: 0..0 };
+    let valid = !logits[token as usize].is_nan();
+    let mut sampled = Sampled { token, logprob: 0.0, rank: 0, top: 0..0, valid };
     if let Some(count) = row.top_logprobs {
         let log_sum = log_sum_exp(logits);
         let own = logits[token as usize];
@@ -372,6 +376,18 @@ mod tests {
         sample(&mut out, &[2.0, 1.5], &SampleRow { generated: &[0], ..row(&p) }, &mut scratch);
         sample(&mut out, &[2.0, 1.5], &SampleRow { generated: &[1], ..row(&p) }, &mut scratch);
         assert_eq!(out.sampled.iter().map(|s| s.token).collect::<Vec<_>>(), [1, 0]);
+    }
+
+    #[test]
+    fn only_a_row_without_any_number_is_invalid() {
+        let nan = f32::NAN;
+        for temperature in [0.0, 1.0] {
+            let params = SamplingParams { temperature, ..Default::default() };
+            assert!(!one(&[nan, nan, nan], &row(&params)).valid);
+            let drawn = one(&[nan, 1.0, nan], &row(&params));
+            assert_eq!((drawn.token, drawn.valid), (1, true));
+            assert!(!one(&[nan, 1.0], &SampleRow { forced: Some(0), ..row(&params) }).valid);
+        }
     }
 
     #[test]

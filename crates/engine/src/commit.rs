@@ -1,0 +1,51 @@
+//! The third verb of a step: what was computed becomes state.
+
+use crate::core::Engine;
+use crate::request::FinishReason;
+use crate::run::Runner;
+use crate::sequence::{Outcome, Sequence};
+
+impl<R: Runner> Engine<R> {
+    /// Notes the KV that was written, appends the drawn tokens, and decides who has ended. Blocks of those who have are
+    /// released here, so that the next step can use them.
+    pub(crate) fn commit(&mut self) {
+        for part in &self.rows.parts {
+            let sequence = &mut self.running[part.owner];
+            let sampled = &self.output.sampled[part.samples.clone()];
+            if sampled.iter().all(|s| s.valid) {
+                self.kv.advance(&mut sequence.kv, &sequence.tokens[..part.positions.end]);
+                if part.draws {
+                    let token = sampled.last().expect("a drawn token is sampled").token;
+                    assert!(
+                        (token as usize) < self.config.vocab_size,
+                        "the runner draws tokens of the vocabulary"
+                    );
+                    sequence.tokens.push(token);
+                }
+                sequence.outcome = outcome(sequence);
+            } else {
+                // Whatever led to NaN lies in this step's blocks, too: they are released without being published.
+                sequence.outcome = Some(Outcome::Failed("the model computed NaN for this request".into()));
+            }
+            if sequence.outcome.is_some() {
+                self.kv.free(&mut sequence.kv);
+            }
+        }
+    }
+}
+
+/// How `sequence` has ended, if it has.
+fn outcome(sequence: &Sequence) -> Option<Outcome> {
+    let num_generated = sequence.num_generated();
+    if num_generated == 0 {
+        // Only a request for the log-probabilities of its prompt generates nothing.
+        let prompt_only = sequence.stopping.max_tokens == 0 && sequence.num_uncomputed() == 0;
+        return prompt_only.then_some(Outcome::Finished(FinishReason::Length));
+    }
+    let last = sequence.tokens[sequence.tokens.len() - 1];
+    if sequence.stopping.end_tokens.contains(&last) {
+        return Some(Outcome::Finished(FinishReason::EndToken(last)));
+    }
+    let complete = num_generated == sequence.stopping.max_tokens as usize;
+    complete.then_some(Outcome::Finished(FinishReason::Length))
+}

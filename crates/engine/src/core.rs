@@ -1,0 +1,224 @@
+//! The engine without a thread, a clock or a device: events in, steps, updates out.
+
+use std::collections::VecDeque;
+use std::fmt::Write;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kv::KvCache;
+use ops::sample::{SampleOutput, SampleRow, Sampled};
+
+use crate::config::Config;
+use crate::metrics::Metrics;
+use crate::request::RequestId;
+use crate::rows::StepRows;
+use crate::run::Runner;
+use crate::sequence::{Outcome, Sequence, Submission};
+
+/// All that can happen to an engine from outside.
+pub enum Event {
+    /// A new request.
+    Submit(Box<Submission>),
+    /// The client of a request is gone. Unknown ids are those of requests that ended meanwhile.
+    Abort(RequestId),
+    /// The client of a request has all that it wanted, for instance up to a stop string.
+    Stop(RequestId),
+    /// Finish what was submitted; nothing new will come.
+    Drain,
+    /// End every request now.
+    Shutdown,
+}
+
+/// Requests, KV and the step. One thread owns it.
+///
+/// Invariant: requests run in order of arrival. `running` is sorted by arrival and everything in `waiting` arrived
+/// later than everything in `running`, so the oldest request is never preempted and always makes progress.
+///
+/// What is bounded: running and waiting requests, rows and samples of a step, blocks, and the bytes of all of these;
+/// they follow from [`Config`]. The wait of a request is not bounded in time, only in order: those before it run to
+/// their end first.
+pub struct Engine<R> {
+    pub(crate) config: Config,
+    pub(crate) runner: R,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) kv: KvCache,
+    pub(crate) waiting: VecDeque<Sequence>,
+    pub(crate) running: Vec<Sequence>,
+    /// What this step runs.
+    pub(crate) rows: StepRows,
+    /// Empty between steps; only its memory stays.
+    pub(crate) samples: Vec<SampleRow<'static>>,
+    /// What this step sampled.
+    pub(crate) output: SampleOutput,
+    num_arrived: u64,
+    draining: bool,
+    stopped: bool,
+}
+
+impl<R: Runner> Engine<R> {
+    /// An engine without requests; allocates what its steps need.
+    ///
+    /// # Panics
+    /// When [`Config::check`] fails.
+    pub fn new(config: Config, metrics: Arc<Metrics>, runner: R) -> Self {
+        if let Err(error) = config.check() {
+            panic!("the configuration of an engine was checked: {error}");
+        }
+        let rows_max = config.rows_max();
+        let engine = Engine {
+            kv: KvCache::new(config.num_blocks, config.page_tokens),
+            waiting: VecDeque::with_capacity(config.max_waiting + config.max_num_seqs),
+            running: Vec::with_capacity(config.max_num_seqs),
+            rows: StepRows::new(&config),
+            samples: Vec::with_capacity(rows_max),
+            output: SampleOutput {
+                sampled: Vec::<Sampled>::with_capacity(rows_max),
+                top: Vec::with_capacity(rows_max * config.max_logprobs as usize),
+            },
+            num_arrived: 0,
+            draining: false,
+            stopped: false,
+            config,
+            runner,
+            metrics,
+        };
+        engine.observe();
+        engine
+    }
+
+    /// Takes in what happened. `now` is the time since the engine's start.
+    pub fn handle(&mut self, event: Event, now: Duration) {
+        match event {
+            Event::Submit(submission) => self.submit(*submission, now),
+            Event::Abort(id) => self.cancel(id, Outcome::Aborted, now),
+            Event::Stop(id) => self.cancel(id, Outcome::Stopped, now),
+            Event::Drain => self.draining = true,
+            Event::Shutdown => self.shut_down(now),
+        }
+        self.observe();
+    }
+
+    /// One iteration: a row for every running answer, and prompt tokens up to the budget. `clock` tells the time since
+    /// the engine's start.
+    ///
+    /// # Panics
+    /// When an invariant is broken: then no request can be trusted any more and the process must stop.
+    pub fn step(&mut self, clock: &dyn Fn() -> Duration) {
+        assert!(self.has_work(), "a step has something to do");
+        let start = clock();
+        self.schedule(start);
+        let scheduled = clock();
+        self.run();
+        let ran = clock();
+        self.commit();
+        let committed = clock();
+        self.emit(committed);
+        let phases = [scheduled - start, ran - scheduled, committed - ran, clock() - committed];
+        self.metrics.stepped(phases, self.rows.num_rows());
+        self.observe();
+    }
+
+    /// Whether a request waits or runs.
+    pub fn has_work(&self) -> bool {
+        !self.running.is_empty() || !self.waiting.is_empty()
+    }
+
+    /// Whether [`Event::Drain`] or [`Event::Shutdown`] came and every request has ended.
+    pub fn is_drained(&self) -> bool {
+        self.draining && !self.has_work()
+    }
+
+    fn submit(&mut self, submission: Submission, now: Duration) {
+        self.num_arrived += 1;
+        let mut sequence = Sequence::new(submission, self.num_arrived, &self.config);
+        if self.stopped {
+            sequence.close(
+                Outcome::Failed("the engine has stopped".into()),
+                &mut self.kv,
+                now,
+                &self.metrics,
+            );
+        } else {
+            self.waiting.push_back(sequence);
+        }
+    }
+
+    fn cancel(&mut self, id: RequestId, outcome: Outcome, now: Duration) {
+        let sequence = if let Some(at) = self.running.iter().position(|s| s.id == id) {
+            Some(self.running.remove(at))
+        } else {
+            let at = self.waiting.iter().position(|s| s.id == id);
+            at.and_then(|at| self.waiting.remove(at))
+        };
+        if let Some(mut sequence) = sequence {
+            sequence.close(outcome, &mut self.kv, now, &self.metrics);
+        }
+    }
+
+    fn shut_down(&mut self, now: Duration) {
+        self.draining = true;
+        self.stopped = true;
+        for mut sequence in self.running.drain(..).chain(self.waiting.drain(..)) {
+            let outcome = Outcome::Failed("the server is shutting down".into());
+            sequence.close(outcome, &mut self.kv, now, &self.metrics);
+        }
+    }
+
+    fn observe(&self) {
+        let (waiting, running) = (self.waiting.len(), self.running.len());
+        self.metrics.observe(waiting, running, self.kv.counts(), self.kv.num_evictions());
+    }
+
+    /// Blocks by state.
+    pub fn kv_counts(&self) -> kv::Counts {
+        self.kv.counts()
+    }
+
+    /// Panics unless every invariant of engine and KV cache holds between two steps. Slow: for tests.
+    pub fn check(&self) {
+        self.kv.check(self.running.iter().map(|s| &s.kv));
+        assert!(self.running.len() <= self.config.max_num_seqs, "running requests are bounded");
+        let order = self.running.iter().chain(&self.waiting).map(|s| s.arrival);
+        assert!(order.is_sorted(), "requests run in order of arrival");
+        for sequence in &self.waiting {
+            assert!(sequence.kv.blocks().is_empty(), "who waits holds no blocks");
+        }
+        for sequence in &self.running {
+            assert!(sequence.num_uncomputed() > 0, "who runs has something to run");
+            assert!(sequence.outcome.is_none(), "who has ended does not run");
+        }
+    }
+
+    /// The state in words, for the log of a process that is about to stop. Holds no token of any request.
+    pub fn dump(&self) -> String {
+        let mut text = String::new();
+        let counts = self.kv.counts();
+        let rows = self.rows.num_rows();
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            text,
+            "kv blocks: {counts:?}, {} evictions, last step: {rows} rows",
+            self.kv.num_evictions()
+        );
+        for (state, sequences) in [
+            ("running", self.running.as_slice()),
+            ("waiting", self.waiting.as_slices().0),
+            ("waiting", self.waiting.as_slices().1),
+        ] {
+            for s in sequences {
+                let (known, computed, blocks) = (s.tokens.len(), s.kv.num_tokens(), s.kv.blocks());
+                let shown = &blocks[..blocks.len().min(64)];
+                let _ = writeln!(
+                    text,
+                    "{state}: request {} arrival {} prompt {} tokens {known} computed {computed} blocks {}: {:?}",
+                    s.id.0,
+                    s.arrival,
+                    s.prompt_len,
+                    blocks.len(),
+                    shown.iter().map(|b| b.0).collect::<Vec<_>>(),
+                );
+            }
+        }
+        text
+    }
+}

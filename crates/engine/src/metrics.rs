@@ -1,0 +1,340 @@
+//! What the engine counts and times, for Prometheus.
+
+use std::time::Duration;
+
+use kv::Counts;
+use prometheus::{
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+};
+
+use crate::request::FinishReason;
+use crate::sequence::Outcome;
+
+/// How a metric behaves.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum MetricKind {
+    /// Only grows.
+    Counter,
+    /// Goes up and down.
+    Gauge,
+    /// Counts of values by upper bound.
+    Histogram(&'static [f64]),
+}
+
+impl MetricKind {
+    /// The word for it in documentation.
+    pub fn name(self) -> &'static str {
+        match self {
+            MetricKind::Counter => "counter",
+            MetricKind::Gauge => "gauge",
+            MetricKind::Histogram(_) => "histogram",
+        }
+    }
+}
+
+/// One metric: what is registered, and what `docs/metrics.md` says.
+#[derive(Clone, Copy, Debug)]
+pub struct MetricDoc {
+    /// Full name.
+    pub name: &'static str,
+    /// How it behaves.
+    pub kind: MetricKind,
+    /// Its label with all values, if it has one.
+    pub label: Option<(&'static str, &'static [&'static str])>,
+    /// One sentence.
+    pub help: &'static str,
+}
+
+/// Seconds of a whole request or of a wait.
+const REQUEST_SECONDS: MetricKind = MetricKind::Histogram(&[
+    0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0,
+]);
+/// Seconds of a step or of a token.
+const STEP_SECONDS: MetricKind = MetricKind::Histogram(&[
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+]);
+const ROWS: MetricKind = MetricKind::Histogram(&[
+    1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0,
+]);
+
+const OUTCOMES: [&str; 5] = ["stop", "length", "aborted", "failed", "refused"];
+const STATES: [&str; 3] = ["free", "used", "cached"];
+const PHASES: [&str; 4] = ["schedule", "run", "commit", "emit"];
+
+const REQUESTS: MetricDoc = MetricDoc {
+    name: "sparseserve_requests_total",
+    kind: MetricKind::Counter,
+    label: Some(("outcome", &OUTCOMES)),
+    help: "Requests by how they ended.",
+};
+const WAITING: MetricDoc = MetricDoc {
+    name: "sparseserve_requests_waiting",
+    kind: MetricKind::Gauge,
+    label: None,
+    help: "Requests that wait for admission, preempted ones included.",
+};
+const RUNNING: MetricDoc = MetricDoc {
+    name: "sparseserve_requests_running",
+    kind: MetricKind::Gauge,
+    label: None,
+    help: "Requests that take part in steps.",
+};
+const PREEMPTIONS: MetricDoc = MetricDoc {
+    name: "sparseserve_preemptions_total",
+    kind: MetricKind::Counter,
+    label: None,
+    help: "Times that a running request gave its KV blocks up for an older one.",
+};
+const PROMPT_TOKENS: MetricDoc = MetricDoc {
+    name: "sparseserve_prompt_tokens_total",
+    kind: MetricKind::Counter,
+    label: None,
+    help: "Tokens of admitted prompts.",
+};
+const CACHED_TOKENS: MetricDoc = MetricDoc {
+    name: "sparseserve_prompt_tokens_cached_total",
+    kind: MetricKind::Counter,
+    label: None,
+    help: "Those of them whose KV came from the prefix cache.",
+};
+const GENERATION_TOKENS: MetricDoc = MetricDoc {
+    name: "sparseserve_generation_tokens_total",
+    kind: MetricKind::Counter,
+    label: None,
+    help: "Tokens generated.",
+};
+const TIME_TO_FIRST_TOKEN: MetricDoc = MetricDoc {
+    name: "sparseserve_time_to_first_token_seconds",
+    kind: REQUEST_SECONDS,
+    label: None,
+    help: "From submission to the first token.",
+};
+const TIME_PER_OUTPUT_TOKEN: MetricDoc = MetricDoc {
+    name: "sparseserve_time_per_output_token_seconds",
+    kind: STEP_SECONDS,
+    label: None,
+    help: "From one token of a request to its next.",
+};
+const REQUEST_DURATION: MetricDoc = MetricDoc {
+    name: "sparseserve_request_duration_seconds",
+    kind: REQUEST_SECONDS,
+    label: None,
+    help: "From submission to the end, however it ended.",
+};
+const QUEUE: MetricDoc = MetricDoc {
+    name: "sparseserve_queue_seconds",
+    kind: REQUEST_SECONDS,
+    label: None,
+    help: "From submission to the first admission.",
+};
+const KV_BLOCKS: MetricDoc = MetricDoc {
+    name: "sparseserve_kv_blocks",
+    kind: MetricKind::Gauge,
+    label: Some(("state", &STATES)),
+    help: "KV blocks by state; cached ones are used by nobody and can be shared or evicted.",
+};
+const EVICTIONS: MetricDoc = MetricDoc {
+    name: "sparseserve_kv_block_evictions_total",
+    kind: MetricKind::Counter,
+    label: None,
+    help: "Cached KV blocks given up for new tokens.",
+};
+const STEP: MetricDoc = MetricDoc {
+    name: "sparseserve_step_seconds",
+    kind: STEP_SECONDS,
+    label: Some(("phase", &PHASES)),
+    help: "Time of a step by phase.",
+};
+const STEP_ROWS: MetricDoc = MetricDoc {
+    name: "sparseserve_step_rows",
+    kind: ROWS,
+    label: None,
+    help: "Rows per step: one per token that is run, of prompts and of answers.",
+};
+
+/// Every metric of the engine: the single source of registration and documentation.
+pub const METRICS: [MetricDoc; 15] = [
+    REQUESTS,
+    WAITING,
+    RUNNING,
+    PREEMPTIONS,
+    PROMPT_TOKENS,
+    CACHED_TOKENS,
+    GENERATION_TOKENS,
+    TIME_TO_FIRST_TOKEN,
+    TIME_PER_OUTPUT_TOKEN,
+    REQUEST_DURATION,
+    QUEUE,
+    KV_BLOCKS,
+    EVICTIONS,
+    STEP,
+    STEP_ROWS,
+];
+
+/// The metrics of one engine. Updating them neither blocks nor allocates.
+pub struct Metrics {
+    /// By outcome, as in `OUTCOMES`.
+    requests: [IntCounter; 5],
+    waiting: IntGauge,
+    running: IntGauge,
+    preemptions: IntCounter,
+    prompt_tokens: IntCounter,
+    cached_tokens: IntCounter,
+    generation_tokens: IntCounter,
+    time_to_first_token: Histogram,
+    time_per_output_token: Histogram,
+    request_duration: Histogram,
+    queue: Histogram,
+    /// By state, as in `STATES`.
+    kv_blocks: [IntGauge; 3],
+    evictions: IntCounter,
+    /// By phase, as in `PHASES`.
+    step: [Histogram; 4],
+    step_rows: Histogram,
+}
+
+impl Metrics {
+    /// Registers every metric of [`METRICS`].
+    ///
+    /// # Errors
+    /// When `registry` has one of them already.
+    pub fn new(registry: &Registry) -> prometheus::Result<Self> {
+        Ok(Metrics {
+            requests: counters(registry, REQUESTS)?,
+            waiting: gauge(registry, WAITING)?,
+            running: gauge(registry, RUNNING)?,
+            preemptions: counter(registry, PREEMPTIONS)?,
+            prompt_tokens: counter(registry, PROMPT_TOKENS)?,
+            cached_tokens: counter(registry, CACHED_TOKENS)?,
+            generation_tokens: counter(registry, GENERATION_TOKENS)?,
+            time_to_first_token: histogram(registry, TIME_TO_FIRST_TOKEN)?,
+            time_per_output_token: histogram(registry, TIME_PER_OUTPUT_TOKEN)?,
+            request_duration: histogram(registry, REQUEST_DURATION)?,
+            queue: histogram(registry, QUEUE)?,
+            kv_blocks: gauges(registry, KV_BLOCKS)?,
+            evictions: counter(registry, EVICTIONS)?,
+            step: histograms(registry, STEP)?,
+            step_rows: histogram(registry, STEP_ROWS)?,
+        })
+    }
+
+    pub(crate) fn refused(&self) {
+        self.requests[4].inc();
+    }
+
+    pub(crate) fn admitted(&self, prompt_tokens: usize, cached_tokens: usize, queued: Duration) {
+        self.prompt_tokens.inc_by(prompt_tokens as u64);
+        self.cached_tokens.inc_by(cached_tokens as u64);
+        self.queue.observe(queued.as_secs_f64());
+    }
+
+    pub(crate) fn preempted(&self) {
+        self.preemptions.inc();
+    }
+
+    pub(crate) fn first_token(&self, since_submission: Duration) {
+        self.generation_tokens.inc();
+        self.time_to_first_token.observe(since_submission.as_secs_f64());
+    }
+
+    pub(crate) fn next_token(&self, since_last: Duration) {
+        self.generation_tokens.inc();
+        self.time_per_output_token.observe(since_last.as_secs_f64());
+    }
+
+    pub(crate) fn closed(&self, outcome: &Outcome, since_submission: Duration) {
+        let at = match outcome {
+            Outcome::Finished(FinishReason::EndToken(_)) | Outcome::Stopped => 0,
+            Outcome::Finished(FinishReason::Length) => 1,
+            Outcome::Aborted => 2,
+            Outcome::Failed(_) => 3,
+        };
+        self.requests[at].inc();
+        self.request_duration.observe(since_submission.as_secs_f64());
+    }
+
+    /// The four phases of a step, and its rows.
+    pub(crate) fn stepped(&self, phases: [Duration; 4], num_rows: usize) {
+        for (histogram, phase) in self.step.iter().zip(phases) {
+            histogram.observe(phase.as_secs_f64());
+        }
+        self.step_rows.observe(num_rows as f64);
+    }
+
+    /// What is there between two steps; `num_evictions` counts from the start.
+    pub(crate) fn observe(&self, num_waiting: usize, num_running: usize, blocks: Counts, num_evictions: u64) {
+        self.waiting.set(num_waiting as i64);
+        self.running.set(num_running as i64);
+        for (gauge, count) in self.kv_blocks.iter().zip([blocks.free, blocks.in_use, blocks.cached]) {
+            gauge.set(count as i64);
+        }
+        self.evictions.inc_by(num_evictions - self.evictions.get());
+    }
+}
+
+fn opts(doc: &MetricDoc) -> Opts {
+    Opts::new(doc.name, doc.help)
+}
+
+fn histogram_opts(doc: &MetricDoc) -> HistogramOpts {
+    let MetricKind::Histogram(buckets) = doc.kind else {
+        panic!("{} is documented as a histogram", doc.name)
+    };
+    HistogramOpts::from(opts(doc)).buckets(buckets.to_vec())
+}
+
+fn check(doc: &MetricDoc, kind: MetricKind, labelled: bool) {
+    assert_eq!(doc.kind, kind, "{} is documented with its kind", doc.name);
+    assert_eq!(doc.label.is_some(), labelled, "{} is documented with its label", doc.name);
+}
+
+/// The children of a metric by label value: looked up once, so that an update does not search.
+fn children<T, const N: usize>(doc: &MetricDoc, child: impl Fn(&str) -> T) -> [T; N] {
+    let (_, values) = doc.label.expect("a metric with children has a label");
+    assert_eq!(values.len(), N, "{} has a child per label value", doc.name);
+    std::array::from_fn(|i| child(values[i]))
+}
+
+fn label(doc: &MetricDoc) -> [&'static str; 1] {
+    [doc.label.expect("a metric with children has a label").0]
+}
+
+fn counter(registry: &Registry, doc: MetricDoc) -> prometheus::Result<IntCounter> {
+    check(&doc, MetricKind::Counter, false);
+    let metric = IntCounter::with_opts(opts(&doc))?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+fn counters<const N: usize>(registry: &Registry, doc: MetricDoc) -> prometheus::Result<[IntCounter; N]> {
+    check(&doc, MetricKind::Counter, true);
+    let metric = IntCounterVec::new(opts(&doc), &label(&doc))?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(children(&doc, |value| metric.with_label_values(&[value])))
+}
+
+fn gauge(registry: &Registry, doc: MetricDoc) -> prometheus::Result<IntGauge> {
+    check(&doc, MetricKind::Gauge, false);
+    let metric = IntGauge::with_opts(opts(&doc))?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+fn gauges<const N: usize>(registry: &Registry, doc: MetricDoc) -> prometheus::Result<[IntGauge; N]> {
+    check(&doc, MetricKind::Gauge, true);
+    let metric = IntGaugeVec::new(opts(&doc), &label(&doc))?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(children(&doc, |value| metric.with_label_values(&[value])))
+}
+
+fn histogram(registry: &Registry, doc: MetricDoc) -> prometheus::Result<Histogram> {
+    let metric = Histogram::with_opts(histogram_opts(&doc))?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+fn histograms<const N: usize>(registry: &Registry, doc: MetricDoc) -> prometheus::Result<[Histogram; N]> {
+    let metric = HistogramVec::new(histogram_opts(&doc), &label(&doc))?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(children(&doc, |value| metric.with_label_values(&[value])))
+}

@@ -1,0 +1,98 @@
+//! The first verb of a step: who runs how many tokens.
+
+use std::time::Duration;
+
+use crate::core::Engine;
+use crate::run::Runner;
+
+impl<R: Runner> Engine<R> {
+    /// Fills `rows`. In order of arrival, every running sequence gets what it has left to compute; all but the last
+    /// token of a sequence count against the token budget, so answers never wait for prompts. Then waiting requests
+    /// are admitted while budget, places and blocks last; the head of the queue is never overtaken.
+    pub(crate) fn schedule(&mut self, now: Duration) {
+        self.rows.clear();
+        let mut budget = self.config.max_inject_tokens;
+        let mut preempted = false;
+        let mut next = 0;
+        while next < self.running.len() {
+            preempted |= self.make_room(next);
+            if next < self.running.len() {
+                self.push_rows(next, &mut budget);
+            }
+            next += 1;
+        }
+        // Blocks that were short a moment ago are not handed to the next in line, who would be preempted for them.
+        while !preempted && budget > 0 && self.admit_next(now) {
+            self.push_rows(self.running.len() - 1, &mut budget);
+        }
+        assert!(self.rows.num_rows() > 0, "whenever there is work, some of it proceeds");
+    }
+
+    fn push_rows(&mut self, owner: usize, budget: &mut usize) {
+        let sequence = &self.running[owner];
+        let num_tokens = match sequence.num_uncomputed() {
+            1 => 1,
+            left => left.min(*budget),
+        };
+        if num_tokens > 1 || sequence.num_uncomputed() > 1 {
+            *budget -= num_tokens;
+        }
+        if num_tokens > 0 {
+            self.rows.push(owner, sequence, num_tokens);
+        }
+    }
+
+    /// Reserves blocks for all known tokens of `running[at]`, preempting the youngest until they fit, at last itself.
+    /// Returns whether anyone was preempted.
+    fn make_room(&mut self, at: usize) -> bool {
+        let mut preempted = false;
+        while at < self.running.len() {
+            let sequence = &mut self.running[at];
+            if self.kv.reserve(&mut sequence.kv, sequence.tokens.len()).is_ok() {
+                break;
+            }
+            assert!(self.running.len() > 1, "a lone request fits, that was checked when it was submitted");
+            self.preempt_youngest();
+            preempted = true;
+        }
+        preempted
+    }
+
+    /// The youngest goes back to the front of the queue, where it is still in order of arrival. Its sealed blocks stay
+    /// cached, so that what nobody evicts meanwhile need not be computed again.
+    fn preempt_youngest(&mut self) {
+        let mut youngest = self.running.pop().expect("someone runs");
+        youngest.preempt(&mut self.kv);
+        self.metrics.preempted();
+        self.waiting.push_front(youngest);
+    }
+
+    /// Admits the head of the queue if there is a place and blocks for all its known tokens and the next one.
+    fn admit_next(&mut self, now: Duration) -> bool {
+        if self.running.len() == self.config.max_num_seqs {
+            return false;
+        }
+        let Some(sequence) = self.waiting.front_mut() else { return false };
+        let available = self.kv.num_available();
+        if available < sequence.admit_when_available {
+            return false;
+        }
+        // Log-probabilities of a prompt need every row of it.
+        let cached_tokens = match sequence.prompt_logprobs {
+            None => self.kv.match_prefix(&mut sequence.kv, &sequence.tokens),
+            Some(_) => 0,
+        };
+        let num_tokens = sequence.admission_tokens();
+        if let Err(short) = self.kv.reserve(&mut sequence.kv, num_tokens) {
+            // Matching a long prompt costs time; it is worth another try only when this many could be had.
+            let matched_unused = available - short.available;
+            sequence.admit_when_available = matched_unused + short.wanted;
+            self.kv.free(&mut sequence.kv);
+            return false;
+        }
+        sequence.admit(cached_tokens, now, &self.metrics);
+        let sequence = self.waiting.pop_front().expect("the head of the queue");
+        self.running.push(sequence);
+        true
+    }
+}

@@ -1,0 +1,194 @@
+//! Random requests, aborts and hang-ups under random limits: every answer equals the one by definition, whatever else
+//! runs, and no block is lost.
+
+use ops::Random;
+
+use super::fake_runner::{expected_answer, expected_prompt_logprobs};
+use super::support::{Bench, Listener, config, prompt, request};
+use crate::config::Config;
+use crate::core::Event;
+use crate::request::{Request, RequestId, TokenLogprobs, Update};
+
+#[derive(Debug)]
+enum Op {
+    Submit(Request, Option<usize>),
+    Abort(RequestId),
+    Stop(RequestId),
+    Step,
+}
+
+struct Live {
+    id: RequestId,
+    request: Request,
+    listener: Listener,
+    impatient: bool,
+    cancelled: bool,
+}
+
+/// What a run has seen, so that a test can tell an idle fuzz.
+#[derive(Debug, Default)]
+struct Seen {
+    answers: usize,
+    cached_tokens: u32,
+    preemptions: u32,
+    evictions: f64,
+}
+
+fn random_config(random: &mut Random) -> Config {
+    let mut config = config(6 + random.below(40));
+    config.page_tokens = [8, 16][random.below(2)];
+    config.max_num_seqs = 1 + random.below(12);
+    config.max_inject_tokens = [1, 3, 8, 17, 64, 300][random.below(6)];
+    config.max_context = 60 + random.below(160);
+    config.prefix_cache = random.below(5) > 0;
+    config.prefix_limit = if random.below(4) == 0 { Some(random.below(100)) } else { None };
+    config
+}
+
+fn random_request(random: &mut Random, config: &Config) -> Request {
+    // Families share prefixes; a tail of its own makes most prompts differ somewhere.
+    let mut tokens = prompt(random.below(3) as u32, 1 + random.below(config.max_context));
+    let tail = random.below(tokens.len() + 1);
+    for token in &mut tokens[tail..] {
+        *token = random.below(40) as u32;
+    }
+    let mut request = request(tokens, random.below(50) as u32);
+    request.sampling.seed = random.below(3) as u64;
+    request.stopping.end_tokens = (0..random.below(3)).map(|_| random.below(48) as u32).collect();
+    request.stopping.min_tokens = random.below(8) as u32;
+    request.logprobs = (random.below(5) == 0).then(|| random.below(6) as u32);
+    let max_tokens = &mut request.stopping.max_tokens;
+    if random.below(6) == 0 {
+        request.prompt_logprobs = Some(random.below(6) as u32);
+        *max_tokens *= random.below(2) as u32;
+    } else {
+        *max_tokens = (*max_tokens).max(1);
+    }
+    request
+}
+
+fn draw(random: &mut Random, config: &Config, live: &[Live]) -> Op {
+    match random.below(20) {
+        0..6 => Op::Submit(random_request(random, config), (random.below(12) == 0).then(|| random.below(12))),
+        6 if !live.is_empty() => Op::Abort(live[random.below(live.len())].id),
+        7 if !live.is_empty() => Op::Stop(live[random.below(live.len())].id),
+        _ => Op::Step,
+    }
+}
+
+fn check_answer(live: &Live, config: &Config, seen: &mut Seen) {
+    let Live { request, listener, .. } = live;
+    let (answer, reason) = expected_answer(request, config.max_context);
+    let tokens = listener.tokens();
+    let end = listener.end();
+    let Some(end) = end else {
+        assert!(live.cancelled || live.impatient, "{request:?} was answered");
+        assert!(answer.starts_with(&tokens), "an answer that was cut short is the same up to there");
+        return;
+    };
+    let Update::Finished { reason: actual, usage } = end else { panic!("{end:?} for {request:?}") };
+    assert_eq!(tokens, answer, "{request:?}");
+    assert_eq!(actual, reason, "{request:?}");
+    assert_eq!(usage.generated_tokens as usize, answer.len());
+    assert_eq!(usage.prompt_tokens as usize, request.prompt.len());
+    assert!(usage.cached_tokens < usage.prompt_tokens);
+    if config.prefix_limit.is_some_and(|limit| request.prompt.len() > limit) || !config.prefix_cache {
+        assert_eq!(usage.cached_tokens, 0);
+    }
+    check_logprobs(request, &listener.heard(), &answer);
+    seen.answers += 1;
+    seen.cached_tokens += usage.cached_tokens;
+    seen.preemptions += usage.preemptions;
+}
+
+fn check_logprobs(request: &Request, heard: &[Update], answer: &[u32]) {
+    let mut of_prompt: Vec<&Vec<TokenLogprobs>> = Vec::new();
+    let mut of_answer = Vec::new();
+    for update in heard {
+        match update {
+            Update::PromptLogprobs(logprobs) => of_prompt.push(logprobs),
+            Update::Token { logprobs, .. } => of_answer.push(logprobs.clone()),
+            Update::Finished { .. } | Update::Failed(_) => {}
+        }
+    }
+    let expected = request.prompt_logprobs.map(|count| expected_prompt_logprobs(&request.prompt, count));
+    assert_eq!(of_prompt, expected.iter().collect::<Vec<_>>());
+    if expected.is_some() {
+        assert!(matches!(heard[0], Update::PromptLogprobs(_)), "the prompt comes before the answer");
+    }
+    for (i, actual) in of_answer.into_iter().enumerate() {
+        let context: Vec<u32> = request.prompt.iter().chain(&answer[..i]).copied().collect();
+        let expected =
+            request.logprobs.map(|n| super::fake_runner::Prediction::after(&context).logprobs(answer[i], n));
+        assert_eq!(actual, expected);
+    }
+}
+
+fn fuzz(seed: u64, num_ops: usize) -> Seen {
+    println!("seed {seed}");
+    let mut random = Random::new(seed);
+    let config = random_config(&mut random);
+    let mut bench = Bench::new(config.clone());
+    let mut live: Vec<Live> = Vec::new();
+    let mut seen = Seen::default();
+    for _ in 0..num_ops {
+        match draw(&mut random, &config, &live) {
+            Op::Submit(request, patience) => {
+                let listener = patience.map_or_else(Listener::default, Listener::impatient);
+                // Some can never fit, and are refused.
+                if let Ok(id) = bench.submit(request.clone(), &listener) {
+                    live.push(Live {
+                        id,
+                        request,
+                        listener,
+                        impatient: patience.is_some(),
+                        cancelled: false,
+                    });
+                }
+            }
+            Op::Abort(id) | Op::Stop(id) if live.iter().all(|l| l.id != id) => {
+                unreachable!("drawn from live")
+            }
+            Op::Abort(id) => cancel(&mut bench, &mut live, id, Event::Abort(id)),
+            Op::Stop(id) => cancel(&mut bench, &mut live, id, Event::Stop(id)),
+            Op::Step => {
+                if bench.engine.has_work() {
+                    bench.step();
+                }
+            }
+        }
+        live.retain(|l| {
+            let ended = l.listener.end().is_some();
+            if ended {
+                check_answer(l, &config, &mut seen);
+            }
+            !ended
+        });
+    }
+    bench.finish();
+    for l in &live {
+        check_answer(l, &config, &mut seen);
+    }
+    seen.evictions = bench.metric("sparseserve_kv_block_evictions_total", None);
+    seen
+}
+
+fn cancel(bench: &mut Bench, live: &mut [Live], id: RequestId, event: Event) {
+    live.iter_mut().filter(|l| l.id == id).for_each(|l| l.cancelled = true);
+    bench.handle(event);
+}
+
+#[test]
+fn answers_do_not_depend_on_what_else_runs() {
+    let mut total = Seen::default();
+    for seed in 0..120 {
+        let seen = fuzz(seed, 600);
+        total.answers += seen.answers;
+        total.cached_tokens += seen.cached_tokens;
+        total.preemptions += seen.preemptions;
+        total.evictions += seen.evictions;
+    }
+    println!("{total:?}");
+    assert!(total.answers > 5000, "{total:?}");
+    assert!(total.cached_tokens > 1000 && total.preemptions > 100 && total.evictions > 1000.0, "{total:?}");
+}

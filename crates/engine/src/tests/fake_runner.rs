@@ -1,0 +1,145 @@
+//! A runner whose "KV" is the token itself and whose next token is a hash of the whole context, read back through the
+//! block table. A wrong table, a missing or shared block, or a chunk out of place therefore changes an answer.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use ops::Batch;
+use ops::sample::{SampleOutput, SampleRow, Sampled};
+
+use crate::request::{FinishReason, Request, TokenLogprobs};
+use crate::run::Runner;
+
+pub const VOCAB: usize = 50;
+/// Contexts that hold this token have NaN for logits.
+pub const NAN_TOKEN: u32 = 49;
+/// A step that runs this token panics.
+pub const PANIC_TOKEN: u32 = 48;
+
+/// What the fake model says after `context`.
+pub struct Prediction {
+    hash: u64,
+    valid: bool,
+}
+
+impl Prediction {
+    pub fn after(context: &[u32]) -> Self {
+        let mut hasher = DefaultHasher::new();
+        context.hash(&mut hasher);
+        Prediction { hash: hasher.finish(), valid: !context.contains(&NAN_TOKEN) }
+    }
+
+    /// Never draws the two special tokens.
+    pub fn draw(&self, seed: u64, position: u64, banned: &[u32]) -> u32 {
+        let mut hasher = DefaultHasher::new();
+        (self.hash, seed, position).hash(&mut hasher);
+        let first = hasher.finish() as usize;
+        let mut tokens = (0..48).map(|i| ((first + i) % 48) as u32);
+        tokens.find(|t| !banned.contains(t)).expect("not all tokens are banned")
+    }
+
+    pub fn logprobs(&self, token: u32, count: u32) -> TokenLogprobs {
+        TokenLogprobs { token, logprob: self.logprob(token), rank: 1 + token, top: self.top(count).collect() }
+    }
+
+    fn logprob(&self, token: u32) -> f32 {
+        -((self.hash % 1000) as f32) - token as f32
+    }
+
+    fn top(&self, count: u32) -> impl Iterator<Item = (u32, f32)> {
+        (0..count).map(|i| ((self.hash >> i) as u32 % 40, -(i as f32)))
+    }
+}
+
+/// The answer by definition, without batch, blocks or chunks.
+pub fn expected_answer(request: &Request, max_context: usize) -> (Vec<u32>, FinishReason) {
+    let mut context = request.prompt.clone();
+    let mut answer = Vec::new();
+    while answer.len() < request.stopping.max_tokens as usize && context.len() < max_context {
+        let too_short = answer.len() < request.stopping.min_tokens as usize;
+        let banned: &[u32] = if too_short { &request.stopping.end_tokens } else { &[] };
+        let token = Prediction::after(&context).draw(request.sampling.seed, context.len() as u64, banned);
+        answer.push(token);
+        context.push(token);
+        if request.stopping.end_tokens.contains(&token) {
+            return (answer, FinishReason::EndToken(token));
+        }
+    }
+    (answer, FinishReason::Length)
+}
+
+/// Log-probabilities of the prompt by definition.
+pub fn expected_prompt_logprobs(prompt: &[u32], count: u32) -> Vec<TokenLogprobs> {
+    (1..prompt.len()).map(|i| Prediction::after(&prompt[..i]).logprobs(prompt[i], count)).collect()
+}
+
+pub struct FakeRunner {
+    page_tokens: usize,
+    /// Token of each slot of each block; `None` before it is first written.
+    kv: Vec<Option<u32>>,
+    context: Vec<u32>,
+    /// Rows of each sequence in the last step, as (first position, rows).
+    pub last_step: Vec<(u32, usize)>,
+    pub num_steps: usize,
+}
+
+impl FakeRunner {
+    pub fn new(num_blocks: usize, page_tokens: usize) -> Self {
+        FakeRunner {
+            page_tokens,
+            kv: vec![None; num_blocks * page_tokens],
+            context: Vec::with_capacity(num_blocks * page_tokens),
+            last_step: Vec::with_capacity(64),
+            num_steps: 0,
+        }
+    }
+}
+
+impl Runner for FakeRunner {
+    fn run(&mut self, batch: &Batch, samples: &[SampleRow], out: &mut SampleOutput) {
+        batch.check(self.page_tokens);
+        assert!(!batch.tokens.contains(&PANIC_TOKEN), "the fake model was asked to panic");
+        let slot = |table: &[ops::BlockIndex], position: usize| {
+            table[position / self.page_tokens].at() * self.page_tokens + position % self.page_tokens
+        };
+        self.num_steps += 1;
+        self.last_step.clear();
+        for sequence in batch.sequences {
+            self.last_step.push((sequence.first_position, sequence.num_rows()));
+            for row in sequence.rows.clone() {
+                let position = batch.positions[row as usize] as usize;
+                self.kv[slot(batch.block_table(sequence), position)] = Some(batch.tokens[row as usize]);
+            }
+        }
+        out.clear();
+        for sample in samples {
+            let sequence = batch.sequences.iter().find(|s| s.rows.contains(&(sample.row as u32)));
+            let sequence = sequence.expect("a sampled row is a row of the batch");
+            let position = batch.positions[sample.row] as usize;
+            assert_eq!(sample.position, position as u64 + 1, "a draw is keyed by the place of the new token");
+            assert_eq!(sequence.prompt_len as usize, sample.prompt.len());
+            let table = batch.block_table(sequence);
+            self.context.clear();
+            let read =
+                (0..=position).map(|p| self.kv[slot(table, p)].expect("a slot is written before it is read"));
+            self.context.extend(read);
+            let prediction = Prediction::after(&self.context);
+            let token = match sample.forced {
+                Some(token) => token,
+                None => {
+                    let known = sample.prompt.iter().chain(sample.generated);
+                    assert!(self.context.iter().eq(known), "a new token is drawn after all known ones");
+                    prediction.draw(sample.params.seed, sample.position, sample.banned)
+                }
+            };
+            let start = out.top.len() as u32;
+            let mut sampled =
+                Sampled { token, logprob: 0.0, rank: 0, top: start..start, valid: prediction.valid };
+            if let Some(count) = sample.top_logprobs {
+                out.top.extend(prediction.top(count));
+                (sampled.logprob, sampled.rank) = (prediction.logprob(token), 1 + token);
+                sampled.top.end = out.top.len() as u32;
+            }
+            out.sampled.push(sampled);
+        }
+    }
+}

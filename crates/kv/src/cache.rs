@@ -1,0 +1,201 @@
+//! The verbs of the KV cache.
+
+use ops::BlockIndex;
+
+use crate::pool::{Counts, Pool};
+use crate::prefix::{Parent, PrefixCache};
+use crate::sequence::Sequence;
+
+/// There are fewer free and cached blocks than asked for; nothing was changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{wanted} KV blocks are needed and {available} are free or cached")]
+pub struct OutOfBlocks {
+    /// Blocks asked for beyond those that the sequence has.
+    pub wanted: usize,
+    /// Blocks that could be had.
+    pub available: usize,
+}
+
+/// The state of all blocks. See the crate's page for the order of its verbs.
+pub struct KvCache {
+    page_tokens: usize,
+    pool: Pool,
+    tree: PrefixCache,
+    num_evictions: u64,
+}
+
+impl KvCache {
+    /// A pool of `num_blocks` free blocks of `page_tokens` tokens; allocates all the memory that it will ever use.
+    ///
+    /// # Panics
+    /// When either is 0 or a block index would not fit in a u32.
+    pub fn new(num_blocks: usize, page_tokens: usize) -> Self {
+        KvCache {
+            page_tokens,
+            pool: Pool::new(num_blocks),
+            tree: PrefixCache::new(num_blocks, page_tokens),
+            num_evictions: 0,
+        }
+    }
+
+    /// Blocks by state.
+    pub fn counts(&self) -> Counts {
+        self.pool.counts()
+    }
+
+    /// Blocks that could be reserved now: free + cached.
+    pub fn num_available(&self) -> usize {
+        self.pool.num_available()
+    }
+
+    /// Cached blocks whose content was given up for new tokens, since the start.
+    pub fn num_evictions(&self) -> u64 {
+        self.num_evictions
+    }
+
+    /// Gives an empty `sequence` the longest cached prefix of `tokens`, in whole blocks, and returns its length in
+    /// tokens. At least one token is left over, because only running a token yields the logits after it.
+    ///
+    /// # Panics
+    /// When the sequence has blocks already.
+    pub fn match_prefix(&mut self, sequence: &mut Sequence, tokens: &[u32]) -> usize {
+        assert!(sequence.blocks.is_empty(), "a prefix is matched before anything is reserved");
+        let limit = tokens.len().saturating_sub(1).min(sequence.shareable_tokens);
+        let mut parent = Parent::Start(sequence.salt);
+        for run in tokens[..limit].chunks_exact(self.page_tokens) {
+            let Some(block) = self.tree.find(parent, run) else { break };
+            self.pool.share(block);
+            push(&mut sequence.blocks, block);
+            parent = Parent::Block(block);
+        }
+        sequence.num_published = sequence.blocks.len();
+        sequence.num_tokens = sequence.blocks.len() * self.page_tokens;
+        sequence.num_tokens
+    }
+
+    /// Makes the block table of `sequence` long enough for `num_tokens` tokens in all, evicting cached blocks, the
+    /// longest unused first, where no free ones are left. All or nothing.
+    pub fn reserve(&mut self, sequence: &mut Sequence, num_tokens: usize) -> Result<(), OutOfBlocks> {
+        let wanted = num_tokens.div_ceil(self.page_tokens).saturating_sub(sequence.blocks.len());
+        let available = self.pool.num_available();
+        if wanted > available {
+            return Err(OutOfBlocks { wanted, available });
+        }
+        for _ in 0..wanted {
+            let block = self.take_block();
+            push(&mut sequence.blocks, block);
+        }
+        Ok(())
+    }
+
+    fn take_block(&mut self) -> BlockIndex {
+        if let Some(block) = self.pool.take_free() {
+            assert!(!self.tree.contains(block), "a free block holds nothing");
+            return block;
+        }
+        let block = self.pool.take_oldest().expect("the caller counted the available blocks");
+        self.tree.remove(block);
+        self.num_evictions += 1;
+        block
+    }
+
+    /// Notes that the KV of all `tokens` of `sequence` is written now, and publishes the blocks that this sealed. Where
+    /// the tree holds the same content already, that block stays and takes the place of the new one, which becomes
+    /// free: so whoever uses a block of the tree uses those before it, too.
+    ///
+    /// # Panics
+    /// When tokens disappear, or were written beyond what is reserved.
+    pub fn advance(&mut self, sequence: &mut Sequence, tokens: &[u32]) {
+        assert!(tokens.len() >= sequence.num_tokens, "written tokens stay written");
+        assert!(
+            tokens.len() <= sequence.blocks.len() * self.page_tokens,
+            "tokens are written to reserved slots"
+        );
+        sequence.num_tokens = tokens.len();
+        let num_sealed = tokens.len().min(sequence.shareable_tokens) / self.page_tokens;
+        for i in sequence.num_published..num_sealed {
+            self.publish(sequence, i, &tokens[i * self.page_tokens..][..self.page_tokens]);
+        }
+    }
+
+    /// Block `i` of `sequence` enters the tree, or gives way to its twin there.
+    fn publish(&mut self, sequence: &mut Sequence, i: usize, tokens: &[u32]) {
+        assert_eq!(i, sequence.num_published, "blocks are published in order");
+        let parent = match i {
+            0 => Parent::Start(sequence.salt),
+            _ => Parent::Block(sequence.blocks[i - 1]),
+        };
+        let block = sequence.blocks[i];
+        match self.tree.find(parent, tokens) {
+            None => self.tree.insert(block, parent, tokens),
+            Some(first) => {
+                assert_ne!(first, block, "{block:?} is published once");
+                self.pool.share(first);
+                self.pool.release(block, false);
+                sequence.blocks[i] = first;
+            }
+        }
+        sequence.num_published += 1;
+    }
+
+    /// Releases all blocks of `sequence` and empties it. Published blocks stay cached until their place is needed. The
+    /// last block goes first, so that in order of release children come before parents.
+    pub fn free(&mut self, sequence: &mut Sequence) {
+        while let Some(block) = sequence.blocks.pop() {
+            let published = sequence.blocks.len() < sequence.num_published;
+            assert_eq!(
+                published,
+                self.tree.contains(block),
+                "published blocks, and no others, are in the tree"
+            );
+            self.pool.release(block, published);
+        }
+        sequence.num_published = 0;
+        sequence.num_tokens = 0;
+    }
+
+    /// Panics unless all states agree: each block has one state, owners are exactly the tables in `owners`, the tree is
+    /// whole, and children are evicted before their parents. Slow: for tests and dumps.
+    pub fn check<'a>(&self, owners: impl Iterator<Item = &'a Sequence>) {
+        let counts = self.counts();
+        let num_blocks = counts.free + counts.in_use + counts.cached;
+        let mut num_owners = vec![0; num_blocks];
+        for sequence in owners {
+            assert!(sequence.num_tokens <= sequence.blocks.len() * self.page_tokens, "tokens lie in blocks");
+            assert!(
+                sequence.num_published * self.page_tokens <= sequence.num_tokens,
+                "published blocks are sealed"
+            );
+            self.tree.check_path(sequence.salt, &sequence.blocks[..sequence.num_published]);
+            for (i, &block) in sequence.blocks.iter().enumerate() {
+                num_owners[block.at()] += 1;
+                assert_eq!(
+                    i < sequence.num_published,
+                    self.tree.contains(block),
+                    "private blocks are private"
+                );
+            }
+        }
+        self.pool.check(&num_owners);
+        self.tree.check(self.pool.cached());
+        for (i, &owners) in num_owners.iter().enumerate() {
+            let block = BlockIndex(i as u32);
+            let in_tree = self.tree.contains(block);
+            assert!(owners <= 1 || in_tree, "{block:?} is shared only through the tree");
+            assert!(
+                owners > 0 || in_tree == self.pool.is_cached(block),
+                "{block:?} is cached exactly if in the tree"
+            );
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn weaken_hash(&mut self, mask: u64) {
+        self.tree.weaken_hash(mask);
+    }
+}
+
+fn push(blocks: &mut Vec<BlockIndex>, block: BlockIndex) {
+    assert!(blocks.len() < blocks.capacity(), "a block table stays within the length it was made for");
+    blocks.push(block);
+}

@@ -1,0 +1,279 @@
+//! Random operations on a [`KvCache`] and on a naive model of it, compared after each.
+//!
+//! The model keeps whole prefixes in a map instead of a tree of blocks, and finds the next victim by search. A `memory`
+//! plays the device: every slot holds a digest of all that precedes it, written through the block table and read back
+//! through it, so that a block in two places or with another prompt's content shows.
+
+use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use ops::Random;
+
+use crate::{Counts, KvCache, Sequence};
+
+#[derive(Clone, Copy, Debug)]
+enum Op {
+    /// A new sequence takes its cached prefix.
+    Start { family: usize, num_tokens: usize, salt: u64, shareable_tokens: usize },
+    /// A sequence reserves and writes more of its tokens.
+    Advance { pick: usize, num_tokens: usize },
+    /// A sequence ends.
+    Free { pick: usize },
+}
+
+/// What the model gets wrong on purpose, to show that the comparison notices.
+#[derive(Clone, Copy, PartialEq)]
+enum Bug {
+    None,
+    EvictsNewest,
+    MatchesWholePrompt,
+    IgnoresSalt,
+}
+
+/// A published prefix: (salt, its tokens).
+type Prefix = (u64, Vec<u32>);
+
+struct Published {
+    users: usize,
+    /// When its last user let go.
+    released: u64,
+}
+
+struct Live {
+    tokens: Vec<u32>,
+    salt: u64,
+    shareable_tokens: usize,
+    kv: Sequence,
+    num_written: usize,
+    num_blocks: usize,
+    num_published: usize,
+}
+
+struct Fuzz {
+    bug: Bug,
+    page_tokens: usize,
+    num_blocks: usize,
+    real: KvCache,
+    live: Vec<Live>,
+    published: BTreeMap<Prefix, Published>,
+    num_evictions: u64,
+    now: u64,
+    memory: Vec<u64>,
+}
+
+/// What the device holds at the last position of `tokens`.
+fn digest(salt: u64, tokens: &[u32]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (salt, tokens).hash(&mut hasher);
+    hasher.finish()
+}
+
+impl Fuzz {
+    fn new(bug: Bug, num_blocks: usize, page_tokens: usize, hash_mask: u64) -> Self {
+        let mut real = KvCache::new(num_blocks, page_tokens);
+        real.weaken_hash(hash_mask);
+        Fuzz {
+            bug,
+            page_tokens,
+            num_blocks,
+            real,
+            live: Vec::new(),
+            published: BTreeMap::new(),
+            num_evictions: 0,
+            now: 0,
+            memory: vec![0; num_blocks * page_tokens],
+        }
+    }
+
+    fn draw(&self, random: &mut Random) -> Op {
+        let start = self.live.is_empty() || random.below(8) == 0;
+        if start {
+            return Op::Start {
+                family: random.below(4),
+                num_tokens: 1 + random.below(self.num_blocks * self.page_tokens / 2),
+                salt: u64::from(random.below(8) == 0),
+                shareable_tokens: if random.below(6) == 0 { random.below(64) } else { usize::MAX },
+            };
+        }
+        let pick = random.below(self.live.len());
+        match random.below(6) {
+            0 => Op::Free { pick },
+            _ => Op::Advance { pick, num_tokens: 1 + random.below(3 * self.page_tokens) },
+        }
+    }
+
+    fn apply(&mut self, op: Op) {
+        match op {
+            Op::Start { family, num_tokens, salt, shareable_tokens } => {
+                self.start(family, num_tokens, salt, shareable_tokens);
+            }
+            Op::Advance { pick, num_tokens } => self.advance(pick, num_tokens),
+            Op::Free { pick } => self.free(pick),
+        }
+        self.compare();
+    }
+
+    fn start(&mut self, family: usize, num_tokens: usize, salt: u64, shareable_tokens: usize) {
+        // Families share long prefixes and differ from a point of their own on.
+        let tokens: Vec<u32> = (0..num_tokens)
+            .map(|i| if i < 5 * self.page_tokens { (family % 2) as u32 } else { (family * 7 + i % 3) as u32 })
+            .collect();
+        let mut kv = Sequence::new(salt, shareable_tokens, self.num_blocks);
+        let matched = self.real.match_prefix(&mut kv, &tokens);
+
+        let whole = usize::from(self.bug == Bug::MatchesWholePrompt);
+        let limit = (tokens.len() - 1 + whole).min(shareable_tokens);
+        let known_salt = if self.bug == Bug::IgnoresSalt { 0 } else { salt };
+        let mut blocks = 0;
+        while (blocks + 1) * self.page_tokens <= limit {
+            let prefix = (known_salt, tokens[..(blocks + 1) * self.page_tokens].to_vec());
+            let Some(published) = self.published.get_mut(&prefix) else { break };
+            published.users += 1;
+            blocks += 1;
+        }
+        assert_eq!(matched, blocks * self.page_tokens, "matched prefix");
+        self.live.push(Live {
+            tokens,
+            salt,
+            shareable_tokens,
+            kv,
+            num_written: matched,
+            num_blocks: blocks,
+            num_published: blocks,
+        });
+    }
+
+    fn counts(&self) -> Counts {
+        let shared = self.published.values().filter(|p| p.users > 0).count();
+        let private: usize = self.live.iter().map(|l| l.num_blocks - l.num_published).sum();
+        let cached = self.published.len() - shared;
+        Counts { free: self.num_blocks - shared - private - cached, in_use: shared + private, cached }
+    }
+
+    fn advance(&mut self, pick: usize, num_tokens: usize) {
+        let counts = self.counts();
+        let live = &mut self.live[pick];
+        let target = (live.num_written + num_tokens).min(live.tokens.len());
+        let wanted = target.div_ceil(self.page_tokens).saturating_sub(live.num_blocks);
+        let reserved = self.real.reserve(&mut live.kv, target);
+        assert_eq!(reserved.is_ok(), wanted <= counts.free + counts.cached, "{reserved:?}");
+        if reserved.is_err() {
+            return;
+        }
+        live.num_blocks += wanted;
+        for _ in counts.free..wanted {
+            let unused = self.published.iter().filter(|(_, p)| p.users == 0);
+            let victim = match self.bug {
+                Bug::EvictsNewest => unused.max_by_key(|(_, p)| p.released),
+                _ => unused.min_by_key(|(_, p)| p.released),
+            };
+            let victim = victim.expect("the model has as many cached blocks").0.clone();
+            self.published.remove(&victim);
+            self.num_evictions += 1;
+        }
+        for position in live.num_written..target {
+            let block = live.kv.blocks()[position / self.page_tokens];
+            let slot = block.at() * self.page_tokens + position % self.page_tokens;
+            self.memory[slot] = digest(live.salt, &live.tokens[..=position]);
+        }
+        self.real.advance(&mut live.kv, &live.tokens[..target]);
+        live.num_written = target;
+        for i in live.num_published..target.min(live.shareable_tokens) / self.page_tokens {
+            let prefix = (live.salt, live.tokens[..(i + 1) * self.page_tokens].to_vec());
+            self.published.entry(prefix).or_insert(Published { users: 0, released: 0 }).users += 1;
+            live.num_published += 1;
+        }
+    }
+
+    fn free(&mut self, pick: usize) {
+        let mut live = self.live.swap_remove(pick);
+        self.real.free(&mut live.kv);
+        for i in (0..live.num_published).rev() {
+            let prefix = (live.salt, live.tokens[..(i + 1) * self.page_tokens].to_vec());
+            let published = self.published.get_mut(&prefix).expect("a used prefix is published");
+            published.users -= 1;
+            if published.users == 0 {
+                self.now += 1;
+                published.released = self.now;
+            }
+        }
+    }
+
+    fn compare(&self) {
+        self.real.check(self.live.iter().map(|l| &l.kv));
+        assert_eq!(self.real.counts(), self.counts());
+        assert_eq!(self.real.num_evictions(), self.num_evictions);
+        for live in &self.live {
+            assert_eq!(live.kv.num_tokens(), live.num_written);
+            assert_eq!(live.kv.blocks().len(), live.num_blocks);
+            // The digest of a position covers all before it, so the last one of each block is enough.
+            let ends = (1..=live.num_written).filter(|n| n % self.page_tokens == 0 || *n == live.num_written);
+            for n in ends {
+                let block = live.kv.blocks()[(n - 1) / self.page_tokens];
+                let slot = block.at() * self.page_tokens + (n - 1) % self.page_tokens;
+                assert_eq!(self.memory[slot], digest(live.salt, &live.tokens[..n]), "KV of its own tokens");
+            }
+        }
+    }
+}
+
+/// Returns how many evictions and shared tokens the run has seen, so that a test can tell an idle fuzz.
+fn fuzz(bug: Bug, seed: u64, num_ops: usize, hash_mask: u64) -> (u64, usize) {
+    println!("seed {seed}");
+    let mut random = Random::new(seed);
+    let num_blocks = 8 + random.below(60);
+    let page_tokens = [1, 4, 8][random.below(3)];
+    let mut fuzz = Fuzz::new(bug, num_blocks, page_tokens, hash_mask);
+    let mut num_shared = 0;
+    for _ in 0..num_ops {
+        let op = fuzz.draw(&mut random);
+        let before = fuzz.live.len();
+        fuzz.apply(op);
+        if fuzz.live.len() > before {
+            num_shared += fuzz.live[before].num_written;
+        }
+    }
+    while !fuzz.live.is_empty() {
+        fuzz.apply(Op::Free { pick: 0 });
+    }
+    assert_eq!(fuzz.real.counts().in_use, 0);
+    (fuzz.num_evictions, num_shared)
+}
+
+#[test]
+fn agrees_with_the_model() {
+    let seen: Vec<_> = (0..24).map(|seed| fuzz(Bug::None, seed, 2000, u64::MAX)).collect();
+    assert!(seen.iter().map(|s| s.0).sum::<u64>() > 1000, "blocks were evicted: {seen:?}");
+    assert!(seen.iter().map(|s| s.1).sum::<usize>() > 1000, "prefixes were shared: {seen:?}");
+}
+
+#[test]
+fn agrees_with_the_model_when_hashes_collide() {
+    for seed in 100..108 {
+        fuzz(Bug::None, seed, 1000, 0b11);
+    }
+}
+
+#[test]
+#[should_panic]
+fn canary_wrong_victim_is_noticed() {
+    for seed in 0..24 {
+        fuzz(Bug::EvictsNewest, seed, 2000, u64::MAX);
+    }
+}
+
+#[test]
+#[should_panic(expected = "matched prefix")]
+fn canary_whole_prompt_match_is_noticed() {
+    for seed in 0..24 {
+        fuzz(Bug::MatchesWholePrompt, seed, 2000, u64::MAX);
+    }
+}
+
+#[test]
+#[should_panic]
+fn canary_ignored_salt_is_noticed() {
+    for seed in 0..24 {
+        fuzz(Bug::IgnoresSalt, seed, 2000, u64::MAX);
+    }
+}
