@@ -38,9 +38,15 @@ impl Prediction {
     }
 
     pub fn logprobs(&self, token: u32, count: u32) -> TokenLogprobs {
-        let top = (0..count).map(|i| ((self.hash >> i) as u32 % 40, -(i as f32))).collect();
-        let logprob = -((self.hash % 1000) as f32) - token as f32;
-        TokenLogprobs { token, logprob, rank: 1 + token, top }
+        TokenLogprobs { token, logprob: self.logprob(token), rank: 1 + token, top: self.top(count).collect() }
+    }
+
+    fn logprob(&self, token: u32) -> f32 {
+        -((self.hash % 1000) as f32) - token as f32
+    }
+
+    fn top(&self, count: u32) -> impl Iterator<Item = (u32, f32)> {
+        (0..count).map(|i| ((self.hash >> i) as u32 % 40, -(i as f32)))
     }
 }
 
@@ -129,9 +135,8 @@ impl Runner for FakeRunner {
             let mut sampled =
                 Sampled { token, logprob: 0.0, rank: 0, top: start..start, valid: prediction.valid };
             if let Some(count) = sample.top_logprobs {
-                let logprobs = prediction.logprobs(token, count);
-                out.top.extend_from_slice(&logprobs.top);
-                (sampled.logprob, sampled.rank) = (logprobs.logprob, logprobs.rank);
+                out.top.extend(prediction.top(count));
+                (sampled.logprob, sampled.rank) = (prediction.logprob(token), 1 + token);
                 sampled.top.end = out.top.len() as u32;
             }
             out.sampled.push(sampled);

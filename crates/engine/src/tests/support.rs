@@ -45,7 +45,7 @@ pub fn request(prompt: Vec<u32>, max_tokens: u32) -> Request {
 }
 
 /// What a client has heard.
-#[derive(Clone, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Listener {
     heard: Arc<Mutex<Vec<Update>>>,
     /// Hangs up after this many updates.
