@@ -1,2 +1,8 @@
 //! The `sparseserve` binary.
-fn main() {}
+#![forbid(unsafe_code)]
+
+mod cli;
+
+fn main() -> std::process::ExitCode {
+    cli::main()
+}

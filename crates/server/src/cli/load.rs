@@ -1,0 +1,248 @@
+//! From a model's name to a model that runs: plan first, read weights after.
+
+use std::io::IsTerminal;
+use std::path::Path;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use engine::{Config, Handle, Metrics};
+use indicatif::{ProgressBar, ProgressStyle};
+use model::{Checkpoint, Limits, Model, ModelConfig, Rope, Source, Workspace};
+use ops::{Backend, DType, DeviceInfo, KvGeometry};
+use ops_cpu::{CpuBackend, CpuOptions};
+use prometheus::Registry;
+
+use super::cgroup::{self, LimitSource, MemoryLimit};
+use super::demo;
+use super::failure::Failure;
+use super::hub;
+use super::plan::{Demand, MemoryPlan};
+use super::runner::{LOGITS_ROWS, ModelRunner};
+use super::settings::{ComputeSettings, EngineSettings, ModelChoice};
+use super::size::Size;
+
+/// Alternatives per token that log-probabilities may ask for.
+pub const MAX_LOGPROBS: u32 = 20;
+
+/// The device that this build runs on.
+pub type Device = CpuBackend;
+
+impl From<model::Error> for Failure {
+    /// Faulty checkpoints are input; what the device refuses is not.
+    fn from(error: model::Error) -> Self {
+        match error {
+            model::Error::Backend(error) => error.into(),
+            error => Failure::Input(error.into()),
+        }
+    }
+}
+
+impl From<ops::Error> for Failure {
+    fn from(error: ops::Error) -> Self {
+        match error {
+            ops::Error::Unsupported(_) => Failure::Input(error.into()),
+            ops::Error::OutOfMemory { .. } => Failure::Runtime(error.into()),
+        }
+    }
+}
+
+/// The files of `model`, downloaded if need be.
+///
+/// # Errors
+/// When they are not to be had.
+pub fn source(model: &ModelChoice) -> Result<Source, Failure> {
+    Ok(match model {
+        ModelChoice::Demo => Source::Embedded(demo::FILES),
+        ModelChoice::Directory(path) => Source::Directory(path.clone()),
+        ModelChoice::Hub(name) => Source::Directory(hub::fetch(name)?),
+    })
+}
+
+/// The device for `settings`.
+///
+/// # Errors
+/// When it cannot be had.
+pub fn device(settings: &ComputeSettings) -> Result<Device, Failure> {
+    Ok(CpuBackend::new(CpuOptions { threads: settings.threads, isa: settings.isa })?)
+}
+
+/// A model of which everything is decided and no weight is read.
+pub struct Prepared {
+    /// Its configuration.
+    pub config: ModelConfig,
+    /// Type of weights and KV.
+    pub dtype: DType,
+    /// Whether that is the type on disk.
+    pub dtype_on_disk: DType,
+    /// Shape of its KV.
+    pub geometry: KvGeometry,
+    /// Tokens of the longest request.
+    pub max_context: usize,
+    /// Who gets how much memory.
+    pub plan: MemoryPlan,
+    /// Where it runs.
+    pub device: DeviceInfo,
+    source: Source,
+    backend: Device,
+    workspace: Workspace<Device>,
+}
+
+impl Prepared {
+    /// Reads configuration and headers of `source`, and plans memory.
+    ///
+    /// # Errors
+    /// A model that is faulty, not supported, or does not fit.
+    pub fn new(source: Source, settings: &EngineSettings) -> Result<Self, Failure> {
+        let config = ModelConfig::read(&source)?;
+        let checkpoint = Checkpoint::open(&source)?;
+        let dtype_on_disk = model::dtype_on_disk(&config, &checkpoint)?;
+        let dtype = settings.dtype.unwrap_or(dtype_on_disk);
+        let context_limit = config.context_limit();
+        let max_context = settings.max_context.unwrap_or(context_limit);
+        if max_context > context_limit {
+            let limit = format!("the limit of the model is {context_limit}");
+            return Err(Failure::input(format!("--max-context {max_context}: {limit}")));
+        }
+        let mut backend = device(&settings.compute)?;
+        let rows_max = settings.max_num_seqs.saturating_add(settings.max_inject_tokens);
+        let limits = Limits {
+            rows_max,
+            logits_rows_max: rows_max.min(LOGITS_ROWS),
+            sequences_max: settings.max_num_seqs,
+            context_max: max_context,
+        };
+        let geometry = model::kv_geometry(&config, settings.page_tokens, dtype);
+        let limit = memory_limit(settings.dram)?;
+        let mut demand = Demand {
+            weights_bytes: model::weight_bytes(&config, &backend, dtype),
+            activation_bytes: limits.activation_bytes(&config),
+            kv: geometry,
+            max_context,
+            max_num_seqs: settings.max_num_seqs,
+        };
+        // Once before anything is allocated, once with what the device needs besides.
+        MemoryPlan::new(limit.clone(), &demand, settings.dram)?;
+        let workspace = Workspace::new(&mut backend, &config, limits)?;
+        demand.activation_bytes = workspace.bytes();
+        let plan = MemoryPlan::new(limit, &demand, settings.dram)?;
+        let device = backend.info();
+        Ok(Prepared {
+            config,
+            dtype,
+            dtype_on_disk,
+            geometry,
+            max_context,
+            plan,
+            device,
+            source,
+            backend,
+            workspace,
+        })
+    }
+
+    /// Requests of full length that the KV pool holds at once.
+    pub fn kv_requests(&self) -> usize {
+        self.plan.num_blocks / self.geometry.blocks(self.max_context)
+    }
+
+    /// The limits of an engine for this model, of which `max_waiting` requests may wait.
+    pub fn engine_config(&self, settings: &EngineSettings, max_waiting: usize) -> Config {
+        Config {
+            max_num_seqs: settings.max_num_seqs,
+            max_inject_tokens: settings.max_inject_tokens,
+            max_waiting,
+            max_context: self.max_context,
+            max_logprobs: MAX_LOGPROBS,
+            vocab_size: self.config.vocab_size,
+            page_tokens: self.geometry.page_tokens,
+            num_blocks: self.plan.num_blocks,
+            prefix_cache: settings.prefix_cache,
+            prefix_limit: Rope::new(&self.config.rope).prefix_limit(),
+        }
+    }
+
+    /// Reads and packs the weights and makes the KV pool.
+    ///
+    /// # Errors
+    /// A checkpoint that is faulty, memory that does not suffice.
+    pub fn load(mut self) -> Result<ModelRunner<Device>, Failure> {
+        let start = Instant::now();
+        let bar = progress_bar();
+        let model = Model::load(&mut self.backend, &self.source, Some(self.dtype), &mut |done, total| {
+            bar.set_length(total);
+            bar.set_position(done);
+        });
+        bar.finish_and_clear();
+        let model = model?;
+        let kv = self.backend.kv(self.geometry, self.plan.num_blocks)?;
+        tracing::info!(seconds = start.elapsed().as_secs_f64(), "model loaded");
+        Ok(ModelRunner::new(self.backend, model, self.workspace, kv))
+    }
+}
+
+/// An engine on its thread.
+pub struct EngineThread {
+    /// How to reach it.
+    pub handle: Handle,
+    /// Its metrics.
+    pub registry: Registry,
+    thread: JoinHandle<Result<(), Failure>>,
+}
+
+impl EngineThread {
+    /// Starts an engine that loads `prepared` on its own thread; requests may come at once and wait for it.
+    ///
+    /// # Errors
+    /// Limits that cannot work together, a thread that cannot be started.
+    pub fn start(prepared: Prepared, settings: &EngineSettings, max_waiting: usize) -> Result<Self, Failure> {
+        let config = prepared.engine_config(settings, max_waiting);
+        config.check().map_err(Failure::input)?;
+        let registry = Registry::new();
+        let metrics = Metrics::new(&registry).map_err(Failure::runtime)?;
+        let (handle, thread) =
+            engine::spawn(config, metrics, engine::abort_process(), move || prepared.load())
+                .map_err(|e| Failure::runtime(format!("cannot start the engine's thread: {e}")))?;
+        Ok(EngineThread { handle, registry, thread })
+    }
+
+    /// Lets running requests finish and waits for the end of the thread.
+    ///
+    /// # Errors
+    /// Why loading failed, if it did.
+    pub fn finish(self) -> Result<(), Failure> {
+        self.handle.drain();
+        self.join()
+    }
+
+    /// Waits for the end of the thread.
+    ///
+    /// # Errors
+    /// Why loading failed, if it did.
+    pub fn join(self) -> Result<(), Failure> {
+        self.thread
+            .join()
+            .unwrap_or_else(|_| Err(Failure::runtime("the engine panicked while it loaded the model")))
+    }
+}
+
+fn memory_limit(dram: Option<Size>) -> Result<MemoryLimit, Failure> {
+    match (cgroup::memory_limit(Path::new("/")), dram) {
+        (Some(limit), _) => Ok(limit),
+        (None, Some(Size::Bytes(_))) => Ok(MemoryLimit { bytes: u64::MAX, source: LimitSource::Unknown }),
+        (None, _) => Err(Failure::input(
+            "this system does not say how much memory it has; give --dram in bytes, as in 4GiB",
+        )),
+    }
+}
+
+/// On a terminal; hidden elsewhere.
+fn progress_bar() -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new(0);
+    if let Ok(style) = ProgressStyle::with_template("loading weights [{bar:40}] {bytes} of {total_bytes}") {
+        bar.set_style(style.progress_chars("=> "));
+    }
+    bar
+}

@@ -1,0 +1,482 @@
+//! What the user typed: flags, `SPARSESERVE_*` variables and the configuration file, each option in the same words.
+//! Nothing is interpreted here; [`super::settings`] does that.
+//!
+//! A flag wins over its variable, a variable over the file, the file over the default.
+
+use std::path::{Path, PathBuf};
+
+use clap::builder::FalseyValueParser;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::Deserialize;
+
+use super::failure::Failure;
+use super::size::Size;
+
+/// An LLM server for long contexts.
+#[derive(Debug, Parser)]
+#[command(name = "sparseserve", version, about, max_term_width = 110)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve a model through the OpenAI API
+    Serve(ServeArgs),
+    /// Chat with a model in the terminal
+    Run(RunArgs),
+    /// Tell what a model is: architecture, sizes, KV bytes per token, tokenizer, template
+    Inspect(InspectArgs),
+    /// Measure this machine
+    Bench(BenchArgs),
+}
+
+const MODEL_HELP: &str =
+    "A Hugging Face directory, a hub name (Qwen/Qwen3-0.6B), or nothing for the built-in demo model";
+
+/// `sparseserve serve`
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    #[arg(help = MODEL_HELP, env = "SPARSESERVE_MODEL")]
+    pub model: Option<String>,
+    #[command(flatten)]
+    pub server: ServerOptions,
+    #[command(flatten)]
+    pub engine: EngineOptions,
+    #[command(flatten)]
+    pub common: CommonOptions,
+}
+
+/// `sparseserve run`
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    #[arg(help = MODEL_HELP, env = "SPARSESERVE_MODEL")]
+    pub model: Option<String>,
+    /// Answer this once and exit; `-` reads it from standard input
+    #[arg(short, long)]
+    pub prompt: Option<String>,
+    /// With --prompt: print one JSON object with text and usage
+    #[arg(long, requires = "prompt")]
+    pub json: bool,
+    /// System message
+    #[arg(long)]
+    pub system: Option<String>,
+    /// Softness of the choice, 0 for the likeliest token [default: the model's]
+    #[arg(long)]
+    pub temperature: Option<f32>,
+    /// Keep the likeliest tokens that hold this share of the probability [default: the model's]
+    #[arg(long)]
+    pub top_p: Option<f32>,
+    /// Keep this many of the likeliest tokens, 0 for all [default: the model's]
+    #[arg(long)]
+    pub top_k: Option<u32>,
+    /// Tokens to generate at most [default: what the context allows]
+    #[arg(long)]
+    pub max_tokens: Option<u32>,
+    /// Key of the random stream [default: another one each time]
+    #[arg(long)]
+    pub seed: Option<u64>,
+    #[command(flatten)]
+    pub engine: EngineOptions,
+    #[command(flatten)]
+    pub common: CommonOptions,
+}
+
+/// `sparseserve inspect`
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    #[arg(help = MODEL_HELP, env = "SPARSESERVE_MODEL")]
+    pub model: Option<String>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `sparseserve bench`
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// What to measure.
+    #[command(subcommand)]
+    pub what: Bench,
+}
+
+/// What `bench` measures.
+#[derive(Debug, Subcommand)]
+pub enum Bench {
+    /// Kernels, as a share of what this machine can do at most
+    Kernels(BenchKernelsArgs),
+    /// A whole model's prefill and decode, as a share of what its bytes and operations allow
+    Engine(BenchEngineArgs),
+}
+
+/// `sparseserve bench kernels`
+#[derive(Debug, Args)]
+pub struct BenchKernelsArgs {
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub compute: ComputeOptions,
+}
+
+/// `sparseserve bench engine`
+#[derive(Debug, Args)]
+pub struct BenchEngineArgs {
+    #[arg(help = MODEL_HELP, env = "SPARSESERVE_MODEL")]
+    pub model: Option<String>,
+    /// Tokens of context that each sequence has when decoding begins
+    #[arg(long, value_name = "TOKENS", default_value_t = 1024)]
+    pub context: usize,
+    /// Sequences that decode together
+    #[arg(long, default_value_t = 1)]
+    pub batch: usize,
+    /// Write the KV of the context directly, with random values of this seed, instead of prefilling it
+    #[arg(long, value_name = "SEED", default_value_t = 1)]
+    pub filled: u64,
+    /// Decode steps to time
+    #[arg(long, default_value_t = 64)]
+    pub steps: usize,
+    /// Also time the prefill of a prompt of this length
+    #[arg(long, value_name = "TOKENS")]
+    pub prefill: Option<usize>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub engine: EngineOptions,
+    #[command(flatten)]
+    pub common: CommonOptions,
+}
+
+/// Where to look for more options, and how to tell what happens.
+#[derive(Clone, Debug, Default, Deserialize, Args)]
+#[serde(default, rename_all = "kebab-case")]
+#[command(next_help_heading = "Configuration and log")]
+pub struct CommonOptions {
+    /// Read options from this TOML file, named like the flags without dashes before them
+    #[arg(long, value_name = "FILE.toml", env = "SPARSESERVE_CONFIG")]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+    /// error, warn, info, debug or trace, also per crate: `warn,engine=debug` [default: info; run, bench: warn]
+    #[arg(long, value_name = "LEVEL", env = "SPARSESERVE_LOG_LEVEL")]
+    pub log_level: Option<String>,
+    /// How log lines look [default: text]
+    #[arg(long, value_enum, env = "SPARSESERVE_LOG_FORMAT")]
+    pub log_format: Option<LogFormat>,
+}
+
+/// Where to compute.
+#[derive(Clone, Debug, Default, Deserialize, Args)]
+#[serde(default, rename_all = "kebab-case")]
+#[command(next_help_heading = "Device")]
+pub struct ComputeOptions {
+    /// Device to run on [default: auto]
+    #[arg(long, value_enum, env = "SPARSESERVE_DEVICE")]
+    pub device: Option<Device>,
+    /// Threads that compute [default: the processors that this process may use]
+    #[arg(long, env = "SPARSESERVE_THREADS")]
+    pub threads: Option<usize>,
+    /// Instruction set: avx512, avx2 or scalar [default: the best that the processor has]
+    #[arg(long, env = "SPARSESERVE_ISA")]
+    pub isa: Option<String>,
+}
+
+/// How to run a model.
+#[derive(Clone, Debug, Default, Deserialize, Args)]
+#[serde(default, rename_all = "kebab-case")]
+#[command(next_help_heading = "Engine")]
+pub struct EngineOptions {
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub compute: ComputeOptions,
+    /// Type of weights and KV [default: auto, as on disk]
+    #[arg(long, value_enum, env = "SPARSESERVE_DTYPE")]
+    pub dtype: Option<DTypeChoice>,
+    /// Tokens of prompt and answer together [default: the model's limit]
+    #[arg(long, value_name = "TOKENS", env = "SPARSESERVE_MAX_CONTEXT")]
+    pub max_context: Option<usize>,
+    /// Requests that run at once [default: 64; run: 1]
+    #[arg(long, value_name = "REQUESTS", env = "SPARSESERVE_MAX_NUM_SEQS")]
+    pub max_num_seqs: Option<usize>,
+    /// Prompt tokens that one step computes at most [default: 512]
+    #[arg(long, value_name = "TOKENS", env = "SPARSESERVE_MAX_INJECT_TOKENS")]
+    pub max_inject_tokens: Option<usize>,
+    /// Tokens per KV page: 8, 16, 32 or 64 [default: 16]
+    #[arg(long, value_name = "TOKENS", env = "SPARSESERVE_PAGE_TOKENS")]
+    pub page_tokens: Option<usize>,
+    /// DRAM for the KV cache: 4GiB, 4GB, 60% of the memory limit [default: what requests can use and memory allows]
+    #[arg(long, value_name = "SIZE", env = "SPARSESERVE_DRAM")]
+    pub dram: Option<Size>,
+    /// Compute every prompt, even where its beginning is known
+    #[arg(long, env = "SPARSESERVE_NO_PREFIX_CACHE", num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "true", value_parser = FalseyValueParser::new(), value_name = "BOOL")]
+    pub no_prefix_cache: Option<bool>,
+}
+
+/// How to serve.
+#[derive(Clone, Debug, Default, Deserialize, Args)]
+#[serde(default, rename_all = "kebab-case")]
+#[command(next_help_heading = "Server")]
+pub struct ServerOptions {
+    /// Address to listen on; 0.0.0.0 opens it to the network [default: 127.0.0.1]
+    #[arg(long, env = "SPARSESERVE_HOST")]
+    pub host: Option<String>,
+    /// Port to listen on, 0 for a free one [default: 8000]
+    #[arg(long, env = "SPARSESERVE_PORT")]
+    pub port: Option<u16>,
+    /// Name of the model in the API, repeatable or separated by commas [default: MODEL as given]
+    #[arg(long, value_name = "NAME", value_delimiter = ',', env = "SPARSESERVE_SERVED_MODEL_NAME")]
+    pub served_model_name: Option<Vec<String>>,
+    /// Ask clients for this key, repeatable or separated by commas [default: none]
+    #[arg(
+        long,
+        value_name = "KEY",
+        value_delimiter = ',',
+        env = "SPARSESERVE_API_KEY",
+        hide_env_values = true
+    )]
+    pub api_key: Option<Vec<ApiKey>>,
+    /// Let web pages of this origin call, repeatable or separated by commas, `*` for all [default: none]
+    #[arg(long, value_name = "ORIGIN", value_delimiter = ',', env = "SPARSESERVE_CORS_ORIGIN")]
+    pub cors_origin: Option<Vec<String>>,
+    /// Requests that may wait before new ones get 429 [default: 256]
+    #[arg(long, value_name = "REQUESTS", env = "SPARSESERVE_MAX_WAITING")]
+    pub max_waiting: Option<usize>,
+    /// Seconds that running requests get to finish after SIGTERM [default: 30]
+    #[arg(long, value_name = "SECONDS", env = "SPARSESERVE_DRAIN_TIMEOUT")]
+    pub drain_timeout: Option<u64>,
+}
+
+/// `--device`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Device {
+    /// The best that this build and machine have
+    Auto,
+    /// The processor
+    Cpu,
+    /// An NVIDIA GPU
+    Cuda,
+}
+
+/// `--dtype`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum DTypeChoice {
+    /// As on disk
+    Auto,
+    /// bfloat16
+    Bf16,
+    /// IEEE half
+    F16,
+    /// IEEE single
+    F32,
+}
+
+/// `--log-format`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people
+    Text,
+    /// One JSON object per line
+    Json,
+}
+
+/// A key that clients must show. Never printed.
+#[derive(Clone, PartialEq, Eq, Deserialize)]
+#[serde(transparent)]
+pub struct ApiKey(pub String);
+
+impl From<String> for ApiKey {
+    fn from(key: String) -> Self {
+        ApiKey(key)
+    }
+}
+
+impl std::fmt::Debug for ApiKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ApiKey(..)")
+    }
+}
+
+/// A configuration file: the options of `serve`, of which other commands take those that they have.
+#[derive(Clone, Debug, Default)]
+pub struct ConfigFile {
+    pub model: Option<String>,
+    pub server: ServerOptions,
+    pub engine: EngineOptions,
+    pub common: CommonOptions,
+}
+
+impl ConfigFile {
+    /// Reads the file that `--config` names, or nothing.
+    ///
+    /// # Errors
+    /// When it cannot be read, is no TOML, has a value of the wrong type, or keys that no option has.
+    pub fn read(path: Option<&Path>) -> Result<Self, Failure> {
+        let Some(path) = path else { return Ok(Self::default()) };
+        let shown = path.display();
+        let text =
+            std::fs::read_to_string(path).map_err(|e| Failure::input(format!("cannot read {shown}: {e}")))?;
+        Self::parse(&text).map_err(|e| Failure::input(format!("{shown}: {e}")))
+    }
+
+    fn parse(text: &str) -> Result<Self, String> {
+        let table: toml::Table = text.parse().map_err(|e: toml::de::Error| e.to_string())?;
+        let known = known_keys();
+        let unknown: Vec<String> =
+            table.keys().filter(|key| !known.contains(key)).map(|key| format!("`{key}`")).collect();
+        if !unknown.is_empty() {
+            return Err(format!("unknown {}; known are {}", unknown.join(", "), known.join(", ")));
+        }
+        fn part<'de, T: Deserialize<'de>>(table: &toml::Table) -> Result<T, String> {
+            T::deserialize(table.clone()).map_err(|e| e.to_string())
+        }
+        let model = match table.get("model") {
+            None => None,
+            Some(toml::Value::String(name)) => Some(name.clone()),
+            Some(_) => return Err("`model` is not a string".into()),
+        };
+        Ok(ConfigFile { model, server: part(&table)?, engine: part(&table)?, common: part(&table)? })
+    }
+}
+
+/// Keys that a file may have: the long flags of `serve`, and its model.
+fn known_keys() -> Vec<String> {
+    let command = ServeArgs::augment_args(clap::Command::new("serve"));
+    let flags = command.get_arguments().filter_map(|arg| arg.get_long()).filter(|&long| long != "config");
+    std::iter::once("model").chain(flags).map(String::from).collect()
+}
+
+impl CommonOptions {
+    /// These, completed from the file.
+    pub fn or(self, file: Self) -> Self {
+        CommonOptions {
+            config: self.config,
+            log_level: self.log_level.or(file.log_level),
+            log_format: self.log_format.or(file.log_format),
+        }
+    }
+}
+
+impl ComputeOptions {
+    /// These, completed from the file.
+    pub fn or(self, file: Self) -> Self {
+        ComputeOptions {
+            device: self.device.or(file.device),
+            threads: self.threads.or(file.threads),
+            isa: self.isa.or(file.isa),
+        }
+    }
+}
+
+impl EngineOptions {
+    /// These, completed from the file.
+    pub fn or(self, file: Self) -> Self {
+        EngineOptions {
+            compute: self.compute.or(file.compute),
+            dtype: self.dtype.or(file.dtype),
+            max_context: self.max_context.or(file.max_context),
+            max_num_seqs: self.max_num_seqs.or(file.max_num_seqs),
+            max_inject_tokens: self.max_inject_tokens.or(file.max_inject_tokens),
+            page_tokens: self.page_tokens.or(file.page_tokens),
+            dram: self.dram.or(file.dram),
+            no_prefix_cache: self.no_prefix_cache.or(file.no_prefix_cache),
+        }
+    }
+}
+
+impl ServerOptions {
+    /// These, completed from the file.
+    pub fn or(self, file: Self) -> Self {
+        ServerOptions {
+            host: self.host.or(file.host),
+            port: self.port.or(file.port),
+            served_model_name: self.served_model_name.or(file.served_model_name),
+            api_key: self.api_key.or(file.api_key),
+            cors_origin: self.cors_origin.or(file.cors_origin),
+            max_waiting: self.max_waiting.or(file.max_waiting),
+            drain_timeout: self.drain_timeout.or(file.drain_timeout),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_are_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_flag_of_serve_has_its_variable() {
+        let command = ServeArgs::augment_args(clap::Command::new("serve"));
+        for arg in command.get_arguments() {
+            let variable = arg.get_env().and_then(|v| v.to_str()).unwrap_or_default();
+            let expected = format!("SPARSESERVE_{}", arg.get_id().as_str().to_uppercase());
+            assert_eq!(variable, expected);
+        }
+    }
+
+    #[test]
+    fn a_file_sets_every_option() {
+        let text = r#"
+            model = "dir"
+            host = "::1"
+            port = 1
+            served-model-name = ["a", "b"]
+            api-key = ["k"]
+            cors-origin = ["*"]
+            max-waiting = 2
+            drain-timeout = 3
+            device = "cpu"
+            threads = 4
+            isa = "scalar"
+            dtype = "bf16"
+            max-context = 5
+            max-num-seqs = 6
+            max-inject-tokens = 7
+            page-tokens = 8
+            dram = "60%"
+            no-prefix-cache = true
+            log-level = "debug"
+            log-format = "json"
+        "#;
+        let file = ConfigFile::parse(text).expect("valid");
+        assert_eq!(text.matches('=').count(), known_keys().len(), "the text above sets every key");
+        assert_eq!(file.model.as_deref(), Some("dir"));
+        assert_eq!(file.server.port, Some(1));
+        assert_eq!(file.server.drain_timeout, Some(3));
+        assert_eq!(file.engine.compute.threads, Some(4));
+        assert_eq!(file.engine.dram, Some(Size::Percent(60.0)));
+        assert_eq!(file.engine.no_prefix_cache, Some(true));
+        assert_eq!(file.common.log_format, Some(LogFormat::Json));
+        assert!(!format!("{file:?}").contains("\"k\""), "keys are never printed");
+    }
+
+    #[test]
+    fn files_that_are_wrong_say_why() {
+        let error = |text: &str| ConfigFile::parse(text).expect_err(text);
+        let unknown = error("prot = 1\nport = 2\n[engine]\nx = 1\n");
+        assert!(unknown.starts_with("unknown `engine`, `prot`; known are model, "), "{unknown}");
+        assert!(error("port = 'x'").contains("port"), "{}", error("port = 'x'"));
+        assert!(error("dram = '4XB'").contains("512MiB"));
+        assert!(error("port = ").contains("line 1"));
+        assert!(error("model = 1").contains("model"));
+    }
+
+    #[test]
+    fn typed_wins_over_file() {
+        let typed = ServerOptions { port: Some(1), ..Default::default() };
+        let file = ServerOptions { port: Some(2), host: Some("h".into()), ..Default::default() };
+        let merged = typed.or(file);
+        assert_eq!((merged.port, merged.host.as_deref()), (Some(1), Some("h")));
+    }
+}

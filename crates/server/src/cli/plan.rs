@@ -1,0 +1,196 @@
+//! The memory plan: what is taken from the memory limit before anything is loaded, and what is left for KV.
+
+use ops::KvGeometry;
+
+use super::cgroup::MemoryLimit;
+use super::failure::Failure;
+use super::size::{Bytes, Size};
+
+/// What a model needs, known from its configuration and the headers of its weight files alone.
+#[derive(Clone, Debug)]
+pub struct Demand {
+    /// Packed weights.
+    pub weights_bytes: u64,
+    /// Activations and scratch memory of the largest step.
+    pub activation_bytes: u64,
+    /// Shape of the KV cache.
+    pub kv: KvGeometry,
+    /// Tokens of the longest request.
+    pub max_context: usize,
+    /// Requests that run at once.
+    pub max_num_seqs: usize,
+}
+
+/// Who gets how much.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// The limit that all of it stays below.
+    pub limit: MemoryLimit,
+    /// Packed weights.
+    pub weights_bytes: u64,
+    /// Activations and scratch.
+    pub activation_bytes: u64,
+    /// Left free for the tokenizer, connections and the system.
+    pub headroom_bytes: u64,
+    /// The KV pool.
+    pub kv_bytes: u64,
+    /// Blocks of the KV pool.
+    pub num_blocks: usize,
+    /// Tokens that the KV pool holds.
+    pub kv_tokens: usize,
+}
+
+/// A tenth of the limit, within bounds: below, the tokenizer and a few connections must fit; above, more buys nothing.
+fn headroom(limit_bytes: u64) -> u64 {
+    (limit_bytes / 10).clamp(64 << 20, 2 << 30)
+}
+
+impl MemoryPlan {
+    /// Divides `limit`. `dram` is the KV pool that the user wants; the default holds every running request at full
+    /// length, or what the limit leaves.
+    ///
+    /// # Errors
+    /// When not even one request of full length fits; with the arithmetic, and the flag that would cure it.
+    pub fn new(limit: MemoryLimit, demand: &Demand, dram: Option<Size>) -> Result<Self, Failure> {
+        let geometry = &demand.kv;
+        let block_bytes = geometry.block_bytes() as u64;
+        let one_request = geometry.blocks(demand.max_context) as u64 * block_bytes;
+        let fixed = demand.weights_bytes + demand.activation_bytes;
+        // Somebody who says how much KV there shall be has judged the headroom.
+        let headroom_bytes = if dram.is_some() { 0 } else { headroom(limit.bytes) };
+        let left = limit.bytes.saturating_sub(fixed + headroom_bytes);
+        let kv_bytes = match dram {
+            Some(size) => size.of(limit.bytes),
+            None => left.min(one_request.saturating_mul(demand.max_num_seqs as u64)),
+        };
+        if kv_bytes > left {
+            let shown = sum(demand, 0, ("--dram", kv_bytes), &limit);
+            let cure = match left >= one_request {
+                true => format!("--dram {}MiB would fit", left >> 20),
+                false => format!("without --dram, {}", too_small_cure(left, geometry)),
+            };
+            return Err(Failure::input(format!("the KV pool does not fit: {shown}; {cure}")));
+        }
+        if kv_bytes < one_request {
+            let what = format!("KV of one request of {} tokens", demand.max_context);
+            let message = match dram {
+                Some(_) => format!(
+                    "--dram is too small: {what} is {}, and --dram allows {}; {}",
+                    Bytes(one_request),
+                    Bytes(kv_bytes),
+                    too_small_cure(kv_bytes, geometry)
+                ),
+                None => format!(
+                    "the model does not fit: {}; {}",
+                    sum(demand, headroom_bytes, (&what, one_request), &limit),
+                    too_small_cure(left, geometry)
+                ),
+            };
+            return Err(Failure::input(message));
+        }
+        // Block indices are u32.
+        let num_blocks = (kv_bytes / block_bytes).min(u64::from(u32::MAX)) as usize;
+        Ok(MemoryPlan {
+            limit,
+            weights_bytes: demand.weights_bytes,
+            activation_bytes: demand.activation_bytes,
+            headroom_bytes,
+            kv_bytes: num_blocks as u64 * block_bytes,
+            num_blocks,
+            kv_tokens: num_blocks * geometry.page_tokens,
+        })
+    }
+}
+
+/// `weights A + activations B + headroom C + KV D = E, the limit is F (source)`
+fn sum(demand: &Demand, headroom_bytes: u64, kv: (&str, u64), limit: &MemoryLimit) -> String {
+    let mut terms = vec![("weights", demand.weights_bytes), ("activations", demand.activation_bytes), kv];
+    if headroom_bytes > 0 {
+        terms.push(("headroom", headroom_bytes));
+    }
+    let total = terms.iter().map(|t| t.1).sum();
+    let terms: Vec<String> = terms.iter().map(|(name, bytes)| format!("{name} {}", Bytes(*bytes))).collect();
+    format!(
+        "{} = {}, the limit is {} ({})",
+        terms.join(" + "),
+        Bytes(total),
+        Bytes(limit.bytes),
+        limit.source
+    )
+}
+
+/// What to do where `bytes` are left for KV.
+fn too_small_cure(bytes: u64, geometry: &KvGeometry) -> String {
+    let tokens = bytes / geometry.block_bytes() as u64 * geometry.page_tokens as u64;
+    if tokens > 0 {
+        return format!("--max-context {tokens} would fit");
+    }
+    match geometry.dtype {
+        ops::DType::F32 => "--dtype bf16 halves it; else take a smaller model or more memory".into(),
+        _ => "take a smaller model or more memory".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::cgroup::LimitSource;
+    use ops::DType;
+
+    const GIB: u64 = 1 << 30;
+
+    /// Llama-3-8B: 128 KiB of KV per token, 16 GiB at 131,072 tokens.
+    fn demand() -> Demand {
+        Demand {
+            weights_bytes: 15 * GIB,
+            activation_bytes: GIB / 2,
+            kv: KvGeometry {
+                num_layers: 32,
+                kv_heads: 8,
+                head_dim: 128,
+                page_tokens: 16,
+                dtype: DType::Bf16,
+            },
+            max_context: 131_072,
+            max_num_seqs: 2,
+        }
+    }
+
+    fn plan(limit: u64, demand: &Demand, dram: Option<Size>) -> Result<MemoryPlan, String> {
+        let limit = MemoryLimit { bytes: limit, source: LimitSource::Machine };
+        MemoryPlan::new(limit, demand, dram).map_err(|failure| failure.line().unwrap_or_default())
+    }
+
+    #[test]
+    fn default_is_what_requests_can_use_and_no_more() {
+        let roomy = plan(256 * GIB, &demand(), None).expect("fits");
+        assert_eq!((roomy.kv_bytes, roomy.kv_tokens, roomy.num_blocks), (32 * GIB, 262_144, 16_384));
+        let tight = plan(40 * GIB, &demand(), None).expect("fits");
+        assert_eq!(tight.headroom_bytes, 2 * GIB);
+        assert_eq!(tight.kv_bytes, 45 * GIB / 2, "40 - 15 - 0.5 - 2");
+    }
+
+    #[test]
+    fn what_cannot_fit_is_refused_with_the_arithmetic_and_a_cure() {
+        let error = plan(24 * GIB, &demand(), None).expect_err("does not fit");
+        for part in
+            ["15 GiB", "512 MiB", "131072 tokens 16 GiB", "headroom 2 GiB", "33.50 GiB", "24 GiB (memory"]
+        {
+            assert!(error.contains(part), "{part}: {error}");
+        }
+        assert!(error.ends_with("--max-context 53248 would fit"), "{error}");
+        let cured = Demand { max_context: 53_248, ..demand() };
+        assert!(plan(24 * GIB, &cured, None).is_ok(), "the cure works");
+        let error = plan(8 * GIB, &demand(), None).expect_err("does not fit");
+        assert!(error.ends_with("take a smaller model or more memory"), "{error}");
+    }
+
+    #[test]
+    fn a_chosen_pool_is_checked_from_both_sides() {
+        assert_eq!(plan(64 * GIB, &demand(), Some(Size::Percent(50.0))).expect("fits").kv_bytes, 32 * GIB);
+        let error = plan(64 * GIB, &demand(), Some(Size::Bytes(60 * GIB))).expect_err("too large");
+        assert!(error.contains("--dram 60 GiB") && error.ends_with("--dram 49664MiB would fit"), "{error}");
+        let error = plan(64 * GIB, &demand(), Some(Size::Bytes(GIB))).expect_err("too small");
+        assert!(error.ends_with("--max-context 8192 would fit"), "{error}");
+    }
+}

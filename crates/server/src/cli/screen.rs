@@ -1,0 +1,114 @@
+//! The start screen: what was decided, before anything takes long.
+
+use std::fmt;
+
+use ops::DType;
+
+use super::load::Prepared;
+use super::settings::{EngineSettings, ModelChoice};
+use super::size::Bytes;
+
+/// What was decided, as text for people. [`Screen::log`] has the same for machines.
+pub struct Screen<'a> {
+    pub model: &'a ModelChoice,
+    pub prepared: &'a Prepared,
+    pub settings: &'a EngineSettings,
+}
+
+impl Screen<'_> {
+    /// One log line.
+    pub fn log(&self) {
+        let Prepared { config, plan, device, dtype, geometry, max_context, .. } = self.prepared;
+        tracing::info!(
+            model = self.model.name(),
+            architecture = config.architecture,
+            parameters = ::model::num_parameters(config),
+            dtype = dtype.name(),
+            memory_limit_bytes = plan.limit.bytes,
+            memory_limit_source = %plan.limit.source,
+            weights_bytes = plan.weights_bytes,
+            activation_bytes = plan.activation_bytes,
+            headroom_bytes = plan.headroom_bytes,
+            kv_bytes = plan.kv_bytes,
+            kv_tokens = plan.kv_tokens,
+            kv_token_bytes = geometry.token_bytes(),
+            page_tokens = geometry.page_tokens,
+            max_context,
+            max_num_seqs = self.settings.max_num_seqs,
+            max_inject_tokens = self.settings.max_inject_tokens,
+            prefix_cache = self.settings.prefix_cache,
+            device = device.kind,
+            isa = device.isa,
+            threads = device.threads,
+            "decided"
+        );
+    }
+}
+
+/// `2.19 M`, `8.03 B`.
+pub fn parameters(count: u64) -> String {
+    match count {
+        1_000_000_000.. => format!("{:.2} B", count as f64 / 1e9),
+        1_000_000.. => format!("{:.2} M", count as f64 / 1e6),
+        _ => count.to_string(),
+    }
+}
+
+/// `1 thread`, `4 threads`.
+pub fn threads(count: usize) -> String {
+    if count == 1 { "1 thread".into() } else { format!("{count} threads") }
+}
+
+impl fmt::Display for Screen<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Prepared { config, plan, device, dtype, geometry, max_context, .. } = self.prepared;
+        let heads = config.heads;
+        writeln!(f, "SparseServe {}", env!("CARGO_PKG_VERSION"))?;
+        writeln!(
+            f,
+            "  model        {}: {}, {} parameters, {} layers, {} heads over {} KV heads",
+            self.model.name(),
+            config.architecture,
+            parameters(::model::num_parameters(config)),
+            config.num_layers,
+            heads.q_heads,
+            heads.kv_heads,
+        )?;
+        let origin = if *dtype == self.prepared.dtype_on_disk { "as on disk" } else { "converted" };
+        let slow = match dtype {
+            DType::F32 if self.prepared.dtype_on_disk == DType::F32 => "; --dtype bf16 takes half the memory",
+            _ => "",
+        };
+        writeln!(f, "  type         {dtype} weights and KV, {origin}{slow}")?;
+        writeln!(f, "  device       {}, {}, {}", device.kind, threads(device.threads), device.isa)?;
+        writeln!(f, "  memory       {} at most ({})", Bytes(plan.limit.bytes), plan.limit.source)?;
+        writeln!(f, "    weights      {}", Bytes(plan.weights_bytes))?;
+        writeln!(f, "    activations  {}", Bytes(plan.activation_bytes))?;
+        writeln!(
+            f,
+            "    KV           {} for {} tokens, {} each: {} requests of {max_context} tokens at once",
+            Bytes(plan.kv_bytes),
+            plan.kv_tokens,
+            Bytes(geometry.token_bytes() as u64),
+            self.prepared.kv_requests(),
+        )?;
+        let left =
+            plan.limit.bytes.saturating_sub(plan.weights_bytes + plan.activation_bytes + plan.kv_bytes);
+        writeln!(f, "    left         {}", Bytes(left))?;
+        let prefix = if self.settings.prefix_cache { "prefix cache" } else { "no prefix cache" };
+        write!(
+            f,
+            "  steps        up to {} requests and {} prompt tokens; {prefix}, pages of {} tokens",
+            self.settings.max_num_seqs, self.settings.max_inject_tokens, geometry.page_tokens
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn parameters_are_counted_in_millions_and_billions() {
+        let shown = [999_999, 2_187_520, 8_030_261_248].map(super::parameters);
+        assert_eq!(shown, ["999999", "2.19 M", "8.03 B"]);
+    }
+}

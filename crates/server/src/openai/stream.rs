@@ -1,0 +1,75 @@
+//! Answers as server-sent events.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::response::sse::{self, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use futures_util::stream::{self, StreamExt, select_all};
+use serde_json::Value;
+
+use super::{ApiError, Event, Generation};
+use crate::app::{App, InFlight};
+
+/// Turns the events of an answer into the chunks of a stream.
+pub trait Chunks: Send + 'static {
+    /// Chunks before anything has happened.
+    fn first(&mut self) -> Vec<Value>;
+    /// Chunks that tell `event` of the choice `index`.
+    fn next(&mut self, index: usize, event: Event) -> Vec<Value>;
+    /// Chunks after all choices are complete.
+    fn last(&mut self) -> Vec<Value>;
+}
+
+/// Streams the answers of `generations`, each a choice, as `chunks` dresses them, and `[DONE]` at the end. The client's
+/// leaving drops the stream, and with it the generations. A choice that fails ends the stream with an error.
+pub fn respond(
+    app: &Arc<App>,
+    generations: Vec<Generation>,
+    mut chunks: impl Chunks,
+    in_flight: InFlight,
+) -> Response {
+    let events = generations.into_iter().enumerate().map(|(index, generation)| {
+        stream::unfold(generation, move |mut generation| async move {
+            let event = generation.next().await?;
+            Some(((index, event), generation))
+        })
+        .boxed()
+    });
+    let first = chunks.first();
+    let events = select_all(events).map(Some).chain(stream::iter([None]));
+    let rest = events.scan(Some((chunks, in_flight)), |state, event| {
+        let Some((chunks, _)) = state else { return std::future::ready(None) };
+        let told = match event {
+            Some((_, Event::Failed(error))) => {
+                *state = None;
+                vec![error.body()]
+            }
+            Some((index, event)) => chunks.next(index, event),
+            None => chunks.last(),
+        };
+        std::future::ready(Some(told))
+    });
+    let chunks = stream::iter([first]).chain(rest).flat_map(stream::iter);
+    let data = chunks.map(|chunk| sse::Event::default().data(chunk.to_string()));
+    let done = stream::iter([sse::Event::default().data("[DONE]")]);
+    let body = data.chain(done).map(Ok::<_, Infallible>);
+    let keep_alive = Duration::from_secs(app.limits.keep_alive_seconds);
+    Sse::new(body).keep_alive(KeepAlive::new().interval(keep_alive)).into_response()
+}
+
+/// Waits for a whole answer.
+///
+/// # Errors
+/// What made it fail.
+pub async fn collect(mut generation: Generation) -> Result<Vec<Event>, ApiError> {
+    let mut events = Vec::new();
+    while let Some(event) = generation.next().await {
+        match event {
+            Event::Failed(error) => return Err(error),
+            event => events.push(event),
+        }
+    }
+    Ok(events)
+}

@@ -1,0 +1,57 @@
+//! `POST /tokenize` and `/detokenize`, as vLLM has them.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use serde_json::{Value, json};
+
+use super::chat_prompt::ChatPrompt;
+use super::params::{check_model, check_token};
+use super::{ApiError, Fields};
+use crate::app::App;
+
+/// Tokens of a `prompt` or of `messages`.
+///
+/// # Errors
+/// Whatever is wrong with the request.
+pub async fn tokenize(State(app): State<Arc<App>>, mut fields: Fields) -> Result<Json<Value>, ApiError> {
+    check_model(&mut fields, &app)?;
+    let with_texts = fields.take("return_token_strs")?.unwrap_or(false);
+    let tokens = match fields.take::<String>("prompt")? {
+        Some(prompt) => {
+            let add_special_tokens = fields.take("add_special_tokens")?.unwrap_or(true);
+            fields.finish()?;
+            let tokenizer = Arc::clone(&app.tokenizer);
+            app.text_work(prompt.len(), move || tokenizer.encode(&prompt, add_special_tokens)).await?
+        }
+        None => {
+            let chat = ChatPrompt::take(&mut fields, &app)?;
+            fields.finish()?;
+            chat.tokens(&app).await?
+        }
+    };
+    let texts: Option<Vec<String>> =
+        with_texts.then(|| tokens.iter().map(|&id| app.tokenizer.token(id).unwrap_or_default()).collect());
+    Ok(Json(json!({
+        "count": tokens.len(),
+        "max_model_len": app.max_context,
+        "tokens": tokens,
+        "token_strs": texts,
+    })))
+}
+
+/// The text of `tokens`.
+///
+/// # Errors
+/// Whatever is wrong with the request.
+pub async fn detokenize(State(app): State<Arc<App>>, mut fields: Fields) -> Result<Json<Value>, ApiError> {
+    check_model(&mut fields, &app)?;
+    let tokens: Vec<u32> = fields.require("tokens")?;
+    fields.finish()?;
+    tokens.iter().try_for_each(|&id| check_token("tokens", id, &app))?;
+    let tokenizer = Arc::clone(&app.tokenizer);
+    let prompt =
+        app.text_work(tokens.len() * size_of::<u32>(), move || tokenizer.decode(&tokens, false)).await?;
+    Ok(Json(json!({"prompt": prompt})))
+}

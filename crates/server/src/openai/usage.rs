@@ -1,0 +1,63 @@
+//! Counts, times and names in answers.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+
+use super::generation::{Finish, Reason};
+
+/// `usage` of an answer.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Usage {
+    prompt_tokens: u32,
+    completion_tokens: u32,
+    total_tokens: u32,
+    prompt_tokens_details: PromptTokensDetails,
+}
+
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+struct PromptTokensDetails {
+    cached_tokens: u32,
+}
+
+impl Usage {
+    /// Adds a finished choice.
+    pub fn add(&mut self, finish: &Finish) {
+        self.prompt_tokens += finish.prompt_tokens;
+        self.completion_tokens += finish.generated_tokens;
+        self.total_tokens += finish.prompt_tokens + finish.generated_tokens;
+        self.prompt_tokens_details.cached_tokens += finish.cached_tokens;
+    }
+}
+
+/// `finish_reason` and vLLM's `stop_reason`: the stop string, or the id of a stop token that is not the model's own.
+pub fn finish_reason(reason: &Reason, end_tokens: &[u32]) -> (&'static str, Option<StopReason>) {
+    match reason {
+        Reason::Length => ("length", None),
+        Reason::EndToken(id) if end_tokens.contains(id) => ("stop", None),
+        Reason::EndToken(id) => ("stop", Some(StopReason::Token(*id))),
+        Reason::Stop(stop) => ("stop", Some(StopReason::Text(stop.clone()))),
+    }
+}
+
+/// What ended an answer, if the client named it.
+#[derive(Clone, Debug, Serialize)]
+#[serde(untagged)]
+pub enum StopReason {
+    /// One of `stop_token_ids`.
+    Token(u32),
+    /// One of `stop`.
+    Text(String),
+}
+
+/// A fresh id of an answer, `chatcmpl-` or `cmpl-` and random digits.
+pub fn answer_id(prefix: &str) -> String {
+    // Without randomness ids repeat, which hurts nothing but logs.
+    let random = getrandom::u64().unwrap_or_default();
+    format!("{prefix}-{random:016x}")
+}
+
+/// Now, in Unix seconds.
+pub fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
