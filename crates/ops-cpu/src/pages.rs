@@ -159,8 +159,8 @@ pub fn append(
         (first, s.context_tokens().div_ceil(page_tokens))
     };
     for s in batch.sequences {
-        // Also checks that the blocks exist.
-        batch.block_table(s).iter().for_each(|&block| drop(kv.offset(block, 0)));
+        let blocks = &batch.block_table(s)[..blocks_of(s).1];
+        assert!(blocks.iter().all(|b| b.at() < kv.num_blocks), "blocks of the pool");
     }
     let num_tasks = batch.sequences.iter().map(blocks_of).map(|(first, end)| end - first).sum();
     let (stride, rows) = (qkv.stride(), qkv.shared());
