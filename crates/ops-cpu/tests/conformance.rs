@@ -4,7 +4,8 @@ use ops::conformance;
 use sparseserve_ops_cpu::{CpuBackend, CpuOptions, Isa};
 
 fn backend(isa: Isa, threads: usize) -> CpuBackend {
-    CpuBackend::new(CpuOptions { threads: Some(threads), isa: Some(isa) }).expect("an available instruction set")
+    CpuBackend::new(CpuOptions { threads: Some(threads), isa: Some(isa) })
+        .expect("an available instruction set")
 }
 
 fn check(isa: Isa) {
