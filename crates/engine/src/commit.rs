@@ -24,7 +24,8 @@ impl<R: Runner> Engine<R> {
                 }
                 sequence.outcome = outcome(sequence);
             } else {
-                // Whatever led to NaN lies in this step's blocks, too: they are released without being published.
+                // Whatever led to NaN lies in its KV, which nobody must share.
+                self.kv.discard(&mut sequence.kv);
                 sequence.outcome = Some(Outcome::Failed("the model computed NaN for this request".into()));
             }
             if sequence.outcome.is_some() {

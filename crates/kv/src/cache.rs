@@ -154,6 +154,21 @@ impl KvCache {
         sequence.num_tokens = 0;
     }
 
+    /// Releases all blocks of `sequence` and empties it, and forgets their content wherever nobody else depends on it:
+    /// for KV that turned out to be worthless.
+    pub fn discard(&mut self, sequence: &mut Sequence) {
+        while let Some(block) = sequence.blocks.pop() {
+            let published = sequence.blocks.len() < sequence.num_published;
+            let forget = published && self.pool.owners(block) == 1 && !self.tree.has_children(block);
+            if forget {
+                self.tree.remove(block);
+            }
+            self.pool.release(block, published && !forget);
+        }
+        sequence.num_published = 0;
+        sequence.num_tokens = 0;
+    }
+
     /// Panics unless all states agree: each block has one state, owners are exactly the tables in `owners`, the tree is
     /// whole, and children are evicted before their parents. Slow: for tests and dumps.
     pub fn check<'a>(&self, owners: impl Iterator<Item = &'a Sequence>) {
