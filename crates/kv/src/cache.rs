@@ -16,7 +16,25 @@ pub struct OutOfBlocks {
     pub available: usize,
 }
 
-/// The state of all blocks. See the crate's page for the order of its verbs.
+/// The state of all blocks.
+///
+/// ```
+/// use sparseserve_kv::{KvCache, Sequence};
+///
+/// let mut kv = KvCache::new(10, 4);
+/// let prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9];
+///
+/// let mut first = Sequence::new(0, usize::MAX, 10);
+/// assert_eq!(kv.match_prefix(&mut first, &prompt), 0);
+/// kv.reserve(&mut first, prompt.len())?; // three blocks
+/// kv.advance(&mut first, &prompt); // two of them are sealed
+/// kv.free(&mut first);
+///
+/// let mut second = Sequence::new(0, usize::MAX, 10);
+/// assert_eq!(kv.match_prefix(&mut second, &prompt), 8);
+/// kv.free(&mut second);
+/// # Ok::<(), sparseserve_kv::OutOfBlocks>(())
+/// ```
 pub struct KvCache {
     page_tokens: usize,
     pool: Pool,
