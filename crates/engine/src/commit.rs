@@ -1,6 +1,6 @@
 //! The third verb of a step: what was computed becomes state.
 
-use crate::core::Engine;
+use crate::engine::Engine;
 use crate::request::FinishReason;
 use crate::run::Runner;
 use crate::sequence::{Outcome, Sequence};

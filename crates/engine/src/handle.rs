@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use crate::config::Config;
-use crate::core::{Engine, Event};
+use crate::engine::{Engine, Event};
 use crate::metrics::Metrics;
 use crate::request::{Refusal, Request, RequestId, Sink};
 use crate::run::Runner;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::core::Engine;
+use crate::engine::Engine;
 use crate::run::Runner;
 
 impl<R: Runner> Engine<R> {

@@ -282,7 +282,8 @@ unsafe fn scores<S: Simd, E: Element>(s: S, view: &HeadView, p: &Split, num_page
             } else {
                 for i in 0..n {
                     let slot = slot + i * LANES;
-                    keys[i] = p.pages[slot / p.page_tokens].add(slot % p.page_tokens / LANES * E::VECTOR_BYTES);
+                    keys[i] =
+                        p.pages[slot / p.page_tokens].add(slot % p.page_tokens / LANES * E::VECTOR_BYTES);
                 }
                 p.page_tokens / LANES * E::VECTOR_BYTES
             };

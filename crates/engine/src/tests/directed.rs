@@ -3,7 +3,7 @@
 use super::fake_runner::{NAN_TOKEN, expected_answer, expected_prompt_logprobs};
 use super::support::{Bench, Listener, config, prompt, request};
 use crate::config::Config;
-use crate::core::Event;
+use crate::engine::Event;
 use crate::request::{FinishReason, Refusal, Request, Update, Usage};
 
 fn usage(listener: &Listener) -> Usage {

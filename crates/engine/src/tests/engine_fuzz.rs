@@ -6,7 +6,7 @@ use ops::Random;
 use super::fake_runner::{Fault, Prediction, expected_answer, expected_prompt_logprobs};
 use super::support::{Bench, Listener, config, prompt, request};
 use crate::config::Config;
-use crate::core::Event;
+use crate::engine::Event;
 use crate::request::{Request, RequestId, TokenLogprobs, Update};
 
 #[derive(Debug)]
