@@ -1,13 +1,12 @@
 //! The third verb of a step: what was computed becomes state.
 
-use crate::core::Engine;
+use crate::engine::Engine;
 use crate::request::FinishReason;
 use crate::run::Runner;
 use crate::sequence::{Outcome, Sequence};
 
 impl<R: Runner> Engine<R> {
-    /// Notes the KV that was written, appends the drawn tokens, and decides who has ended. Blocks of those who have are
-    /// released here, so that the next step can use them.
+    /// Notes the KV that was written, appends the drawn tokens, and decides who has ended.
     pub(crate) fn commit(&mut self) {
         for part in &self.rows.parts {
             let sequence = &mut self.running[part.owner];
@@ -24,11 +23,9 @@ impl<R: Runner> Engine<R> {
                 }
                 sequence.outcome = outcome(sequence);
             } else {
-                // Whatever led to NaN lies in this step's blocks, too: they are released without being published.
+                // Whatever led to NaN lies in its KV, which nobody must share.
+                self.kv.discard(&mut sequence.kv);
                 sequence.outcome = Some(Outcome::Failed("the model computed NaN for this request".into()));
-            }
-            if sequence.outcome.is_some() {
-                self.kv.free(&mut sequence.kv);
             }
         }
     }

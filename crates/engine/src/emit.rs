@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
-use crate::core::Engine;
+use crate::engine::Engine;
 use crate::run::Runner;
 use crate::sequence::Outcome;
 
 impl<R: Runner> Engine<R> {
-    /// Sends what the step brought and lets go of the sequences that have ended or that nobody listens to.
+    /// Sends what the step brought, and lets go of the sequences that have ended or that nobody listens to: their blocks
+    /// are there for the next step.
     pub(crate) fn emit(&mut self, now: Duration) {
         for part in &self.rows.parts {
             let sequence = &mut self.running[part.owner];

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use crate::config::Config;
-use crate::core::{Engine, Event};
+use crate::engine::{Engine, Event};
 use crate::metrics::Metrics;
 use crate::request::{Refusal, Request, RequestId, Sink};
 use crate::run::Runner;
@@ -220,7 +220,8 @@ impl Drop for StoppedOnDrop {
     }
 }
 
-/// Steps while there is work, sleeps on the channel while there is none, and takes in events between steps.
+/// Steps while there is work, sleeps on the channel while there is none, and takes in events between steps. A request
+/// that is submitted in the moment of the end fails when the channel is dropped.
 fn serve<R: Runner>(engine: &mut Engine<R>, inbox: &Receiver<Event>, clock: &dyn Fn() -> Duration) {
     while !engine.is_drained() {
         if !engine.has_work() {
@@ -237,11 +238,6 @@ fn serve<R: Runner>(engine: &mut Engine<R>, inbox: &Receiver<Event>, clock: &dyn
         if engine.has_work() {
             engine.step(clock);
         }
-    }
-    // Requests that were submitted in the moment of the end.
-    engine.handle(Event::Shutdown, clock());
-    for event in inbox.try_iter() {
-        engine.handle(event, clock());
     }
 }
 

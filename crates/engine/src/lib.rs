@@ -6,9 +6,9 @@
 //!
 //! * `request.rs`: what is asked and what is answered. `config.rs`: what is refused.
 //! * `handle.rs`: the thread around the engine, and how others reach it.
-//! * `core.rs`: the engine itself, without thread, clock or device. `sequence.rs`: a request inside it.
+//! * `engine.rs`: the engine itself, without thread, clock or device. `sequence.rs`: a request inside it.
 //! * `schedule.rs`, `run.rs`, `commit.rs`, `emit.rs`: the four verbs of a step. `rows.rs`: what they pass on.
-//! * `metrics.rs`: what is counted.
+//! * `model_runner.rs`: the runner of a server, a model on a device. `metrics.rs`: what is counted.
 //!
 //! Invariant: the answer to a request depends on the request alone, never on what else runs, on preemption, or on how
 //! its prompt was cut.
@@ -21,8 +21,8 @@
 
 mod commit;
 mod config;
-mod core;
 mod emit;
+mod engine;
 mod handle;
 mod metrics;
 mod model_runner;
@@ -36,7 +36,7 @@ mod sequence;
 mod tests;
 
 pub use config::{Config, ConfigError};
-pub use core::{Engine, Event};
+pub use engine::{Engine, Event};
 pub use handle::{Handle, OnBroken, abort_process, spawn};
 pub use metrics::{METRICS, MetricDoc, MetricKind, Metrics};
 pub use model_runner::ModelRunner;

@@ -3,7 +3,7 @@
 use ops::Batch;
 use ops::sample::{SampleOutput, SampleRow};
 
-use crate::core::Engine;
+use crate::engine::Engine;
 
 /// Runs the rows of a step through a model. The engine knows nothing else of models and devices, so tests put a
 /// recorder here and the simulator a cost model.

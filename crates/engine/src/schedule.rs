@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::core::Engine;
+use crate::engine::Engine;
 use crate::run::Runner;
 
 impl<R: Runner> Engine<R> {
@@ -12,17 +12,14 @@ impl<R: Runner> Engine<R> {
     pub(crate) fn schedule(&mut self, now: Duration) {
         self.rows.clear();
         let mut budget = self.config.max_inject_tokens;
-        let mut preempted = false;
         let mut next = 0;
         while next < self.running.len() {
-            preempted |= self.make_room(next);
-            if next < self.running.len() {
+            if self.make_room(next) {
                 self.push_rows(next, &mut budget);
             }
             next += 1;
         }
-        // Blocks that were short a moment ago are not handed to the next in line, who would be preempted for them.
-        while !preempted && budget > 0 && self.admit_next(now) {
+        while budget > 0 && self.admit_next(now) {
             self.push_rows(self.running.len() - 1, &mut budget);
         }
         assert!(self.rows.num_rows() > 0, "whenever there is work, some of it proceeds");
@@ -30,11 +27,9 @@ impl<R: Runner> Engine<R> {
 
     fn push_rows(&mut self, owner: usize, budget: &mut usize) {
         let sequence = &self.running[owner];
-        let num_tokens = match sequence.num_uncomputed() {
-            1 => 1,
-            left => left.min(*budget),
-        };
-        if num_tokens > 1 || sequence.num_uncomputed() > 1 {
+        let left = sequence.num_uncomputed();
+        let num_tokens = if left == 1 { 1 } else { left.min(*budget) };
+        if left > 1 {
             *budget -= num_tokens;
         }
         if num_tokens > 0 {
@@ -42,20 +37,18 @@ impl<R: Runner> Engine<R> {
         }
     }
 
-    /// Reserves blocks for all known tokens of `running[at]`, preempting the youngest until they fit, at last itself.
-    /// Returns whether anyone was preempted.
+    /// Reserves blocks for all known tokens of `running[at]`, preempting the youngest until they fit. Returns whether
+    /// it still runs: in the end it may have been the youngest itself.
     fn make_room(&mut self, at: usize) -> bool {
-        let mut preempted = false;
         while at < self.running.len() {
             let sequence = &mut self.running[at];
             if self.kv.reserve(&mut sequence.kv, sequence.tokens.len()).is_ok() {
-                break;
+                return true;
             }
             assert!(self.running.len() > 1, "a lone request fits, that was checked when it was submitted");
             self.preempt_youngest();
-            preempted = true;
         }
-        preempted
+        false
     }
 
     /// The youngest goes back to the front of the queue, where it is still in order of arrival. Its sealed blocks stay

@@ -157,6 +157,7 @@ impl Sequence {
     pub(crate) fn preempt(&mut self, kv: &mut KvCache) {
         kv.free(&mut self.kv);
         self.num_preemptions += 1;
+        tracing::debug!(request = self.id.0, tokens = self.tokens.len(), "preempted");
         self.admit_when_available = 0;
     }
 
@@ -235,6 +236,12 @@ impl Sequence {
     pub(crate) fn close(&mut self, outcome: Outcome, kv: &mut KvCache, now: Duration, metrics: &Metrics) {
         kv.free(&mut self.kv);
         self.place = None;
+        tracing::debug!(
+            request = self.id.0,
+            ?outcome,
+            generated_tokens = self.num_generated(),
+            "request ended"
+        );
         metrics.closed(&outcome, now.saturating_sub(self.submitted));
         let last = match outcome {
             Outcome::Finished(reason) => Some(Update::Finished { reason, usage: self.usage() }),

@@ -16,7 +16,25 @@ pub struct OutOfBlocks {
     pub available: usize,
 }
 
-/// The state of all blocks. See the crate's page for the order of its verbs.
+/// The state of all blocks.
+///
+/// ```
+/// use sparseserve_kv::{KvCache, Sequence};
+///
+/// let mut kv = KvCache::new(10, 4);
+/// let prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9];
+///
+/// let mut first = Sequence::new(0, usize::MAX, 10);
+/// assert_eq!(kv.match_prefix(&mut first, &prompt), 0);
+/// kv.reserve(&mut first, prompt.len())?; // three blocks
+/// kv.advance(&mut first, &prompt); // two of them are sealed
+/// kv.free(&mut first);
+///
+/// let mut second = Sequence::new(0, usize::MAX, 10);
+/// assert_eq!(kv.match_prefix(&mut second, &prompt), 8);
+/// kv.free(&mut second);
+/// # Ok::<(), sparseserve_kv::OutOfBlocks>(())
+/// ```
 pub struct KvCache {
     page_tokens: usize,
     pool: Pool,
@@ -149,6 +167,21 @@ impl KvCache {
                 "published blocks, and no others, are in the tree"
             );
             self.pool.release(block, published);
+        }
+        sequence.num_published = 0;
+        sequence.num_tokens = 0;
+    }
+
+    /// Releases all blocks of `sequence` and empties it, and forgets their content wherever nobody else depends on it:
+    /// for KV that turned out to be worthless.
+    pub fn discard(&mut self, sequence: &mut Sequence) {
+        while let Some(block) = sequence.blocks.pop() {
+            let published = sequence.blocks.len() < sequence.num_published;
+            let forget = published && self.pool.owners(block) == 1 && !self.tree.has_children(block);
+            if forget {
+                self.tree.remove(block);
+            }
+            self.pool.release(block, published && !forget);
         }
         sequence.num_published = 0;
         sequence.num_tokens = 0;

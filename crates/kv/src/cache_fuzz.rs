@@ -19,6 +19,8 @@ enum Op {
     Advance { pick: usize, num_tokens: usize },
     /// A sequence ends.
     Free { pick: usize },
+    /// A sequence ends and its KV is worthless.
+    Discard { pick: usize },
 }
 
 /// What the model gets wrong on purpose, to show that the comparison notices.
@@ -96,8 +98,9 @@ impl Fuzz {
             };
         }
         let pick = random.below(self.live.len());
-        match random.below(6) {
-            0 => Op::Free { pick },
+        match random.below(24) {
+            0..4 => Op::Free { pick },
+            4 => Op::Discard { pick },
             _ => Op::Advance { pick, num_tokens: 1 + random.below(3 * self.page_tokens) },
         }
     }
@@ -108,7 +111,8 @@ impl Fuzz {
                 self.start(family, num_tokens, salt, shareable_tokens);
             }
             Op::Advance { pick, num_tokens } => self.advance(pick, num_tokens),
-            Op::Free { pick } => self.free(pick),
+            Op::Free { pick } => self.free(pick, false),
+            Op::Discard { pick } => self.free(pick, true),
         }
         self.compare();
     }
@@ -185,14 +189,23 @@ impl Fuzz {
         }
     }
 
-    fn free(&mut self, pick: usize) {
+    fn free(&mut self, pick: usize, discard: bool) {
         let mut live = self.live.swap_remove(pick);
-        self.real.free(&mut live.kv);
+        if discard {
+            self.real.discard(&mut live.kv);
+        } else {
+            self.real.free(&mut live.kv);
+        }
         for i in (0..live.num_published).rev() {
             let prefix = (live.salt, live.tokens[..(i + 1) * self.page_tokens].to_vec());
+            let longer = |other: &Prefix| other.0 == prefix.0 && other.1.len() > prefix.1.len();
+            let is_continued =
+                self.published.keys().any(|other| longer(other) && other.1.starts_with(&prefix.1));
             let published = self.published.get_mut(&prefix).expect("a used prefix is published");
             published.users -= 1;
-            if published.users == 0 {
+            if published.users == 0 && discard && !is_continued {
+                self.published.remove(&prefix);
+            } else if published.users == 0 {
                 self.now += 1;
                 published.released = self.now;
             }

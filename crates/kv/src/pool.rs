@@ -70,6 +70,14 @@ impl Pool {
         matches!(self.states[block.at()], State::Cached { .. })
     }
 
+    /// Block tables that `block` is in.
+    pub(crate) fn owners(&self, block: BlockIndex) -> u32 {
+        match self.states[block.at()] {
+            State::InUse { owners } => owners,
+            State::Free | State::Cached { .. } => 0,
+        }
+    }
+
     /// Free -> in use, with one owner.
     pub(crate) fn take_free(&mut self) -> Option<BlockIndex> {
         let block = self.free.pop()?;

@@ -75,10 +75,10 @@ impl PrefixCache {
         index.insert_unique(hash, block, |b| entries[b.at()].as_ref().expect("the index lists entries").hash);
     }
 
-    /// Forgets an evicted block.
+    /// Forgets a block that is evicted or discarded.
     pub(crate) fn remove(&mut self, block: BlockIndex) {
-        let entry = self.entries[block.at()].take().expect("only blocks of the tree are evicted");
-        assert_eq!(entry.num_children, 0, "a child is evicted before its parent");
+        let entry = self.entries[block.at()].take().expect("only blocks of the tree leave it");
+        assert_eq!(entry.num_children, 0, "a child leaves the tree before its parent");
         if let Parent::Block(parent) = entry.parent {
             self.entry_mut(parent).num_children -= 1;
         }
@@ -90,6 +90,11 @@ impl PrefixCache {
 
     pub(crate) fn contains(&self, block: BlockIndex) -> bool {
         self.entries[block.at()].is_some()
+    }
+
+    /// Whether blocks of the tree continue this one.
+    pub(crate) fn has_children(&self, block: BlockIndex) -> bool {
+        self.entry(block).num_children > 0
     }
 
     fn entry(&self, block: BlockIndex) -> &Entry {

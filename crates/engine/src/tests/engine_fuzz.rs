@@ -3,10 +3,10 @@
 
 use ops::Random;
 
-use super::fake_runner::{expected_answer, expected_prompt_logprobs};
+use super::fake_runner::{Fault, Prediction, expected_answer, expected_prompt_logprobs};
 use super::support::{Bench, Listener, config, prompt, request};
 use crate::config::Config;
-use crate::core::Event;
+use crate::engine::Event;
 use crate::request::{Request, RequestId, TokenLogprobs, Update};
 
 #[derive(Debug)]
@@ -118,17 +118,17 @@ fn check_logprobs(request: &Request, heard: &[Update], answer: &[u32]) {
     }
     for (i, actual) in of_answer.into_iter().enumerate() {
         let context: Vec<u32> = request.prompt.iter().chain(&answer[..i]).copied().collect();
-        let expected =
-            request.logprobs.map(|n| super::fake_runner::Prediction::after(&context).logprobs(answer[i], n));
+        let expected = request.logprobs.map(|n| Prediction::after(&context).logprobs(answer[i], n));
         assert_eq!(actual, expected);
     }
 }
 
-fn fuzz(seed: u64, num_ops: usize) -> Seen {
+fn fuzz(seed: u64, num_ops: usize, fault: Option<Fault>) -> Seen {
     println!("seed {seed}");
     let mut random = Random::new(seed);
     let config = random_config(&mut random);
     let mut bench = Bench::new(config.clone());
+    bench.engine.runner.fault = fault;
     let mut live: Vec<Live> = Vec::new();
     let mut seen = Seen::default();
     for _ in 0..num_ops {
@@ -182,7 +182,7 @@ fn cancel(bench: &mut Bench, live: &mut [Live], id: RequestId, event: Event) {
 fn answers_do_not_depend_on_what_else_runs() {
     let mut total = Seen::default();
     for seed in 0..120 {
-        let seen = fuzz(seed, 600);
+        let seen = fuzz(seed, 600, None);
         total.answers += seen.answers;
         total.cached_tokens += seen.cached_tokens;
         total.preemptions += seen.preemptions;
@@ -191,4 +191,20 @@ fn answers_do_not_depend_on_what_else_runs() {
     println!("{total:?}");
     assert!(total.answers > 5000, "{total:?}");
     assert!(total.cached_tokens > 1000 && total.preemptions > 100 && total.evictions > 1000.0, "{total:?}");
+}
+
+#[test]
+#[should_panic]
+fn canary_lost_writes_are_noticed() {
+    for seed in 0..120 {
+        fuzz(seed, 600, Some(Fault::LosesWrites));
+    }
+}
+
+#[test]
+#[should_panic]
+fn canary_a_wrong_block_is_noticed() {
+    for seed in 0..120 {
+        fuzz(seed, 600, Some(Fault::ReadsNeighbour));
+    }
 }

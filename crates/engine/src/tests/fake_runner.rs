@@ -72,7 +72,17 @@ pub fn expected_prompt_logprobs(prompt: &[u32], count: u32) -> Vec<TokenLogprobs
     (1..prompt.len()).map(|i| Prediction::after(&prompt[..i]).logprobs(prompt[i], count)).collect()
 }
 
+/// What the runner does wrong on purpose, to show that tests notice.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Fault {
+    /// Leaves what was in a slot before, if there was something.
+    LosesWrites,
+    /// Reads one token of the context from the block before.
+    ReadsNeighbour,
+}
+
 pub struct FakeRunner {
+    pub fault: Option<Fault>,
     page_tokens: usize,
     /// Token of each slot of each block; `None` before it is first written.
     kv: Vec<Option<u32>>,
@@ -85,6 +95,7 @@ pub struct FakeRunner {
 impl FakeRunner {
     pub fn new(num_blocks: usize, page_tokens: usize) -> Self {
         FakeRunner {
+            fault: None,
             page_tokens,
             kv: vec![None; num_blocks * page_tokens],
             context: Vec::with_capacity(num_blocks * page_tokens),
@@ -103,11 +114,22 @@ impl Runner for FakeRunner {
         };
         self.num_steps += 1;
         self.last_step.clear();
-        for sequence in batch.sequences {
+        for (i, sequence) in batch.sequences.iter().enumerate() {
+            let written = &batch.block_table(sequence)[sequence.first_position as usize / self.page_tokens..];
+            for other in batch.sequences.iter().enumerate().filter(|(j, _)| *j != i).map(|(_, other)| other) {
+                let table = batch.block_table(other);
+                assert!(
+                    !written.iter().any(|b| table.contains(b)),
+                    "a block that is written is its writer's alone"
+                );
+            }
             self.last_step.push((sequence.first_position, sequence.num_rows()));
             for row in sequence.rows.clone() {
                 let position = batch.positions[row as usize] as usize;
-                self.kv[slot(batch.block_table(sequence), position)] = Some(batch.tokens[row as usize]);
+                let to = &mut self.kv[slot(batch.block_table(sequence), position)];
+                if to.is_none() || self.fault != Some(Fault::LosesWrites) {
+                    *to = Some(batch.tokens[row as usize]);
+                }
             }
         }
         out.clear();
@@ -122,6 +144,9 @@ impl Runner for FakeRunner {
             let read =
                 (0..=position).map(|p| self.kv[slot(table, p)].expect("a slot is written before it is read"));
             self.context.extend(read);
+            if self.fault == Some(Fault::ReadsNeighbour) && position >= self.page_tokens {
+                self.context[position] = self.context[position - self.page_tokens];
+            }
             let prediction = Prediction::after(&self.context);
             let token = match sample.forced {
                 Some(token) => token,

@@ -9,7 +9,7 @@ use ops::sample::{SampleOutput, SampleRow};
 use prometheus::Registry;
 
 use super::fake_runner::{FakeRunner, PANIC_TOKEN, expected_answer};
-use super::support::{Listener, config, prompt, request};
+use super::support::{Listener, config, metric, prompt, request};
 use crate::config::Config;
 use crate::handle::{Handle, OnBroken, spawn};
 use crate::metrics::Metrics;
@@ -20,9 +20,9 @@ fn never_broken() -> OnBroken {
     Box::new(|dump| panic!("no invariant is broken here:\n{dump}"))
 }
 
-fn start(config: Config) -> (Handle, JoinHandle<Result<(), String>>) {
+fn start(config: Config, registry: &Registry) -> (Handle, JoinHandle<Result<(), String>>) {
     let runner = FakeRunner::new(config.num_blocks, config.page_tokens);
-    let metrics = Metrics::new(&Registry::new()).unwrap();
+    let metrics = Metrics::new(registry).unwrap();
     spawn(config, metrics, never_broken(), move || Ok(runner)).unwrap()
 }
 
@@ -90,7 +90,8 @@ fn submit(handle: &Handle, prompt_len: usize, max_tokens: u32) -> Result<(Reques
 
 #[test]
 fn many_threads_get_their_own_answers() {
-    let (handle, thread) = start(config(60));
+    let registry = Registry::new();
+    let (handle, thread) = start(config(60), &registry);
     let clients: Vec<_> = (0..8u32)
         .map(|client| {
             let handle = handle.clone();
@@ -113,6 +114,11 @@ fn many_threads_get_their_own_answers() {
     handle.drain();
     thread.join().unwrap().unwrap();
     assert!(handle.is_stopped());
+    let outcomes = ["stop", "length", "aborted", "failed", "refused"];
+    let ended = outcomes.map(|outcome| metric(&registry, "sparseserve_requests_total", Some(outcome)));
+    assert_eq!(ended.iter().sum::<f64>(), 320.0, "{ended:?}");
+    assert!(ended[1] >= 256.0 && ended[3] + ended[4] == 0.0, "some aborts come too late: {ended:?}");
+    assert_eq!(metric(&registry, "sparseserve_kv_blocks", Some("used")), 0.0);
 }
 
 #[test]
@@ -182,7 +188,7 @@ fn an_abort_takes_effect_after_the_current_step() {
 
 #[test]
 fn without_handles_the_engine_finishes_and_ends() {
-    let (handle, thread) = start(config(40));
+    let (handle, thread) = start(config(40), &Registry::new());
     let (_, listener) = submit(&handle, 10, 30).unwrap();
     drop(handle);
     thread.join().unwrap().unwrap();
@@ -227,17 +233,10 @@ fn a_broken_invariant_stops_the_engine_with_a_dump() {
 #[test]
 fn refusals_are_counted_and_come_before_the_queue() {
     let registry = Registry::new();
-    let config = Config { max_waiting: 1, ..config(40) };
-    let runner = FakeRunner::new(config.num_blocks, config.page_tokens);
-    let metrics = Metrics::new(&registry).unwrap();
-    let (handle, thread) = spawn(config, metrics, never_broken(), move || Ok::<_, String>(runner)).unwrap();
+    let (handle, thread) = start(Config { max_waiting: 1, ..config(40) }, &registry);
     assert!(matches!(submit(&handle, 200, 5), Err(Refusal::NeverFits(_))));
     assert!(matches!(submit(&handle, 0, 5), Err(Refusal::Invalid(_))));
-    let refused = registry.gather().iter().find(|f| f.name() == "sparseserve_requests_total").map(|f| {
-        let is_refused = |m: &&prometheus::proto::Metric| m.get_label()[0].value() == "refused";
-        f.get_metric().iter().find(is_refused).expect("a counter per outcome").get_counter().get_value()
-    });
-    assert_eq!(refused, Some(2.0));
+    assert_eq!(metric(&registry, "sparseserve_requests_total", Some("refused")), 2.0);
     submit(&handle, 10, 1).unwrap();
     handle.drain();
     thread.join().unwrap().unwrap();

@@ -9,7 +9,7 @@ use prometheus::Registry;
 
 use super::fake_runner::{FakeRunner, VOCAB};
 use crate::config::Config;
-use crate::core::{Engine, Event};
+use crate::engine::{Engine, Event};
 use crate::metrics::Metrics;
 use crate::request::{Disconnected, Refusal, Request, RequestId, Sink, Stopping, Update};
 use crate::sequence::Submission;
@@ -151,18 +151,22 @@ impl Bench {
         assert_eq!(self.engine.kv_counts().in_use, 0, "every block is free or cached when nobody runs");
     }
 
-    /// The value of a counter or gauge, or the count of a histogram.
     pub fn metric(&self, name: &str, label: Option<&str>) -> f64 {
-        let families = self.registry.gather();
-        let family = families.iter().find(|f| f.name() == name).expect("a metric of this name");
-        let wanted = |m: &&prometheus::proto::Metric| {
-            label.is_none_or(|value| m.get_label().iter().any(|pair| pair.value() == value))
-        };
-        let metric = family.get_metric().iter().find(wanted).expect("a metric of this label");
-        match family.get_field_type() {
-            prometheus::proto::MetricType::COUNTER => metric.get_counter().get_value(),
-            prometheus::proto::MetricType::GAUGE => metric.get_gauge().get_value(),
-            _ => metric.get_histogram().get_sample_count() as f64,
-        }
+        metric(&self.registry, name, label)
+    }
+}
+
+/// The value of a counter or gauge, or the count of a histogram.
+pub fn metric(registry: &Registry, name: &str, label: Option<&str>) -> f64 {
+    let families = registry.gather();
+    let family = families.iter().find(|f| f.name() == name).expect("a metric of this name");
+    let wanted = |m: &&prometheus::proto::Metric| {
+        label.is_none_or(|value| m.get_label().iter().any(|pair| pair.value() == value))
+    };
+    let metric = family.get_metric().iter().find(wanted).expect("a metric of this label");
+    match family.get_field_type() {
+        prometheus::proto::MetricType::COUNTER => metric.get_counter().get_value(),
+        prometheus::proto::MetricType::GAUGE => metric.get_gauge().get_value(),
+        _ => metric.get_histogram().get_sample_count() as f64,
     }
 }

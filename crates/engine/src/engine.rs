@@ -35,8 +35,9 @@ pub enum Event {
 /// later than everything in `running`, so the oldest request is never preempted and always makes progress.
 ///
 /// What is bounded: running and waiting requests, rows and samples of a step, blocks, and the bytes of all of these;
-/// they follow from [`Config`]. The wait of a request is not bounded in time, only in order: those before it run to
-/// their end first.
+/// they follow from [`Config`]. Log-probabilities of a prompt are held until they are complete, `1 + max_logprobs`
+/// entries per token. The wait of a request is not bounded in time, only in order: those before it run first, and when
+/// blocks run out it may be preempted again and again until they have ended.
 pub struct Engine<R> {
     pub(crate) config: Config,
     pub(crate) runner: R,
