@@ -92,7 +92,9 @@ impl Scratch {
     ) -> Result<u64, ops::Error> {
         self.reserve_threads(heads)?;
         let rows = (SPLIT_HEIGHT_MAX / heads.group()).max(1);
-        let one = heads.kv_heads * context_max.div_ceil(SPLIT_TOKENS) * Partial::len(rows * heads.group(), heads.head_dim);
+        let one = heads.kv_heads
+            * context_max.div_ceil(SPLIT_TOKENS)
+            * Partial::len(rows * heads.group(), heads.head_dim);
         let needed = one.saturating_mul(sequences_max).min(PARTIALS_BYTES / size_of::<f32>()).max(one);
         if self.partials.len() < needed {
             self.partials = Buffer::zeroed(needed, "attention")?;
@@ -172,7 +174,11 @@ pub fn attend(
     batch: &Batch,
 ) {
     let geometry = *kv.geometry();
-    assert_eq!((heads.kv_heads, heads.head_dim), (geometry.kv_heads, geometry.head_dim), "heads of the cache");
+    assert_eq!(
+        (heads.kv_heads, heads.head_dim),
+        (geometry.kv_heads, geometry.head_dim),
+        "heads of the cache"
+    );
     assert!(heads.q_heads.is_multiple_of(heads.kv_heads) && heads.q_heads > 0, "groups of query heads");
     assert_eq!((qkv.rows(), qkv.cols()), (batch.num_rows(), heads.qkv_cols()), "shape of QKV");
     assert_eq!(out.cols(), heads.q_cols(), "columns of the output");
@@ -182,7 +188,9 @@ pub fn attend(
     scratch.reserve_threads(heads).expect("memory for a step that was not reserved");
     if scratch.partials.len() == 0 {
         let context = batch.sequences.iter().map(SequenceRows::context_tokens).max().unwrap_or(0);
-        scratch.reserve(heads, batch.sequences.len(), context).expect("memory for a step that was not reserved");
+        scratch
+            .reserve(heads, batch.sequences.len(), context)
+            .expect("memory for a step that was not reserved");
     }
     let num_tasks = scratch.plan(heads, window, batch);
     let out_stride = out.stride();

@@ -12,7 +12,7 @@ use crate::pack::{Linear, PANEL};
 use crate::pool::Pool;
 use crate::simd::{LANES, Simd};
 use crate::tensor::{CpuTensor, odd_stride};
-use crate::tile::{Bf16, Element, F16, F32, RowTiles, accumulate, with_tile};
+use crate::tile::{Bf16, Element, F16, F32, RowTiles, accumulate, tile_vectors, with_tile};
 
 /// Steps of k between two visits of the buffer of unfinished sums.
 const STEPS_BLOCK: usize = 512;
@@ -234,7 +234,7 @@ impl<E: Element> Kernel for PanelProduct<E> {
             let slice = Slice { first, steps, last: first + steps == self.steps };
             let mut vector = 0;
             while vector < self.vectors {
-                let vectors = (self.vectors - vector).min(S::TILE_VECTORS);
+                let vectors = tile_vectors::<S>(self.vectors - vector);
                 let mut tiles = RowTiles::new::<S>(self.rows);
                 while let Some((row, rows)) = tiles.next_tile() {
                     // SAFETY: the tile lies in the block and in the panel.

@@ -106,9 +106,10 @@ impl std::str::FromStr for Isa {
 
     fn from_str(name: &str) -> Result<Self, String> {
         let names = || Isa::ALL.map(Isa::name).join(", ");
-        Isa::ALL.into_iter().find(|isa| isa.name() == name).ok_or_else(|| {
-            format!("unknown instruction set {name:?}: expected one of {}", names())
-        })
+        Isa::ALL
+            .into_iter()
+            .find(|isa| isa.name() == name)
+            .ok_or_else(|| format!("unknown instruction set {name:?}: expected one of {}", names()))
     }
 }
 

@@ -11,6 +11,8 @@
 //! Invariant: this crate and one mapping of `model` are the only homes of `unsafe`; this one has no dependency above `ops`.
 
 mod attention;
+pub mod bench;
+pub mod ceiling;
 mod gemm;
 mod isa;
 mod memory;
@@ -163,7 +165,14 @@ impl Backend for CpuBackend {
         rows::swiglu(self.isa, &mut self.pool, out, gate_up);
     }
 
-    fn rope_angles(&mut self, out: &mut CpuTensor, positions: &[u32], inv_freq: &[f32], sets: &[u32], scale: f32) {
+    fn rope_angles(
+        &mut self,
+        out: &mut CpuTensor,
+        positions: &[u32],
+        inv_freq: &[f32],
+        sets: &[u32],
+        scale: f32,
+    ) {
         rows::rope_angles(&mut self.pool, out, positions, inv_freq, sets, scale);
     }
 
@@ -198,7 +207,15 @@ impl Backend for CpuBackend {
         sampling::sample_rows(&mut self.pool, &mut self.sampling, out, logits, rows);
     }
 
-    fn write_page(&mut self, kv: &mut Kv, layer: usize, block: BlockIndex, head: usize, k: &[f32], v: &[f32]) {
+    fn write_page(
+        &mut self,
+        kv: &mut Kv,
+        layer: usize,
+        block: BlockIndex,
+        head: usize,
+        k: &[f32],
+        v: &[f32],
+    ) {
         kv.write_page(layer, block, head, k, v);
     }
 

@@ -41,7 +41,8 @@ unsafe impl<T: Plain> Sync for Buffer<T> {}
 impl<T: Plain> Buffer<T> {
     /// `len` zeroed elements. `what` names them in the error.
     pub fn zeroed(len: usize, what: &'static str) -> Result<Self, Error> {
-        let out_of_memory = || Error::OutOfMemory { what, bytes: (len as u64).saturating_mul(size_of::<T>() as u64) };
+        let out_of_memory =
+            || Error::OutOfMemory { what, bytes: (len as u64).saturating_mul(size_of::<T>() as u64) };
         let bytes = len.checked_mul(size_of::<T>()).and_then(|b| b.checked_add(OVERREAD_BYTES));
         let mapped_bytes = bytes.filter(|&b| b <= isize::MAX as usize).ok_or_else(out_of_memory)?;
         // SAFETY: an anonymous private mapping at an address of the kernel's choice touches no existing memory.

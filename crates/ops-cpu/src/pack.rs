@@ -39,14 +39,21 @@ pub const fn k_per_step(dtype: DType) -> usize {
 impl Linear {
     /// Bytes that a matrix takes without its bias.
     pub fn bytes(rows: usize, cols: usize, dtype: DType) -> u64 {
-        (round_to_lanes(rows) as u64) * (cols.next_multiple_of(k_per_step(dtype)) as u64) * (dtype.bytes() as u64)
+        (round_to_lanes(rows) as u64)
+            * (cols.next_multiple_of(k_per_step(dtype)) as u64)
+            * (dtype.bytes() as u64)
     }
 
     /// Packs the rows of `parts` one below the other; `biases` is empty or has one vector per part.
     ///
     /// # Panics
     /// When shapes do not fit each other or their bytes.
-    pub fn pack(pool: &mut Pool, parts: &[WeightView], biases: &[WeightView], dtype: DType) -> Result<Self, Error> {
+    pub fn pack(
+        pool: &mut Pool,
+        parts: &[WeightView],
+        biases: &[WeightView],
+        dtype: DType,
+    ) -> Result<Self, Error> {
         assert!(!parts.is_empty(), "a linear layer has parts");
         let cols = parts[0].cols;
         for part in parts {

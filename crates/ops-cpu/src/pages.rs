@@ -8,7 +8,9 @@
 use std::marker::PhantomData;
 
 use half::{bf16, f16};
-use ops::{Batch, BlockIndex, DType, Error, HeadShape, KvGeometry, PAGE_TOKENS_ALLOWED, SequenceRows, Tensor};
+use ops::{
+    Batch, BlockIndex, DType, Error, HeadShape, KvGeometry, PAGE_TOKENS_ALLOWED, SequenceRows, Tensor,
+};
 
 use crate::isa::{Isa, Kernel};
 use crate::memory::{Buffer, Shared};
@@ -35,7 +37,9 @@ impl Kv {
     pub fn new(geometry: KvGeometry, num_blocks: usize) -> Result<Self, Error> {
         let KvGeometry { head_dim, page_tokens, .. } = geometry;
         if !PAGE_TOKENS_ALLOWED.contains(&page_tokens) {
-            return Err(Error::Unsupported(format!("pages of {page_tokens} tokens; 8, 16, 32 and 64 are possible")));
+            return Err(Error::Unsupported(format!(
+                "pages of {page_tokens} tokens; 8, 16, 32 and 64 are possible"
+            )));
         }
         if head_dim == 0 || head_dim > HEAD_DIM_MAX || !head_dim.is_multiple_of(2) {
             return Err(Error::Unsupported(format!(
@@ -58,7 +62,11 @@ impl Kv {
     /// When there is no such page.
     #[inline]
     fn offset(&self, block: BlockIndex, head: usize) -> usize {
-        assert!(block.at() < self.num_blocks && head < self.geometry.kv_heads, "{block:?} of {}", self.num_blocks);
+        assert!(
+            block.at() < self.num_blocks && head < self.geometry.kv_heads,
+            "{block:?} of {}",
+            self.num_blocks
+        );
         (block.at() * self.geometry.kv_heads + head) * self.geometry.page_bytes()
     }
 
@@ -159,8 +167,8 @@ pub fn append(
         (first, s.context_tokens().div_ceil(page_tokens))
     };
     for s in batch.sequences {
-        // Also checks that the blocks exist.
-        batch.block_table(s).iter().for_each(|&block| drop(kv.offset(block, 0)));
+        let blocks = &batch.block_table(s)[..blocks_of(s).1];
+        assert!(blocks.iter().all(|b| b.at() < kv.num_blocks), "blocks of the pool");
     }
     let num_tasks = batch.sequences.iter().map(blocks_of).map(|(first, end)| end - first).sum();
     let (stride, rows) = (qkv.stride(), qkv.shared());
@@ -179,8 +187,8 @@ pub fn append(
         }
         let (s, block) = found.expect("every task is a block of a sequence");
         let block_start = block * page_tokens;
-        let positions = block_start.max(s.first_position as usize)
-            ..(block_start + page_tokens).min(s.context_tokens());
+        let positions =
+            block_start.max(s.first_position as usize)..(block_start + page_tokens).min(s.context_tokens());
         let page = batch.block_table(s)[block].at() * kv_heads * page_bytes;
         for position in positions {
             let row = s.rows.start as usize + position - s.first_position as usize;

@@ -234,7 +234,10 @@ mod tests {
                     assert!(thread < threads);
                     counts[task].fetch_add(1, Ordering::Relaxed);
                 });
-                assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1), "{threads} threads, {num_tasks} tasks");
+                assert!(
+                    counts.iter().all(|c| c.load(Ordering::Relaxed) == 1),
+                    "{threads} threads, {num_tasks} tasks"
+                );
             }
         }
     }

@@ -94,7 +94,14 @@ impl Kernel for RmsNormRow<'_> {
     fn run<S: Simd>(self, s: S) {
         // SAFETY: three slices of one length (the weight may be longer).
         unsafe {
-            rms_norm_row(s, self.out.as_mut_ptr(), self.x.as_ptr(), self.weight.as_ptr(), self.x.len(), self.eps)
+            rms_norm_row(
+                s,
+                self.out.as_mut_ptr(),
+                self.x.as_ptr(),
+                self.weight.as_ptr(),
+                self.x.len(),
+                self.eps,
+            )
         }
     }
 }

@@ -49,7 +49,9 @@ pub fn sample_rows(
     for output in &mut scratch.outputs[..rows.len()] {
         let shift = out.top.len() as u32;
         for mut sampled in output.sampled.drain(..) {
-            sampled.top = sampled.top.start + shift..sampled.top.end + shift;
+            if !sampled.top.is_empty() {
+                sampled.top = sampled.top.start + shift..sampled.top.end + shift;
+            }
             out.sampled.push(sampled);
         }
         out.top.append(&mut output.top);

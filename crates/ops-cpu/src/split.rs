@@ -10,7 +10,7 @@ use crate::memory::Buffer;
 use crate::pages::Kv;
 use crate::simd::{LANES, Simd};
 use crate::tensor::odd_stride;
-use crate::tile::{Element, RowTiles, accumulate, round_to_lanes, with_tile};
+use crate::tile::{Element, RowTiles, accumulate, round_to_lanes, tile_vectors, with_tile};
 
 /// Floats between the scores of one row and the next: a split, and a line so that rows do not share cache sets.
 const SCORES_STRIDE: usize = SPLIT_TOKENS + LANES;
@@ -250,7 +250,7 @@ pub unsafe fn split_partial<S: Simd, E: Element>(
         let vectors = view.head_dim.div_ceil(LANES);
         let mut vector = 0;
         while vector < vectors {
-            let n = (vectors - vector).min(S::TILE_VECTORS);
+            let n = tile_vectors::<S>(vectors - vector);
             let mut tiles = RowTiles::new::<S>(view.height());
             while let Some((line, lines)) = tiles.next_tile() {
                 with_tile!(S, lines, n, values_tile, (s, &p, line, vector));
@@ -268,7 +268,7 @@ pub unsafe fn split_partial<S: Simd, E: Element>(
 unsafe fn scores<S: Simd, E: Element>(s: S, view: &HeadView, p: &Split, num_pages: usize, joined: *mut u8) {
     let mut slot = p.first;
     while slot < p.end {
-        let n = ((p.end - slot) / LANES).min(S::TILE_VECTORS);
+        let n = tile_vectors::<S>((p.end - slot) / LANES);
         let mut keys = [std::ptr::null(); KEY_VECTORS];
         // SAFETY: the caller's promise.
         unsafe {
@@ -282,7 +282,8 @@ unsafe fn scores<S: Simd, E: Element>(s: S, view: &HeadView, p: &Split, num_page
             } else {
                 for i in 0..n {
                     let slot = slot + i * LANES;
-                    keys[i] = p.pages[slot / p.page_tokens].add(slot % p.page_tokens / LANES * E::VECTOR_BYTES);
+                    keys[i] =
+                        p.pages[slot / p.page_tokens].add(slot % p.page_tokens / LANES * E::VECTOR_BYTES);
                 }
                 p.page_tokens / LANES * E::VECTOR_BYTES
             };

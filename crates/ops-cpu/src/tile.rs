@@ -194,34 +194,58 @@ pub unsafe fn accumulate<S: Simd, E: Element, const R: usize, const N: usize>(
     }
 }
 
-/// Calls `$tile::<R, N>` for `rows <= TILE_ROWS` and `vectors <= TILE_VECTORS` known only at run time. Tiles that an
-/// instruction set never asks for are not compiled for it.
+/// Calls `$call::<S, E, R, N>` for a tile whose shape is known only at run time. The conditions are constants, so
+/// tiles that an instruction set never asks for are not even compiled for it.
 macro_rules! with_tile {
     ($simd:ty, $rows:expr, $vectors:expr, $call:ident, $args:tt) => {
         match $vectors {
             1 => $crate::tile::with_tile!(@rows $simd, $rows, 1, $call, $args),
-            2 if <$simd>::TILE_VECTORS > 1 => $crate::tile::with_tile!(@rows $simd, $rows, 2, $call, $args),
-            3 if <$simd>::TILE_VECTORS > 1 => $crate::tile::with_tile!(@rows $simd, $rows, 3, $call, $args),
-            4 if <$simd>::TILE_VECTORS > 1 => $crate::tile::with_tile!(@rows $simd, $rows, 4, $call, $args),
-            _ => unreachable!("a tile has 1 to TILE_VECTORS vectors"),
+            2 => {
+                if const { <$simd>::TILE_VECTORS > 1 } {
+                    $crate::tile::with_tile!(@rows $simd, $rows, 2, $call, $args)
+                } else {
+                    unreachable!("tiles have one vector")
+                }
+            }
+            4 => {
+                if const { <$simd>::TILE_VECTORS > 1 } {
+                    $crate::tile::with_tile!(@rows $simd, $rows, 4, $call, $args)
+                } else {
+                    unreachable!("tiles have one vector")
+                }
+            }
+            _ => unreachable!("tiles have 1, 2 or 4 vectors"),
         }
     };
     (@rows $simd:ty, $rows:expr, $n:literal, $call:ident, $args:tt) => {
         match $rows {
-            1 => $crate::tile::with_tile!(@call $call, 1, $n, $args),
-            2 => $crate::tile::with_tile!(@call $call, 2, $n, $args),
-            3 if <$simd>::TILE_ROWS > 2 => $crate::tile::with_tile!(@call $call, 3, $n, $args),
-            4 if <$simd>::TILE_ROWS > 2 => $crate::tile::with_tile!(@call $call, 4, $n, $args),
-            5 if <$simd>::TILE_ROWS > 4 => $crate::tile::with_tile!(@call $call, 5, $n, $args),
-            6 if <$simd>::TILE_ROWS > 4 => $crate::tile::with_tile!(@call $call, 6, $n, $args),
+            1 => $crate::tile::with_tile!(@call $simd, $call, 1, $n, $args),
+            2 => $crate::tile::with_tile!(@call $simd, $call, 2, $n, $args),
+            3 => $crate::tile::with_tile!(@call $simd, $call, 3, $n, $args),
+            4 => $crate::tile::with_tile!(@call $simd, $call, 4, $n, $args),
+            5 => $crate::tile::with_tile!(@call $simd, $call, 5, $n, $args),
+            6 => $crate::tile::with_tile!(@call $simd, $call, 6, $n, $args),
             _ => unreachable!("a tile has 1 to TILE_ROWS rows"),
         }
     };
-    (@call $call:ident, $r:literal, $n:literal, ($($arg:expr),* $(,)?)) => {
-        $call::<S, E, $r, $n>($($arg),*)
+    (@call $simd:ty, $call:ident, $r:literal, $n:literal, ($($arg:expr),* $(,)?)) => {
+        if const { $r <= <$simd>::TILE_ROWS } {
+            $call::<S, E, $r, $n>($($arg),*)
+        } else {
+            unreachable!("a tile has 1 to TILE_ROWS rows")
+        }
     };
 }
 pub(crate) use with_tile;
+
+/// How many vectors the next tile takes of `left`: 4, 2 or 1.
+#[inline(always)]
+pub fn tile_vectors<S: Simd>(left: usize) -> usize {
+    match left.min(S::TILE_VECTORS) {
+        3 => 2,
+        n => n,
+    }
+}
 
 /// Cuts rows into tiles of nearly equal height, none above `S::TILE_ROWS`: 8 rows are 4 + 4, not 6 + 2, so no tile
 /// leaves most of the registers idle.

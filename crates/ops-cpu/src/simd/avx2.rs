@@ -119,9 +119,7 @@ unsafe fn high(pairs: __m256i) -> __m256 {
 #[inline(always)]
 unsafe fn dot(acc: __m256, a: __m256i, b: __m256i) -> __m256 {
     // SAFETY: the caller's promise.
-    unsafe {
-        _mm256_fmadd_ps(high(a), high(b), _mm256_fmadd_ps(low(a), low(b), acc))
-    }
+    unsafe { _mm256_fmadd_ps(high(a), high(b), _mm256_fmadd_ps(low(a), low(b), acc)) }
 }
 
 impl Simd for Avx2 {
@@ -288,17 +286,13 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn round_bf16(self, v: Self::V) -> Self::V {
         // SAFETY: features as above.
-        unsafe {
-            Two(low(narrow(v.0)), low(narrow(v.1)))
-        }
+        unsafe { Two(low(narrow(v.0)), low(narrow(v.1))) }
     }
 
     #[inline(always)]
     unsafe fn load_pairs(self, from: *const u32) -> Self::Pairs {
         // SAFETY: as for `load_f16`.
-        unsafe {
-            Two(_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(LANES / 2).cast()))
-        }
+        unsafe { Two(_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(LANES / 2).cast())) }
     }
 
     #[inline(always)]

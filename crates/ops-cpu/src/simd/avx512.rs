@@ -182,7 +182,10 @@ macro_rules! common {
         unsafe fn store_f16(self, to: *mut u16, v: __m512) {
             // SAFETY: as for `load_f16`.
             unsafe {
-                _mm256_storeu_si256(to.cast(), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
+                _mm256_storeu_si256(
+                    to.cast(),
+                    _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+                )
             }
         }
     };
@@ -220,9 +223,7 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn dot_pairs(self, acc: __m512, a: __m512i, b: __m512i) -> __m512 {
         // SAFETY: `self` proves the features.
-        unsafe {
-            _mm512_fmadd_ps(high(a), high(b), _mm512_fmadd_ps(low(a), low(b), acc))
-        }
+        unsafe { _mm512_fmadd_ps(high(a), high(b), _mm512_fmadd_ps(low(a), low(b), acc)) }
     }
 }
 
