@@ -10,7 +10,7 @@ use ops::sample::{SampleOutput, SampleRow, Sampled};
 
 use crate::config::Config;
 use crate::metrics::Metrics;
-use crate::request::RequestId;
+use crate::request::{FinishReason, RequestId};
 use crate::rows::StepRows;
 use crate::run::Runner;
 use crate::sequence::{Outcome, Sequence, Submission};
@@ -92,7 +92,7 @@ impl<R: Runner> Engine<R> {
         match event {
             Event::Submit(submission) => self.submit(*submission, now),
             Event::Abort(id) => self.cancel(id, Outcome::Aborted, now),
-            Event::Stop(id) => self.cancel(id, Outcome::Stopped, now),
+            Event::Stop(id) => self.cancel(id, Outcome::Finished(FinishReason::Stopped), now),
             Event::Drain => self.draining = true,
             Event::Shutdown => self.shut_down(now),
         }

@@ -102,7 +102,8 @@ impl Handle {
         self.send(Event::Abort(id));
     }
 
-    /// The same for a request whose client has all that it wanted (a stop string); counts as an answer that stopped.
+    /// Ends a request whose client has all that it wanted (a stop string): as [`Handle::abort`], but its sink gets
+    /// [`Update::Finished`](crate::Update::Finished) with the counts, after what the step in flight brings.
     pub fn stop(&self, id: RequestId) {
         self.send(Event::Stop(id));
     }

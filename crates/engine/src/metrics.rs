@@ -244,7 +244,7 @@ impl Metrics {
 
     pub(crate) fn closed(&self, outcome: &Outcome, since_submission: Duration) {
         let at = match outcome {
-            Outcome::Finished(FinishReason::EndToken(_)) | Outcome::Stopped => 0,
+            Outcome::Finished(FinishReason::EndToken(_) | FinishReason::Stopped) => 0,
             Outcome::Finished(FinishReason::Length) => 1,
             Outcome::Aborted => 2,
             Outcome::Failed(_) => 3,

@@ -53,6 +53,8 @@ pub enum FinishReason {
     Length,
     /// An end token was drawn; it is the last token sent.
     EndToken(u32),
+    /// Its client had all that it wanted ([`Handle::stop`](crate::Handle::stop)).
+    Stopped,
 }
 
 /// Counts and times of a finished request.
@@ -94,8 +96,8 @@ pub enum Update {
 
 /// Where updates of one request go. Called on the engine thread: it must neither block nor take long.
 ///
-/// A sink gets exactly one last update, [`Update::Finished`] or [`Update::Failed`], unless its request was aborted or
-/// stopped from outside; then it is dropped in silence.
+/// A sink gets exactly one last update, [`Update::Finished`] or [`Update::Failed`], unless its request was aborted;
+/// then it is dropped in silence.
 pub trait Sink: Send {
     /// Delivers `update`; `Err` when nobody listens any more, which cancels the request within one step.
     fn send(&mut self, update: Update) -> Result<(), Disconnected>;

@@ -60,8 +60,6 @@ impl Submission {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
     Finished(FinishReason),
-    /// The client has what it wanted, for instance a stop string.
-    Stopped,
     /// Nobody listens any more.
     Aborted,
     Failed(String),
@@ -249,7 +247,7 @@ impl Sequence {
                 tracing::warn!(request = self.id.0, why, "request failed");
                 Some(Update::Failed(why))
             }
-            Outcome::Stopped | Outcome::Aborted => None,
+            Outcome::Aborted => None,
         };
         self.outlet.close(last);
     }

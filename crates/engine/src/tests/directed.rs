@@ -154,9 +154,10 @@ fn an_aborted_request_leaves_within_one_step() {
 #[test]
 fn a_stopped_request_counts_as_answered() {
     let mut bench = Bench::new(config(40));
-    let (id, _) = bench.start(request(prompt(0, 20), 50));
+    let (id, listener) = bench.start(request(prompt(0, 20), 50));
     bench.step();
     bench.handle(Event::Stop(id));
+    assert!(matches!(listener.end(), Some(Update::Finished { reason: FinishReason::Stopped, .. })));
     assert_eq!(bench.metric("sparseserve_requests_total", Some("stop")), 1.0);
 }
 

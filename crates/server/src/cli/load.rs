@@ -63,7 +63,7 @@ pub fn source(model: &ModelChoice) -> Result<Source, Failure> {
 /// # Errors
 /// When it cannot be had.
 pub fn device(settings: &ComputeSettings) -> Result<Device, Failure> {
-    Ok(CpuBackend::new(CpuOptions { threads: settings.threads, isa: settings.isa })?)
+    Ok(CpuBackend::new(CpuOptions { threads: Some(settings.threads), isa: Some(settings.isa) })?)
 }
 
 /// A model of which everything is decided and no weight is read.

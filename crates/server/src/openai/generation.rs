@@ -79,6 +79,8 @@ pub struct Generation {
     running: Option<Running>,
     decoder: Decoder,
     stops: StopMatcher,
+    /// The stop string that was found; from then on only the counts are awaited.
+    stopped: Option<String>,
     min_tokens: u32,
     end_tokens: Vec<u32>,
     /// What has not been told yet of the next delta.
@@ -144,6 +146,7 @@ impl Generation {
             running: None,
             decoder: Decoder::new(Arc::clone(&app.tokenizer), context, params.skip_special_tokens),
             stops: StopMatcher::new(params.stops.clone(), params.include_stop),
+            stopped: None,
             min_tokens: params.min_tokens,
             end_tokens: params.end_tokens.clone(),
             delta: Delta::default(),
@@ -172,13 +175,16 @@ impl Generation {
     fn take(&mut self, update: Update) {
         match update {
             Update::PromptLogprobs(logprobs) => self.events.push_back(Event::Prompt(logprobs)),
+            // The step in flight when a stop string was found may bring one more.
+            Update::Token { .. } if self.stopped.is_some() => {}
             Update::Token { token, logprobs } => self.take_token(token, logprobs),
             Update::Finished { reason, usage } => {
                 self.counts.cached_tokens = usage.cached_tokens;
-                self.finish(match reason {
-                    FinishReason::Length => Reason::Length,
-                    FinishReason::EndToken(token) => Reason::EndToken(token),
-                });
+                match (self.stopped.take(), reason) {
+                    (Some(stop), _) => self.end(Reason::Stop(stop)),
+                    (None, FinishReason::EndToken(token)) => self.finish(Reason::EndToken(token)),
+                    (None, FinishReason::Length | FinishReason::Stopped) => self.finish(Reason::Length),
+                }
             }
             Update::Failed(reason) => self.fail(ApiError::internal(reason)),
         }
@@ -198,10 +204,9 @@ impl Generation {
         } else if !text.is_empty() {
             let revealed = self.stops.push(&text);
             self.delta.text.push_str(&revealed.text);
-            if let Some(stop) = revealed.stop {
-                let stop = self.stops.stop(stop).to_owned();
-                self.end(Reason::Stop(stop));
-                return;
+            if let (Some(stop), Some(running)) = (revealed.stop, &self.running) {
+                self.stopped = Some(self.stops.stop(stop).to_owned());
+                running.app.engine.stop(running.id);
             }
         }
         if !self.delta.text.is_empty() {
