@@ -174,7 +174,8 @@ pub fn append(
     let (stride, rows) = (qkv.stride(), qkv.shared());
     let (value_offset, page_bytes) = (kv.value_offset(), kv.geometry.page_bytes());
     let pages = kv.shared(layer);
-    pool.run(num_tasks, &|mut task, _| {
+    pool.run(num_tasks, &|task, _| {
+        let mut task = task;
         // Sequences are few and this search is short; a table of first tasks would have to be kept somewhere.
         let mut found = None;
         for s in batch.sequences {

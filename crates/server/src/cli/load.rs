@@ -5,7 +5,7 @@ use std::path::Path;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use engine::{Config, Handle, Metrics};
+use engine::{Config, Handle, Metrics, ModelRunner};
 use indicatif::{ProgressBar, ProgressStyle};
 use model::{Checkpoint, Limits, Model, ModelConfig, Rope, Source, Workspace};
 use ops::{Backend, DType, DeviceInfo, KvGeometry};
@@ -17,12 +17,15 @@ use super::demo;
 use super::failure::Failure;
 use super::hub;
 use super::plan::{Demand, MemoryPlan};
-use super::runner::{LOGITS_ROWS, ModelRunner};
 use super::settings::{ComputeSettings, EngineSettings, ModelChoice};
 use super::size::Size;
 
 /// Alternatives per token that log-probabilities may ask for.
 pub const MAX_LOGPROBS: u32 = 20;
+
+/// Rows whose logits are computed together. Logits of a large vocabulary take 600 KB a row, so a step that wants more
+/// goes in chunks.
+const LOGITS_ROWS: usize = 64;
 
 /// The device that this build runs on.
 pub type Device = CpuBackend;

@@ -11,7 +11,6 @@ mod log;
 mod options;
 mod plan;
 mod run;
-mod runner;
 mod screen;
 mod serve;
 mod settings;

@@ -146,7 +146,7 @@ impl Chat {
                 "text": answer.text,
                 "finish_reason": match reason {
                     FinishReason::Length => "length",
-                    FinishReason::EndToken(_) => "stop",
+                    FinishReason::EndToken(_) | FinishReason::Stopped => "stop",
                 },
                 "usage": {
                     "prompt_tokens": usage.prompt_tokens,

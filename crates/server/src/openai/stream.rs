@@ -31,7 +31,8 @@ pub fn respond(
     in_flight: InFlight,
 ) -> Response {
     let events = generations.into_iter().enumerate().map(|(index, generation)| {
-        stream::unfold(generation, move |mut generation| async move {
+        stream::unfold(generation, |generation| async move {
+            let mut generation = generation;
             let event = generation.next().await?;
             Some(((index, event), generation))
         })
