@@ -168,7 +168,18 @@ impl Prepared {
     ///
     /// # Errors
     /// A checkpoint that is faulty, memory that does not suffice.
-    pub fn load(mut self) -> Result<ModelRunner<Device>, Failure> {
+    pub fn load(self) -> Result<ModelRunner<Device>, Failure> {
+        self.load_filled(&mut |_, _| ())
+    }
+
+    /// The same, with `fill` writing pages of the KV pool before the first step: for benches.
+    ///
+    /// # Errors
+    /// As for [`Prepared::load`].
+    pub fn load_filled(
+        mut self,
+        fill: &mut dyn FnMut(&mut Device, &mut <Device as Backend>::Kv),
+    ) -> Result<ModelRunner<Device>, Failure> {
         let start = Instant::now();
         let bar = progress_bar();
         let model = Model::load(&mut self.backend, &self.source, Some(self.dtype), &mut |done, total| {
@@ -177,7 +188,8 @@ impl Prepared {
         });
         bar.finish_and_clear();
         let model = model?;
-        let kv = self.backend.kv(self.geometry, self.plan.num_blocks)?;
+        let mut kv = self.backend.kv(self.geometry, self.plan.num_blocks)?;
+        fill(&mut self.backend, &mut kv);
         tracing::info!(seconds = start.elapsed().as_secs_f64(), "model loaded");
         Ok(ModelRunner::new(self.backend, model, self.workspace, kv))
     }

@@ -1,6 +1,7 @@
 //! The command line: what the user typed ([`options`]) becomes settings ([`settings`]), a memory plan ([`plan`]) and a
 //! loaded model ([`load`]), and one of the verbs runs.
 
+mod bench;
 mod cgroup;
 mod demo;
 mod failure;
@@ -36,7 +37,7 @@ pub fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(args),
         Command::Run(args) => run::run(args),
         Command::Serve(args) => serve::run(args),
-        _ => Ok(()),
+        Command::Bench(args) => bench::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

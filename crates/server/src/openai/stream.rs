@@ -31,7 +31,7 @@ pub fn respond(
     in_flight: InFlight,
 ) -> Response {
     let events = generations.into_iter().enumerate().map(|(index, generation)| {
-        stream::unfold(generation, |generation| async move {
+        stream::unfold(generation, move |generation| async move {
             let mut generation = generation;
             let event = generation.next().await?;
             Some(((index, event), generation))

@@ -1,0 +1,333 @@
+//! `sparseserve bench`: kernels against what the machine can do, and a model against what its bytes and operations
+//! allow. Ceilings are measured between the steps that they are compared with.
+
+use std::io::Write;
+use std::time::Instant;
+
+use engine::Runner;
+use ops::sample::{SampleOutput, SampleRow, SamplingParams};
+use ops::{Backend, Batch, BlockIndex, DType, KvGeometry, Random, SequenceRows};
+use ops_cpu::bench::{Bound, Options, Row};
+use ops_cpu::ceiling::Ceiling;
+use ops_cpu::{CpuOptions, Pool};
+use serde_json::{Value, json};
+
+use super::failure::Failure;
+use super::load::{self, Device, Prepared};
+use super::log;
+use super::options::{Bench, BenchArgs, BenchEngineArgs, BenchKernelsArgs, ConfigFile};
+use super::settings::{ComputeSettings, EngineSettings, LogSettings, ModelChoice};
+
+/// Rounds over the kernels.
+const KERNEL_ROUNDS: usize = 7;
+/// Ceilings are measured anew after this many decode steps.
+const STEPS_PER_CEILING: usize = 8;
+/// Different random pages that the KV is filled with.
+const RANDOM_PAGES: usize = 61;
+
+/// Runs the command.
+pub fn run(args: BenchArgs) -> Result<(), Failure> {
+    match args.what {
+        Bench::Kernels(args) => kernels(args),
+        Bench::Engine(args) => engine(args),
+    }
+}
+
+fn kernels(args: BenchKernelsArgs) -> Result<(), Failure> {
+    let ComputeSettings { threads, isa } = ComputeSettings::resolve(args.compute)?;
+    let cpu = CpuOptions { threads: Some(threads), isa: Some(isa) };
+    let options = Options { cpu, dtype: DType::Bf16, rounds: KERNEL_ROUNDS, filter: String::new() };
+    let rows = ops_cpu::bench::run(&options)?;
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        let ceiling = |bound| rows.iter().filter(|r| r.bound == bound).map(|r| r.ceiling).fold(0.0, f64::max);
+        let row = |r: &Row| {
+            json!({
+                "name": r.name, "shape": r.shape, "median_us": r.median_us, "spread": r.spread,
+                "bound": match r.bound { Bound::Bandwidth => "bandwidth", Bound::Matmul => "matmul" },
+                "rate": r.rate, "ceiling": r.ceiling, "fraction": r.fraction,
+            })
+        };
+        let object = json!({
+            "threads": threads,
+            "isa": isa.name(),
+            "bf16_gemm_gflops": ceiling(Bound::Matmul) / 1e9,
+            "read_gb_per_s": ceiling(Bound::Bandwidth) / 1e9,
+            "rows": rows.iter().map(row).collect::<Vec<Value>>(),
+        });
+        writeln!(out, "{object}")?;
+    } else {
+        writeln!(out, "{threads} threads, {}; rates of the ceiling measured beside them", isa.name())?;
+        for row in rows {
+            writeln!(out, "{row}")?;
+        }
+    }
+    Ok(())
+}
+
+/// What a phase took, and what the machine would have allowed.
+struct Phase {
+    /// Median seconds of a step.
+    seconds: f64,
+    /// (slowest - fastest) / median.
+    spread: f64,
+    /// Tokens per second.
+    rate: f64,
+    /// Tokens per second that bytes and operations allow.
+    bound: f64,
+    /// Median over steps of rate / bound of the same moment.
+    fraction: f64,
+}
+
+impl Phase {
+    /// From (seconds, seconds at the bound) of each step of `tokens` tokens.
+    fn new(tokens: usize, steps: &[(f64, f64)]) -> Self {
+        let median = |values: Vec<f64>| {
+            let mut sorted = values;
+            sorted.sort_by(f64::total_cmp);
+            sorted[sorted.len() / 2]
+        };
+        let seconds = median(steps.iter().map(|s| s.0).collect());
+        let slowest = steps.iter().map(|s| s.0).fold(0.0, f64::max);
+        let fastest = steps.iter().map(|s| s.0).fold(f64::INFINITY, f64::min);
+        Phase {
+            seconds,
+            spread: (slowest - fastest) / seconds,
+            rate: tokens as f64 / seconds,
+            bound: tokens as f64 / median(steps.iter().map(|s| s.1).collect()),
+            fraction: median(steps.iter().map(|s| s.1 / s.0).collect()),
+        }
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "step_ms": 1e3 * self.seconds, "spread": self.spread, "tokens_per_s": self.rate,
+            "bound_tokens_per_s": self.bound, "fraction": self.fraction,
+        })
+    }
+}
+
+impl std::fmt::Display for Phase {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Phase { seconds, spread, rate, bound, fraction } = self;
+        write!(
+            f,
+            "{:.2} ms a step (+-{:.0} %), {rate:.1} tokens/s of {bound:.1} allowed: {:.0} %",
+            1e3 * seconds,
+            50.0 * spread,
+            100.0 * fraction
+        )
+    }
+}
+
+fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
+    let file = ConfigFile::read(args.common.config.as_deref())?;
+    log::start(&LogSettings::resolve(args.common.clone().or(file.common), "warn"))?;
+    let choice = ModelChoice::resolve(args.model.as_deref().or(file.model.as_deref()))?;
+    let mut settings = EngineSettings::resolve(args.engine.clone().or(file.engine), args.batch)?;
+    if args.context == 0 || args.batch == 0 || args.steps == 0 || args.prefill == Some(0) {
+        return Err(Failure::input("--context, --batch, --steps and --prefill must be at least 1"));
+    }
+    // One step more than is timed warms up.
+    let context_end = (args.context + args.steps + 1).max(args.prefill.unwrap_or(0));
+    settings.max_context.get_or_insert(context_end);
+    settings.max_num_seqs = args.batch;
+    let prepared = Prepared::new(load::source(&choice)?, &settings)?;
+    let blocks = prepared.geometry.blocks(context_end);
+    if context_end > prepared.max_context || blocks * args.batch > prepared.plan.num_blocks {
+        return Err(Failure::input(format!(
+            "{} sequences of {context_end} tokens need {} KV blocks; there are {} for contexts of {}",
+            args.batch,
+            blocks * args.batch,
+            prepared.plan.num_blocks,
+            prepared.max_context
+        )));
+    }
+    let ComputeSettings { threads, isa } = settings.compute.clone();
+    let work = Work::new(&prepared, settings.max_inject_tokens, args.batch, blocks);
+    let (dtype, geometry, num_blocks) = (prepared.dtype, prepared.geometry, blocks * args.batch);
+    let mut runner =
+        prepared.load_filled(&mut |backend, kv| fill(backend, kv, geometry, num_blocks, args.filled))?;
+    let mut limits = Limits { ceiling: Ceiling::new(isa, threads)?, pool: Pool::new(threads), dtype };
+
+    let prefill = args.prefill.map(|tokens| work.prefill(&mut runner, &mut limits, tokens));
+    let decode = work.decode(&mut runner, &mut limits, args.context, args.steps);
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        let object = json!({
+            "model": choice.name(), "dtype": dtype.name(), "threads": threads, "isa": isa.name(),
+            "context": args.context, "batch": args.batch, "prefill_tokens": args.prefill,
+            "prefill": prefill.as_ref().map(Phase::json), "decode": decode.json(),
+        });
+        writeln!(out, "{object}")?;
+    } else {
+        writeln!(out, "{}, {dtype}, {threads} threads, {}", choice.name(), isa.name())?;
+        if let (Some(tokens), Some(phase)) = (args.prefill, &prefill) {
+            writeln!(out, "prefill of {tokens} tokens: {phase}")?;
+        }
+        writeln!(out, "decode of {} after {} tokens: {decode}", args.batch, args.context)?;
+    }
+    Ok(())
+}
+
+/// What the machine can do, now.
+struct Limits {
+    ceiling: Ceiling,
+    pool: Pool,
+    dtype: DType,
+}
+
+impl Limits {
+    /// Seconds that `bytes` of memory or `operations` take at best, whichever is longer.
+    fn seconds(&mut self, bytes: f64, operations: f64) -> f64 {
+        let reading = bytes / self.ceiling.read_bandwidth(&mut self.pool);
+        reading.max(operations / self.ceiling.matmul_rate(&mut self.pool, self.dtype))
+    }
+}
+
+/// Sizes of the model and tables of the sequences.
+struct Work {
+    weight_bytes: f64,
+    kv_token_bytes: f64,
+    /// Parameters that every prompt token is multiplied with: all but embedding and head.
+    layer_parameters: f64,
+    /// Operations of attention per pair of a query and a key.
+    pair_operations: f64,
+    head_parameters: f64,
+    rows_max: usize,
+    vocab: u32,
+    batch: usize,
+    blocks: usize,
+}
+
+impl Work {
+    fn new(prepared: &Prepared, rows_max: usize, batch: usize, blocks: usize) -> Self {
+        let config = &prepared.config;
+        let head = (config.vocab_size * config.hidden_size) as f64;
+        let tables = if config.tie_word_embeddings { 1.0 } else { 2.0 };
+        let unread = if config.tie_word_embeddings { 0.0 } else { head * prepared.dtype.bytes() as f64 };
+        Work {
+            weight_bytes: prepared.plan.weights_bytes as f64 - unread,
+            kv_token_bytes: prepared.geometry.token_bytes() as f64,
+            layer_parameters: model::num_parameters(config) as f64 - tables * head,
+            pair_operations: 4.0 * (config.heads.q_cols() * config.num_layers) as f64,
+            head_parameters: head,
+            rows_max,
+            vocab: config.vocab_size as u32,
+            batch,
+            blocks,
+        }
+    }
+
+    /// Decodes `steps` tokens of each sequence after `context` tokens.
+    fn decode<R: Runner>(&self, runner: &mut R, limits: &mut Limits, context: usize, steps: usize) -> Phase {
+        let tables: Vec<BlockIndex> = (0..(self.batch * self.blocks) as u32).map(BlockIndex).collect();
+        let params = SamplingParams { temperature: 0.0, ..Default::default() };
+        let mut tokens: Vec<u32> = (0..self.batch as u32).map(|i| i % self.vocab).collect();
+        let mut out = SampleOutput::default();
+        let (mut timed, mut bound) = (Vec::with_capacity(steps), 0.0);
+        for step in 0..=steps {
+            let position = context + step;
+            let positions = vec![position as u32; self.batch];
+            let sequences: Vec<SequenceRows> =
+                (0..self.batch).map(|i| self.rows(i, i as u32..i as u32 + 1, position)).collect();
+            let batch = Batch {
+                tokens: &tokens,
+                positions: &positions,
+                sequences: &sequences,
+                block_tables: &tables,
+            };
+            let samples: Vec<SampleRow> = (0..self.batch).map(|row| greedy(row, &params)).collect();
+            let start = Instant::now();
+            runner.run(&batch, &samples, &mut out);
+            let seconds = start.elapsed().as_secs_f64();
+            tokens.iter_mut().zip(&out.sampled).for_each(|(token, sampled)| *token = sampled.token);
+            if step == 0 {
+                continue;
+            }
+            if (step - 1).is_multiple_of(STEPS_PER_CEILING) {
+                let rows = self.batch as f64;
+                let kv = rows * position as f64 * self.kv_token_bytes;
+                let operations = 2.0 * rows * (self.layer_parameters + self.head_parameters)
+                    + rows * position as f64 * self.pair_operations;
+                bound = limits.seconds(self.weight_bytes + kv, operations);
+            }
+            timed.push((seconds, bound));
+        }
+        Phase::new(self.batch, &timed)
+    }
+
+    /// Prefills the first sequence with `tokens` random tokens, several times.
+    fn prefill<R: Runner>(&self, runner: &mut R, limits: &mut Limits, tokens: usize) -> Phase {
+        const REPEATS: usize = 3;
+        let mut random = Random::new(1);
+        let tables: Vec<BlockIndex> = (0..self.blocks as u32).map(BlockIndex).collect();
+        let params = SamplingParams { temperature: 0.0, ..Default::default() };
+        let mut out = SampleOutput::default();
+        let n = tokens as f64;
+        let operations = 2.0 * (n * self.layer_parameters + self.head_parameters)
+            + n * (n + 1.0) / 2.0 * self.pair_operations;
+        let mut timed = Vec::new();
+        for _ in 0..REPEATS {
+            let prompt: Vec<u32> = (0..tokens).map(|_| random.below(self.vocab as usize) as u32).collect();
+            let positions: Vec<u32> = (0..tokens as u32).collect();
+            let before = limits.seconds(self.weight_bytes, operations);
+            let start = Instant::now();
+            let mut done = 0;
+            while done < tokens {
+                let rows = (tokens - done).min(self.rows_max);
+                let sequences = [self.rows(0, 0..rows as u32, done)];
+                let range = done..done + rows;
+                let batch = Batch {
+                    tokens: &prompt[range.clone()],
+                    positions: &positions[range],
+                    sequences: &sequences,
+                    block_tables: &tables,
+                };
+                done += rows;
+                let samples: Vec<SampleRow> =
+                    (done == tokens).then(|| greedy(rows - 1, &params)).into_iter().collect();
+                runner.run(&batch, &samples, &mut out);
+            }
+            let seconds = start.elapsed().as_secs_f64();
+            let after = limits.seconds(self.weight_bytes, operations);
+            timed.push((seconds, (before + after) / 2.0));
+        }
+        Phase::new(tokens, &timed)
+    }
+
+    /// Rows of a sequence whose blocks are those of place `table`.
+    fn rows(&self, table: usize, rows: std::ops::Range<u32>, first: usize) -> SequenceRows {
+        let blocks = (table * self.blocks) as u32..((table + 1) * self.blocks) as u32;
+        SequenceRows { rows, first_position: first as u32, prompt_len: first as u32, blocks }
+    }
+}
+
+fn greedy(row: usize, params: &SamplingParams) -> SampleRow<'_> {
+    SampleRow {
+        row,
+        params,
+        prompt: &[],
+        generated: &[],
+        banned: &[],
+        position: 0,
+        top_logprobs: None,
+        forced: None,
+    }
+}
+
+/// Random K and V, normal like those of a normed layer, in every page.
+fn fill(backend: &mut Device, kv: &mut <Device as Backend>::Kv, g: KvGeometry, num_blocks: usize, seed: u64) {
+    let mut random = Random::new(seed);
+    let pages: Vec<Vec<f32>> = (0..RANDOM_PAGES)
+        .map(|_| (0..g.page_tokens * g.head_dim).map(|_| random.normal()).collect())
+        .collect();
+    for layer in 0..g.num_layers {
+        for block in 0..num_blocks {
+            for head in 0..g.kv_heads {
+                let (k, v) = (&pages[random.below(RANDOM_PAGES)], &pages[random.below(RANDOM_PAGES)]);
+                backend.write_page(kv, layer, BlockIndex(block as u32), head, k, v);
+            }
+        }
+    }
+}
