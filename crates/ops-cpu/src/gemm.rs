@@ -12,7 +12,7 @@ use crate::pack::{Linear, PANEL};
 use crate::pool::Pool;
 use crate::simd::{LANES, Simd};
 use crate::tensor::{CpuTensor, odd_stride};
-use crate::tile::{Bf16, Element, F16, F32, RowTiles, accumulate, tile_vectors, with_tile};
+use crate::tile::{Ahead, Bf16, Element, F16, F32, RowTiles, accumulate, tile_vectors, with_tile};
 
 /// Steps of k between two visits of the buffer of unfinished sums.
 const STEPS_BLOCK: usize = 512;
@@ -278,7 +278,16 @@ unsafe fn product_tile<S: Simd, E: Element, const R: usize, const N: usize>(
             right[n] = start.add(n * E::VECTOR_BYTES);
         }
         let left = p.left.add(row * p.left_stride + slice.first);
-        accumulate::<S, E, R, N>(s, &mut acc, left, p.left_stride, right, stride, slice.steps);
+        accumulate::<S, E, R, N>(
+            s,
+            &mut acc,
+            left,
+            p.left_stride,
+            right,
+            stride,
+            slice.steps,
+            Ahead::NOTHING,
+        );
         if !slice.last {
             for r in 0..R {
                 for n in 0..N {

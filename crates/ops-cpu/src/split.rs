@@ -10,7 +10,7 @@ use crate::memory::Buffer;
 use crate::pages::Kv;
 use crate::simd::{LANES, Simd};
 use crate::tensor::odd_stride;
-use crate::tile::{Element, RowTiles, accumulate, round_to_lanes, tile_vectors, with_tile};
+use crate::tile::{Ahead, Element, RowTiles, accumulate, round_to_lanes, tile_vectors, with_tile};
 
 /// Floats between the scores of one row and the next: a split, and a line so that rows do not share cache sets.
 const SCORES_STRIDE: usize = SPLIT_TOKENS + LANES;
@@ -20,6 +20,10 @@ const PAGES_MAX: usize = SPLIT_TOKENS / 8;
 
 /// Vectors of keys per register tile, at most.
 const KEY_VECTORS: usize = 4;
+
+/// Rows times query heads up to which pages are fetched ahead: the hardware does not see 4 KiB pieces of K and V as a
+/// stream, and above this arithmetic hides it.
+const STREAM_HEIGHT_MAX: usize = 16;
 
 /// Below any finite maximum: `-inf - LOWEST` is `-inf` where `-inf - -inf` would be no number.
 const LOWEST: f32 = f32::MIN / 4.0;
@@ -201,6 +205,39 @@ struct Split {
     end: usize,
     /// Where weighted values go.
     values: *mut f32,
+    /// Few lines per page: memory is the limit, and pages are to be fetched ahead.
+    stream: bool,
+}
+
+impl Split {
+    /// The 16 slots from `slot` on of K, where a page has as many.
+    ///
+    /// # Safety
+    /// The page of the slot is set.
+    #[inline(always)]
+    unsafe fn vector<E: Element>(&self, slot: usize) -> *const u8 {
+        let vector = slot % self.page_tokens / LANES;
+        // SAFETY: the caller's promise.
+        unsafe { self.pages[slot / self.page_tokens].add(vector * E::VECTOR_BYTES) }
+    }
+
+    /// What lies `offset` bytes into the pages of the 64 slots from `slot` on, if it is to be fetched ahead.
+    ///
+    /// # Safety
+    /// Pages below the end of the split are set.
+    #[inline(always)]
+    unsafe fn ahead<E: Element>(&self, slot: usize, offset: usize) -> Ahead {
+        if !self.stream || slot >= self.end {
+            return Ahead::NOTHING;
+        }
+        let mut start = [std::ptr::null(); KEY_VECTORS];
+        for i in 0..KEY_VECTORS {
+            let slot = (slot + i * LANES).min(self.end - LANES);
+            // SAFETY: the caller's promise.
+            start[i] = unsafe { self.vector::<E>(slot).wrapping_add(offset) };
+        }
+        Ahead { start, stride: self.page_tokens / LANES * E::VECTOR_BYTES, lines: 1 }
+    }
 }
 
 /// Scores, weights and weighted values of one split, into `to`.
@@ -230,6 +267,7 @@ pub unsafe fn split_partial<S: Simd, E: Element>(
         first: first / page_tokens.max(LANES) * page_tokens.max(LANES),
         end: round_to_lanes(end),
         values: to.values,
+        stream: view.height() <= STREAM_HEIGHT_MAX && page_tokens >= LANES,
     };
     let first_page = split * (SPLIT_TOKENS / page_tokens);
     for page in p.first / page_tokens..num_pages {
@@ -281,15 +319,17 @@ unsafe fn scores<S: Simd, E: Element>(s: S, view: &HeadView, p: &Split, num_page
                 E::VECTOR_BYTES
             } else {
                 for i in 0..n {
-                    let slot = slot + i * LANES;
-                    keys[i] =
-                        p.pages[slot / p.page_tokens].add(slot % p.page_tokens / LANES * E::VECTOR_BYTES);
+                    keys[i] = p.vector::<E>(slot + i * LANES);
                 }
                 p.page_tokens / LANES * E::VECTOR_BYTES
             };
+            // After the last keys come the values, which take as many bytes in as many pieces.
+            let next = slot + n * LANES;
+            let ahead =
+                if next < p.end { p.ahead::<E>(next, 0) } else { p.ahead::<E>(p.first, p.value_offset) };
             let mut tiles = RowTiles::new::<S>(view.height());
             while let Some((line, lines)) = tiles.next_tile() {
-                with_tile!(S, lines, n, scores_tile, (s, p, line, slot, &keys, stride));
+                with_tile!(S, lines, n, scores_tile, (s, p, line, slot, &keys, stride, ahead));
             }
         }
         slot += n * LANES;
@@ -328,6 +368,7 @@ unsafe fn scores_tile<S: Simd, E: Element, const R: usize, const N: usize>(
     slot: usize,
     keys: &[*const u8; KEY_VECTORS],
     stride: usize,
+    ahead: Ahead,
 ) {
     let mut acc = [[s.splat(0.0); N]; R];
     let mut right = [keys[0]; N];
@@ -336,9 +377,10 @@ unsafe fn scores_tile<S: Simd, E: Element, const R: usize, const N: usize>(
     }
     // SAFETY: the caller's promise.
     unsafe {
+        let ahead = if line == 0 { ahead } else { Ahead::NOTHING };
         let left = p.queries.cast::<E::Left>().add(line * p.queries_stride);
         let steps = p.head_dim.div_ceil(E::K_PER_STEP);
-        accumulate::<S, E, R, N>(s, &mut acc, left, p.queries_stride, right, stride, steps);
+        accumulate::<S, E, R, N>(s, &mut acc, left, p.queries_stride, right, stride, steps, ahead);
         for r in 0..R {
             for n in 0..N {
                 s.store(p.scores.add((line + r) * SCORES_STRIDE + slot + n * LANES), acc[r][n]);
@@ -428,7 +470,14 @@ unsafe fn values_tile<S: Simd, E: Element, const R: usize, const N: usize>(
     unsafe {
         let weights = p.scores.cast::<E::Left>().add(line * left_stride);
         let mut slot = p.first;
+        let mut ahead = Ahead::NOTHING;
         while slot < p.end {
+            let done = (slot - p.first) % (KEY_VECTORS * LANES);
+            if line == 0 && vector == 0 && done == 0 {
+                ahead = p.ahead::<E>(slot + KEY_VECTORS * LANES, p.value_offset);
+                // Per step of k, as many lines as bring the next 64 slots in while these are worked on.
+                ahead.lines *= p.head_dim.div_ceil(KEY_VECTORS * LANES);
+            }
             let slots = (p.end - slot).min(p.page_tokens);
             let start = p.pages[slot / p.page_tokens].add(p.value_offset + vector * E::VECTOR_BYTES);
             let mut right = [start; N];
@@ -436,7 +485,9 @@ unsafe fn values_tile<S: Simd, E: Element, const R: usize, const N: usize>(
                 right[n] = start.add(n * E::VECTOR_BYTES);
             }
             let left = weights.add(slot / E::K_PER_STEP);
-            accumulate::<S, E, R, N>(s, &mut acc, left, left_stride, right, row_bytes, slots / E::K_PER_STEP);
+            let steps = slots / E::K_PER_STEP;
+            accumulate::<S, E, R, N>(s, &mut acc, left, left_stride, right, row_bytes, steps, ahead);
+            ahead = ahead.skip(steps * ahead.lines);
             slot += slots;
         }
         for r in 0..R {

@@ -162,11 +162,37 @@ impl Element for F32 {
     }
 }
 
+/// What a tile fetches into the cache while it works, for whoever reads next: four pieces of memory side by side. At
+/// every step the next `lines` lines of each, which are `stride` bytes apart.
+#[derive(Clone, Copy, Debug)]
+pub struct Ahead {
+    /// Where the first step looks.
+    pub start: [*const u8; 4],
+    /// Bytes from line to line.
+    pub stride: usize,
+    /// Lines per step; 0 fetches nothing.
+    pub lines: usize,
+}
+
+impl Ahead {
+    /// Fetches nothing: the hardware sees a stream, or the operands are in the cache.
+    pub const NOTHING: Self = Ahead { start: [std::ptr::null(); 4], stride: 0, lines: 0 };
+
+    /// The same pieces, `lines` lines on.
+    #[inline(always)]
+    pub fn skip(mut self, lines: usize) -> Self {
+        for start in &mut self.start {
+            *start = start.wrapping_add(lines * self.stride);
+        }
+        self
+    }
+}
+
 /// `acc[r][n] += sum over steps of left[r][step] * right[n][step]`, in ascending order of steps. The left rows are
 /// `left_stride` apart, the steps of a right vector `right_stride` bytes.
 ///
 /// # Safety
-/// All of that is readable.
+/// All of that is readable. (What is fetched ahead need not be.)
 #[inline(always)]
 pub unsafe fn accumulate<S: Simd, E: Element, const R: usize, const N: usize>(
     s: S,
@@ -176,8 +202,14 @@ pub unsafe fn accumulate<S: Simd, E: Element, const R: usize, const N: usize>(
     right: [*const u8; N],
     right_stride: usize,
     steps: usize,
+    ahead: Ahead,
 ) {
     for step in 0..steps {
+        for l in 0..ahead.lines {
+            for start in ahead.start {
+                s.prefetch(start.wrapping_add((step * ahead.lines + l) * ahead.stride));
+            }
+        }
         // SAFETY: the caller's promise.
         unsafe {
             let mut vectors = [E::load(s, right[0].add(step * right_stride)); N];

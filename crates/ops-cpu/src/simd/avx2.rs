@@ -153,6 +153,12 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn prefetch(self, from: *const u8) {
+        // SAFETY: a hint, which never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
+    }
+
+    #[inline(always)]
     unsafe fn load_part(self, from: *const f32, n: usize) -> Self::V {
         let mask = first(n);
         // SAFETY: as for `load`; masked lanes are not accessed, and a wrapping address is not an access.

@@ -92,6 +92,12 @@ macro_rules! common {
         }
 
         #[inline(always)]
+        fn prefetch(self, from: *const u8) {
+            // SAFETY: a hint, which never faults.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
+        }
+
+        #[inline(always)]
         unsafe fn load_part(self, from: *const f32, n: usize) -> __m512 {
             // SAFETY: as for `load`; masked lanes are not accessed.
             unsafe { _mm512_maskz_loadu_ps(((1u32 << n) - 1) as u16, from) }

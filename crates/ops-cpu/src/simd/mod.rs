@@ -50,6 +50,9 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// They are writable.
     unsafe fn store(self, to: *mut f32, v: Self::V);
+    /// Fetches a line into the second-level cache, if there is such an instruction. Any address will do. (Not into the
+    /// first: Zen 4 then has a third fewer lines under way, see `split`.)
+    fn prefetch(self, from: *const u8);
     /// The first `n <= 16` values, zeros after them.
     ///
     /// # Safety

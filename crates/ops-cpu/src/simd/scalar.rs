@@ -58,6 +58,9 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn prefetch(self, _: *const u8) {}
+
+    #[inline(always)]
     unsafe fn load_part(self, from: *const f32, n: usize) -> Self::V {
         // SAFETY: the caller's promise; lanes from `n` on are not read.
         lanes(|i| if i < n { unsafe { *from.add(i) } } else { 0.0 })
