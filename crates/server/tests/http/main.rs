@@ -1,0 +1,5 @@
+//! The server over real connections, with the real engine and a model that is a few lines long.
+
+mod chat;
+mod completions;
+mod support;
