@@ -2,10 +2,15 @@
 //!
 //! Everything works in powers of two: queries are scaled by `log2(e) / sqrt(head_dim)` before they are rounded, so
 //! `softmax` is `2^(s - max)`. Masked slots weigh exactly 0.
+//!
+//! With few lines memory is the limit, and the next 64 slots are fetched while these are worked on, four pages side by
+//! side. Measured with one thread of Zen 4, 16 query and 8 KV heads of 128 in bf16: 13.5 GB/s without, 12.3 when
+//! fetched into the first-level cache, 18.2 into the second. Also tried: only the first 8, 16 or 32 lines of a page
+//! (11 to 14 GB/s), K and V of a page together (16.5), V by runs of four lines so that both passes over it wait alike
+//! (18.2: the same).
 
 use ops::{BlockIndex, SPLIT_TOKENS};
 
-use crate::attention::head_stride;
 use crate::memory::Buffer;
 use crate::pages::Kv;
 use crate::simd::{LANES, Simd};
@@ -28,6 +33,11 @@ const STREAM_HEIGHT_MAX: usize = 16;
 
 /// Below any finite maximum: `-inf - LOWEST` is `-inf` where `-inf - -inf` would be no number.
 const LOWEST: f32 = f32::MIN / 4.0;
+
+/// Floats of one line of weighted values.
+const fn head_stride(head_dim: usize) -> usize {
+    round_to_lanes(head_dim)
+}
 
 /// The pages of one KV head, and the consecutive rows of a sequence that attend to them with all query heads of its
 /// group. Row `r` and query head `g` make up line `r * group + g` of everything below.
