@@ -28,10 +28,8 @@ pub fn run(duration: Duration) -> Result<()> {
     eprintln!("== soak of {} s, seed {SEED}", duration.as_secs());
     let mut server = Server::start()?;
     let requests = requests();
-    let alone: HashMap<String, String> = requests
-        .iter()
-        .map(|body| Ok((body.to_string(), server.answer(body)?)))
-        .collect::<Result<_>>()?;
+    let alone: HashMap<String, String> =
+        requests.iter().map(|body| Ok((body.to_string(), server.answer(body)?))).collect::<Result<_>>()?;
 
     let (answers, left, refused) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
     let start = Instant::now();
@@ -118,7 +116,17 @@ struct Server {
 impl Server {
     fn start() -> Result<Self> {
         let mut process = Command::new("target/release/sparseserve")
-            .args(["serve", "--port", "0", "--dram", "24MiB", "--max-num-seqs", "12", "--max-context", "4096"])
+            .args([
+                "serve",
+                "--port",
+                "0",
+                "--dram",
+                "24MiB",
+                "--max-num-seqs",
+                "12",
+                "--max-context",
+                "4096",
+            ])
             .stderr(Stdio::piped())
             .spawn()
             .context("target/release/sparseserve does not start")?;
@@ -187,7 +195,8 @@ impl Server {
 
     fn metric(&self, name: &str) -> Result<f64> {
         let text = self.get("/metrics")?.1;
-        let line = text.lines().find_map(|l| l.strip_prefix(name)).with_context(|| format!("metric {name}"))?;
+        let line =
+            text.lines().find_map(|l| l.strip_prefix(name)).with_context(|| format!("metric {name}"))?;
         Ok(line.trim().parse()?)
     }
 
