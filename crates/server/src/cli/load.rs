@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 use std::path::Path;
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use engine::{Config, Handle, Metrics, ModelRunner};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -218,6 +218,14 @@ impl EngineThread {
             engine::spawn(config, metrics, engine::abort_process(), move || prepared.load())
                 .map_err(|e| Failure::runtime(format!("cannot start the engine's thread: {e}")))?;
         Ok(EngineThread { handle, registry, thread })
+    }
+
+    /// Waits until the model is loaded, or failed to.
+    pub fn wait_until_loaded(&self) {
+        const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(5);
+        while !self.handle.is_ready() && !self.thread.is_finished() {
+            std::thread::sleep(LOOK_AGAIN_AFTER);
+        }
     }
 
     /// Lets running requests finish and waits for the end of the thread.

@@ -41,6 +41,8 @@ pub fn run(args: RunArgs) -> Result<(), Failure> {
         screen::threads(prepared.device.threads),
     );
     let engine = EngineThread::start(prepared, &settings, 1)?;
+    // The progress bar and the prompt would share a line.
+    engine.wait_until_loaded();
     let sampling = sampling(&args, &text)?;
     let max_tokens = args.max_tokens.or(text.defaults.max_new_tokens).unwrap_or(u32::MAX);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

@@ -86,7 +86,6 @@ impl Default for Options {
 pub struct Server {
     pub url: String,
     pub client: reqwest::Client,
-    pub app: Arc<App>,
     /// Steps wait while this is set.
     pub held: Arc<AtomicBool>,
     pub signals: mpsc::UnboundedSender<()>,
@@ -146,9 +145,9 @@ pub async fn start(options: Options) -> Server {
     let url = format!("http://{}", listener.local_addr().unwrap());
     let (signals, receiver) = mpsc::unbounded_channel();
     let shutdown = Shutdown { signals: receiver, drain_timeout: options.drain_timeout };
-    let served = tokio::spawn(serve(Arc::clone(&app), listener, shutdown));
+    let served = tokio::spawn(serve(app, listener, shutdown));
     let client = reqwest::Client::builder().no_proxy().build().unwrap();
-    Server { url, client, app, held, signals, served }
+    Server { url, client, held, signals, served }
 }
 
 fn defaults(tokenizer: &Tokenizer) -> GenerationDefaults {
@@ -160,7 +159,8 @@ impl Server {
     /// Ends the engine and the server.
     pub async fn stop(self) {
         self.signals.send(()).unwrap();
-        self.signals.send(()).unwrap();
+        // An idle server may have ended before the second signal.
+        let _ = self.signals.send(());
         self.served.await.unwrap().unwrap();
     }
 
