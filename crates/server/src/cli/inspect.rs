@@ -7,12 +7,12 @@ use ops::DType;
 use serde_json::json;
 
 use super::failure::Failure;
-use super::load;
-use super::options::InspectArgs;
+use super::options::{CommonOptions, InspectArgs};
 use super::screen::parameters;
-use super::settings::ModelChoice;
+use super::settings::{LogSettings, ModelChoice};
 use super::size::Bytes;
 use super::text::TextSide;
+use super::{load, log};
 
 /// Lines of a template that are shown.
 const TEMPLATE_LINES: usize = 5;
@@ -23,6 +23,7 @@ const PAGE_TOKENS: usize = 16;
 
 /// Runs the command.
 pub fn run(args: InspectArgs) -> Result<(), Failure> {
+    log::start(&LogSettings::resolve(CommonOptions::default(), "warn"))?;
     let choice = ModelChoice::resolve(args.model.as_deref())?;
     let source = load::source(&choice)?;
     let config = ModelConfig::read(&source)?;

@@ -106,8 +106,9 @@ impl Prepared {
         let context_limit = config.context_limit();
         let max_context = settings.max_context.unwrap_or(context_limit);
         if max_context > context_limit {
-            let limit = format!("the limit of the model is {context_limit}");
-            return Err(Failure::input(format!("--max-context {max_context}: {limit}")));
+            return Err(Failure::input(format!(
+                "a context of {max_context} tokens exceeds the model's limit of {context_limit}; lower --max-context"
+            )));
         }
         let mut backend = device(&settings.compute)?;
         let rows_max = settings.max_num_seqs.saturating_add(settings.max_inject_tokens);

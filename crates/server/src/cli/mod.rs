@@ -63,8 +63,8 @@ fn usage(error: &clap::Error) -> ExitCode {
         return if error.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS };
     }
     let text = error.to_string();
-    let cause = text.split("\n\nUsage:").next().unwrap_or_default();
-    let cause = cause.split("\n\nFor more information").next().unwrap_or_default();
+    // The first paragraph; tips and usage follow.
+    let cause = text.split("\n\n").next().unwrap_or_default();
     let failure = Failure::input(cause.trim_start_matches("error: "));
     complain(&format!("{} (see --help)", failure.line().unwrap_or_default()));
     failure.exit_code()

@@ -80,6 +80,17 @@ fn run_prints_the_answer_alone() {
     assert_eq!(text(&piped.wait_with_output().unwrap().stdout), " 271828.\n");
 }
 
+/// As in `sparseserve inspect | head -1`.
+#[test]
+fn a_reader_that_leaves_is_no_error() {
+    let mut command = sparseserve(&["run", "-p", "The old lamp", "--max-tokens", "500"]);
+    command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    let mut process = command.spawn().unwrap();
+    drop(process.stdout.take());
+    let ended = process.wait_with_output().unwrap();
+    assert!(ended.status.success() && ended.stderr.is_empty(), "{}: {}", ended.status, text(&ended.stderr));
+}
+
 #[test]
 fn inspect_tells_what_a_model_is() {
     let facts = text(&output(&["inspect"]).stdout);

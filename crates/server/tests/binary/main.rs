@@ -2,5 +2,6 @@
 
 mod answers;
 mod errors;
+mod hub;
 mod process;
 mod server;
