@@ -45,7 +45,7 @@ struct ChatToken {
 #[derive(Debug, Serialize)]
 struct NamedLogprob {
     token: String,
-    logprob: f32,
+    logprob: f64,
     bytes: Vec<u8>,
 }
 
@@ -76,7 +76,7 @@ pub struct CompletionLogprobs {
     /// Characters of the text before each token.
     text_offset: Vec<usize>,
     /// `None` for the first token of a prompt.
-    token_logprobs: Vec<Option<f32>>,
+    token_logprobs: Vec<Option<f64>>,
     tokens: Vec<String>,
     /// The alternatives and, always, the token itself.
     top_logprobs: Vec<Option<Map<String, serde_json::Value>>>,
@@ -135,9 +135,9 @@ impl CompletionLogprobs {
     }
 }
 
-fn finite(logprob: f32) -> f32 {
+fn finite(logprob: f32) -> f64 {
     // `max` also takes care of NaN.
-    logprob.max(LOGPROB_MIN)
+    f64::from(logprob.max(LOGPROB_MIN))
 }
 
 #[cfg(test)]
