@@ -73,7 +73,7 @@ async fn stop_strings_end_the_answer_and_are_not_shown() {
     assert_eq!(answer["choices"][0]["finish_reason"], "stop");
     assert_eq!(answer["choices"][0]["stop_reason"], " END");
     let chunks = server.stream(CHAT, &body).await;
-    let text: String = chunks.iter().filter_map(|c| c["choices"][0]["delta"]["content"].as_str()).collect();
+    let text = streamed_text(&chunks);
     assert_eq!(text, "one two");
     let shown = with(body.clone(), json!({"include_stop_str_in_output": true}));
     assert_eq!(content(&server.ok(CHAT, &shown).await), "one two END");

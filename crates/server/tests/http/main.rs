@@ -2,4 +2,7 @@
 
 mod chat;
 mod completions;
+mod faults;
+mod lifecycle;
+mod sdk;
 mod support;

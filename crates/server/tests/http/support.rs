@@ -160,7 +160,8 @@ impl Server {
     /// Ends the engine and the server.
     pub async fn stop(self) {
         self.signals.send(()).unwrap();
-        self.signals.send(()).unwrap();
+        // After the first it may have ended already.
+        let _ = self.signals.send(());
         self.served.await.unwrap().unwrap();
     }
 
@@ -204,11 +205,7 @@ impl Server {
         let response = self.post(path, &body).await;
         assert_eq!(response.status(), 200);
         assert_eq!(response.headers()["content-type"], "text/event-stream");
-        let text = response.text().await.unwrap();
-        let mut chunks: Vec<&str> =
-            text.split("\n\n").filter(|e| !e.is_empty()).map(|e| e.strip_prefix("data: ").unwrap()).collect();
-        assert_eq!(chunks.pop(), Some("[DONE]"));
-        chunks.into_iter().map(|chunk| serde_json::from_str(chunk).unwrap()).collect()
+        chunks(&response.text().await.unwrap())
     }
 
     /// A value of `/metrics`.
@@ -230,6 +227,19 @@ impl Server {
         }
         panic!("blocks stay in use");
     }
+}
+
+/// The chunks in a streamed body, without `[DONE]`, which must come last.
+pub fn chunks(body: &str) -> Vec<Value> {
+    let events = body.split("\n\n").filter(|event| !event.is_empty());
+    let mut data: Vec<&str> = events.map(|event| event.strip_prefix("data: ").unwrap()).collect();
+    assert_eq!(data.pop(), Some("[DONE]"));
+    data.into_iter().map(|chunk| serde_json::from_str(chunk).unwrap()).collect()
+}
+
+/// The text that chunks of a chat bring.
+pub fn streamed_text(chunks: &[Value]) -> String {
+    chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str()).collect()
 }
 
 /// A chat with one message.
