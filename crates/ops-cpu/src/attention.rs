@@ -217,7 +217,7 @@ pub fn attend(
             pending: &scratch.pending,
         };
         // SAFETY: the scratch of this thread, borrowed for this task.
-        let scratch = unsafe { scratch.threads.get(thread) };
+        let scratch = unsafe { &mut *scratch.threads.get(thread) };
         match geometry.dtype {
             DType::Bf16 => isa.run(UnitAs { unit, scratch, element: PhantomData::<Bf16> }),
             DType::F16 => isa.run(UnitAs { unit, scratch, element: PhantomData::<F16> }),
@@ -286,41 +286,42 @@ impl<E: Element> Kernel for UnitAs<'_, E> {
     fn run<S: Simd>(self, s: S) {
         let UnitAs { unit: u, scratch, element: PhantomData } = self;
         let plan = u.plan;
-        let Some((first_partial, first_counter)) = plan.by_split else {
-            let tiles = u.sequence.num_rows().div_ceil(plan.tile_rows);
-            let (head, tile) = (u.task / tiles, u.task % tiles);
-            // The last tile has the longest context: first, so that no thread is left with it at the end.
-            let first = (tiles - 1 - tile) * plan.tile_rows;
-            let view = u.view(head, first..(first + plan.tile_rows).min(u.sequence.num_rows()));
-            let end = view.first_position + view.num_rows;
-            let (partial, mut running) = scratch.start(view.height(), view.head_dim);
-            // SAFETY: the scratch was made for this height; `out` rows and columns are this task's alone.
-            unsafe {
-                pack_queries::<S, E>(s, &view, scratch);
-                for split in splits(view.first_position..end, u.window) {
-                    split_partial::<S, E>(s, &view, split, scratch, partial);
+        let tiles = u.sequence.num_rows().div_ceil(plan.tile_rows);
+        let (head, part) = match plan.by_split {
+            Some(_) => (u.task / plan.num_splits, u.task % plan.num_splits),
+            None => (u.task / tiles, u.task % tiles),
+        };
+        // The last tile has the longest context: first, so that no thread is left with it at the end.
+        let first_row = if plan.by_split.is_some() { 0 } else { (tiles - 1 - part) * plan.tile_rows };
+        let view = u.view(head, first_row..(first_row + plan.tile_rows).min(u.sequence.num_rows()));
+        let (height, len) = (view.height(), Partial::len(view.height(), view.head_dim));
+        let splits = match plan.by_split {
+            Some(_) => plan.first_split + part..plan.first_split + part + 1,
+            None => splits(view.first_position..view.first_position + view.num_rows, u.window),
+        };
+        let (partial, mut running) = scratch.start(height, view.head_dim);
+        // SAFETY: the scratch was made for this height; rows and columns of `out` are this unit's alone. The plan gave each
+        // (head, split) of a sequence its own place in `partials`.
+        unsafe {
+            let place = |first_partial: usize, split: usize| {
+                Partial::at(u.partials.at(first_partial + (head * plan.num_splits + split) * len), height)
+            };
+            pack_queries::<S, E>(s, &view, scratch);
+            for split in splits {
+                let to = plan.by_split.map_or(partial, |(first, _)| place(first, part));
+                split_partial::<S, E>(s, &view, split, scratch, to);
+                if plan.by_split.is_none() {
                     merge(s, &view, &mut running, partial);
                 }
-                finish(s, &view, &running);
             }
-            return;
-        };
-        let (head, split) = (u.task / plan.num_splits, u.task % plan.num_splits);
-        let view = u.view(head, 0..u.sequence.num_rows());
-        let len = Partial::len(view.height(), view.head_dim);
-        let first_partial = first_partial + head * plan.num_splits * len;
-        let (_, mut running) = scratch.start(view.height(), view.head_dim);
-        // SAFETY: the plan gave each (head, split) of the sequence its own place in `partials`. The counter orders the
-        // writes of the others before the merge.
-        unsafe {
-            let place = |split: usize| Partial::at(u.partials.at(first_partial + split * len), view.height());
-            pack_queries::<S, E>(s, &view, scratch);
-            split_partial::<S, E>(s, &view, plan.first_split + split, scratch, place(split));
-            if u.pending[first_counter + head].fetch_sub(1, Ordering::AcqRel) > 1 {
-                return;
-            }
-            for split in 0..plan.num_splits {
-                merge(s, &view, &mut running, place(split));
+            if let Some((first_partial, first_counter)) = plan.by_split {
+                // Orders what the others wrote before what the last one reads.
+                if u.pending[first_counter + head].fetch_sub(1, Ordering::AcqRel) > 1 {
+                    return;
+                }
+                for split in 0..plan.num_splits {
+                    merge(s, &view, &mut running, place(first_partial, split));
+                }
             }
             finish(s, &view, &running);
         }

@@ -68,7 +68,7 @@ impl Ceiling {
         let operations = std::sync::atomic::AtomicUsize::new(0);
         pool.run(num_tasks, &|_, thread| {
             // SAFETY: the operands of this thread, in its only task at the time.
-            let operands = unsafe { self.operands.get(thread) };
+            let operands = unsafe { &mut *self.operands.get(thread) };
             let count = match dtype {
                 DType::Bf16 => self.isa.run(Tiles { operands, element: std::marker::PhantomData::<Bf16> }),
                 DType::F16 => self.isa.run(Tiles { operands, element: std::marker::PhantomData::<F16> }),
@@ -112,7 +112,7 @@ impl<E: Element> Kernel for Tiles<'_, E> {
     fn run<S: Simd>(self, s: S) -> usize {
         for _ in 0..TILES_PER_TASK {
             // SAFETY: the operands hold 6 left rows and 4 right vectors of all steps.
-            unsafe { with_tile!(S, S::TILE_ROWS, S::TILE_VECTORS, rate_tile, (s, self.operands)) };
+            unsafe { with_tile!(S, S::TILE_ROWS, all, rate_tile, (s, self.operands)) };
         }
         TILES_PER_TASK * TILE_STEPS * S::TILE_ROWS * S::TILE_VECTORS * LANES * E::K_PER_STEP * 2
     }

@@ -194,7 +194,7 @@ fn panels<E: Element>(
                 out_stride,
                 bias: w.bias().map(|b| b[panel * PANEL..].as_ptr()),
                 store,
-                partial: scratch.partial.get(thread).as_mut_ptr(),
+                partial: (*scratch.partial.get(thread)).as_mut_ptr(),
             });
         }
     });

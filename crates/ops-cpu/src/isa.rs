@@ -1,5 +1,7 @@
 //! Instruction sets: which there are, which this machine has, and the one place where code enters them.
 
+#[cfg(target_arch = "x86_64")]
+use crate::simd::{Avx2, Avx512, Avx512Bf16};
 use crate::simd::{Scalar, Simd};
 
 /// An instruction set level. Bits of results are equal within a level, not across levels.
@@ -7,7 +9,7 @@ use crate::simd::{Scalar, Simd};
 pub enum Isa {
     /// No intrinsics: any processor, and the oracle of the others.
     Scalar,
-    /// AVX2, FMA and F16C (x86-64-v3): Haswell (2013), Zen (2017).
+    /// AVX2, FMA, F16C and BMI2 (x86-64-v3): Haswell (2013), Zen (2017).
     Avx2,
     /// AVX-512 F, BW, DQ, VL: Skylake-SP (2017), Zen 4 (2022).
     Avx512,
@@ -21,7 +23,7 @@ pub trait Kernel {
     type Output;
 
     /// Runs with the vectors of `simd`. Implementations are `#[inline(always)]`, as everything they call, so that all
-    /// of it is compiled with the target features of the entry point in [`Isa::run`].
+    /// of it is compiled with the target features of the entry point that [`Isa::run`] calls.
     fn run<S: Simd>(self, simd: S) -> Self::Output;
 }
 
@@ -47,6 +49,7 @@ impl Isa {
                 is_x86_feature_detected!("avx2")
                     && is_x86_feature_detected!("fma")
                     && is_x86_feature_detected!("f16c")
+                    && is_x86_feature_detected!("bmi2")
             };
             let avx512 = || {
                 avx2()
@@ -83,13 +86,13 @@ impl Isa {
         match self {
             // SAFETY: the level was just found available, for this and the next arms.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => unsafe { x86::avx512_bf16(kernel) },
+            Isa::Avx512Bf16 => unsafe { Avx512Bf16::run(kernel) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Isa::Avx512 => unsafe { x86::avx512(kernel) },
+            Isa::Avx512 => unsafe { Avx512::run(kernel) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Isa::Avx2 => unsafe { x86::avx2(kernel) },
+            Isa::Avx2 => unsafe { Avx2::run(kernel) },
             _ => kernel.run(Scalar),
         }
     }
@@ -110,36 +113,6 @@ impl std::str::FromStr for Isa {
             .into_iter()
             .find(|isa| isa.name() == name)
             .ok_or_else(|| format!("unknown instruction set {name:?}: expected one of {}", names()))
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use super::Kernel;
-    use crate::simd::{Avx2, Avx512, Avx512Bf16};
-
-    /// # Safety
-    /// The processor has these features.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2")]
-    pub unsafe fn avx512_bf16<K: Kernel>(kernel: K) -> K::Output {
-        // SAFETY: the caller's promise.
-        kernel.run(unsafe { Avx512Bf16::new() })
-    }
-
-    /// # Safety
-    /// The processor has these features.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")]
-    pub unsafe fn avx512<K: Kernel>(kernel: K) -> K::Output {
-        // SAFETY: the caller's promise.
-        kernel.run(unsafe { Avx512::new() })
-    }
-
-    /// # Safety
-    /// The processor has these features.
-    #[target_feature(enable = "avx2,fma,f16c,bmi2")]
-    pub unsafe fn avx2<K: Kernel>(kernel: K) -> K::Output {
-        // SAFETY: the caller's promise.
-        kernel.run(unsafe { Avx2::new() })
     }
 }
 

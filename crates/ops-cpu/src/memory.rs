@@ -138,7 +138,7 @@ impl<T> Shared<T> {
 #[derive(Debug)]
 pub struct PerThread<T>(Vec<UnsafeCell<T>>);
 
-// SAFETY: `get` hands out each value to one thread at a time (its safety condition).
+// SAFETY: `get` hands out pointers; whoever dereferences one vouches that it is the running thread's.
 unsafe impl<T: Send> Sync for PerThread<T> {}
 
 impl<T> PerThread<T> {
@@ -152,14 +152,9 @@ impl<T> PerThread<T> {
         self.0.iter_mut().map(UnsafeCell::get_mut)
     }
 
-    /// The value of `thread`.
-    ///
-    /// # Safety
-    /// Only the thread with this number, in its running task, and one borrow at a time.
-    #[allow(clippy::mut_from_ref, reason = "the cell is what makes values per thread mutable")]
-    pub unsafe fn get(&self, thread: usize) -> &mut T {
-        // SAFETY: the caller's promise makes the borrow exclusive.
-        unsafe { &mut *self.0[thread].get() }
+    /// The value of `thread`, for that thread alone.
+    pub fn get(&self, thread: usize) -> *mut T {
+        self.0[thread].get()
     }
 }
 

@@ -177,7 +177,7 @@ impl Vector {
     }
 
     /// Number of values.
-    pub fn len(&self) -> usize {
+    pub fn dim(&self) -> usize {
         self.len
     }
 

@@ -159,7 +159,7 @@ pub fn append(
     assert_eq!((qkv.rows(), qkv.cols()), (batch.num_rows(), heads.qkv_cols()), "shape of QKV");
     assert_eq!((angles.rows(), angles.cols()), (batch.num_rows(), head_dim), "shape of the angles");
     if let Some((q, k, _)) = qk_norm {
-        assert_eq!((q.len(), k.len()), (head_dim, head_dim), "weights of the head norms");
+        assert_eq!((q.dim(), k.dim()), (head_dim, head_dim), "weights of the head norms");
     }
     batch.check(page_tokens);
     let blocks_of = |s: &SequenceRows| {

@@ -109,7 +109,7 @@ impl Pool {
         let epoch = fork.state.load(Ordering::Relaxed) / EPOCH;
         // Sequentially consistent, as is a worker's `parked` store and its look at the state after it: either the
         // worker sees this fork or we see the worker parked.
-        fork.state.store((epoch + 1) * EPOCH | OPEN, Ordering::SeqCst);
+        fork.state.store(((epoch + 1) * EPOCH) | OPEN, Ordering::SeqCst);
         for (parked, thread) in fork.parked.iter().zip(&self.threads) {
             if parked.load(Ordering::SeqCst) {
                 thread.unpark();

@@ -26,7 +26,7 @@ fn for_rows(pool: &mut Pool, out: &mut CpuTensor, row: impl Fn(usize, &mut [f32]
 
 /// `out = x / sqrt(mean(x^2) + eps) * weight`.
 pub fn rms_norm(isa: Isa, pool: &mut Pool, out: &mut CpuTensor, x: &CpuTensor, weight: &Vector, eps: f32) {
-    assert_eq!((out.cols(), weight.len()), (x.cols(), x.cols()), "columns of the normalisation");
+    assert_eq!((out.cols(), weight.dim()), (x.cols(), x.cols()), "columns of the normalisation");
     out.set_rows(x.rows());
     for_rows(pool, out, |i, out| isa.run(RmsNormRow { out, x: x.row(i), weight: weight.padded(), eps }));
 }

@@ -1,5 +1,6 @@
 //! Sampling, a row per task.
 
+use ops::Tensor;
 use ops::sample::{SampleOutput, SampleRow, SampleScratch, sample};
 
 use crate::memory::{PerThread, Shared};
@@ -10,6 +11,8 @@ use crate::tensor::CpuTensor;
 #[derive(Debug)]
 pub struct Scratch {
     threads: PerThread<SampleScratch>,
+    /// What the threads have room for.
+    vocab: usize,
     /// One output per row: tasks finish in any order.
     outputs: Vec<SampleOutput>,
 }
@@ -17,7 +20,7 @@ pub struct Scratch {
 impl Scratch {
     /// Scratch for `threads` threads that grows when first used.
     pub fn new(threads: usize) -> Self {
-        Scratch { threads: PerThread::new(threads, SampleScratch::default), outputs: Vec::new() }
+        Scratch { threads: PerThread::new(threads, SampleScratch::default), vocab: 0, outputs: Vec::new() }
     }
 
     /// Makes room for `rows` rows.
@@ -38,11 +41,16 @@ pub fn sample_rows(
 ) {
     out.clear();
     scratch.reserve(rows.len());
+    if scratch.vocab < logits.cols() {
+        // For all threads at once: which of them draws first is a matter of chance.
+        scratch.vocab = logits.cols();
+        scratch.threads.iter_mut().for_each(|t| *t = SampleScratch::with_vocab(scratch.vocab));
+    }
     let outputs = Shared(scratch.outputs.as_mut_ptr());
     let threads = &scratch.threads;
     pool.run(rows.len(), &|task, thread| {
         // SAFETY: output `task` is this task's alone, and there are as many as rows; the scratch is this thread's.
-        let (output, scratch) = unsafe { (&mut *outputs.at(task), threads.get(thread)) };
+        let (output, scratch) = unsafe { (&mut *outputs.at(task), &mut *threads.get(thread)) };
         output.clear();
         sample(output, logits.row(rows[task].row), &rows[task], scratch);
     });

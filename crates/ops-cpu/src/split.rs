@@ -12,8 +12,9 @@ use crate::simd::{LANES, Simd};
 use crate::tensor::odd_stride;
 use crate::tile::{Ahead, Element, RowTiles, accumulate, round_to_lanes, tile_vectors, with_tile};
 
-/// Floats between the scores of one row and the next: a split, and a line so that rows do not share cache sets.
-const SCORES_STRIDE: usize = SPLIT_TOKENS + LANES;
+/// Floats between the scores of one line and the next: a split, what the last tile writes past it, and then an odd
+/// number of cache lines, so that rows do not share cache sets.
+const SCORES_STRIDE: usize = odd_stride(SPLIT_TOKENS + (KEY_VECTORS - 1) * LANES, LANES);
 
 /// Most pages in a split.
 const PAGES_MAX: usize = SPLIT_TOKENS / 8;
@@ -298,7 +299,8 @@ pub unsafe fn split_partial<S: Simd, E: Element>(
     }
 }
 
-/// Scores of all lines with slots `p.first..p.end`.
+/// Scores of all lines with slots `p.first..p.end`. The last tile may score the last slots again, into what lies past
+/// them in the scratch: that is cheaper than tiles of every width.
 ///
 /// # Safety
 /// As for [`split_partial`].
@@ -306,33 +308,30 @@ pub unsafe fn split_partial<S: Simd, E: Element>(
 unsafe fn scores<S: Simd, E: Element>(s: S, view: &HeadView, p: &Split, num_pages: usize, joined: *mut u8) {
     let mut slot = p.first;
     while slot < p.end {
-        let n = tile_vectors::<S>((p.end - slot) / LANES);
         let mut keys = [std::ptr::null(); KEY_VECTORS];
         // SAFETY: the caller's promise.
         unsafe {
-            let stride = if p.page_tokens < LANES {
-                for i in 0..n {
+            for i in 0..S::TILE_VECTORS {
+                let slot = (slot + i * LANES).min(p.end - LANES);
+                keys[i] = if p.page_tokens < LANES {
                     let to = joined.add(i * p.head_dim.div_ceil(E::K_PER_STEP) * E::VECTOR_BYTES);
-                    join_pages::<E>(to, p, (slot + i * LANES) / p.page_tokens, num_pages);
-                    keys[i] = to.cast_const();
-                }
-                E::VECTOR_BYTES
-            } else {
-                for i in 0..n {
-                    keys[i] = p.vector::<E>(slot + i * LANES);
-                }
-                p.page_tokens / LANES * E::VECTOR_BYTES
-            };
+                    join_pages::<E>(to, p, slot / p.page_tokens, num_pages);
+                    to.cast_const()
+                } else {
+                    p.vector::<E>(slot)
+                };
+            }
+            let stride = p.page_tokens.div_ceil(LANES) * E::VECTOR_BYTES;
+            let next = slot + S::TILE_VECTORS * LANES;
             // After the last keys come the values, which take as many bytes in as many pieces.
-            let next = slot + n * LANES;
             let ahead =
                 if next < p.end { p.ahead::<E>(next, 0) } else { p.ahead::<E>(p.first, p.value_offset) };
             let mut tiles = RowTiles::new::<S>(view.height());
             while let Some((line, lines)) = tiles.next_tile() {
-                with_tile!(S, lines, n, scores_tile, (s, p, line, slot, &keys, stride, ahead));
+                with_tile!(S, lines, all, scores_tile, (s, p, line, slot, &keys, stride, ahead));
             }
         }
-        slot += n * LANES;
+        slot += S::TILE_VECTORS * LANES;
     }
 }
 
@@ -372,9 +371,7 @@ unsafe fn scores_tile<S: Simd, E: Element, const R: usize, const N: usize>(
 ) {
     let mut acc = [[s.splat(0.0); N]; R];
     let mut right = [keys[0]; N];
-    for n in 1..N {
-        right[n] = keys[n];
-    }
+    right.copy_from_slice(&keys[..N]);
     // SAFETY: the caller's promise.
     unsafe {
         let ahead = if line == 0 { ahead } else { Ahead::NOTHING };

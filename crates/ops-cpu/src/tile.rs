@@ -229,6 +229,14 @@ pub unsafe fn accumulate<S: Simd, E: Element, const R: usize, const N: usize>(
 /// Calls `$call::<S, E, R, N>` for a tile whose shape is known only at run time. The conditions are constants, so
 /// tiles that an instruction set never asks for are not even compiled for it.
 macro_rules! with_tile {
+    // All vectors that a tile may have.
+    ($simd:ty, $rows:expr, all, $call:ident, $args:tt) => {
+        if const { <$simd>::TILE_VECTORS > 1 } {
+            $crate::tile::with_tile!(@rows $simd, $rows, 4, $call, $args)
+        } else {
+            $crate::tile::with_tile!(@rows $simd, $rows, 1, $call, $args)
+        }
+    };
     ($simd:ty, $rows:expr, $vectors:expr, $call:ident, $args:tt) => {
         match $vectors {
             1 => $crate::tile::with_tile!(@rows $simd, $rows, 1, $call, $args),

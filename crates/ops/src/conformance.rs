@@ -36,6 +36,11 @@ pub fn attention_tolerance(dtype: DType) -> f32 {
 /// Allowed error of operations on f32 values only.
 pub const ELEMENTWISE_TOLERANCE: f32 = 5e-6;
 
+/// How many times more seeds than usual a test shall try: `SPARSESERVE_SEEDS`, which the acceptance run sets, or 1.
+pub fn seed_factor() -> u64 {
+    std::env::var("SPARSESERVE_SEEDS").ok().and_then(|factor| factor.parse().ok()).unwrap_or(1)
+}
+
 /// Runs every check on fresh backends made by `make`.
 ///
 /// # Panics

@@ -3,17 +3,20 @@
 use std::arch::x86_64::*;
 
 use super::{LANES, Simd};
+use crate::isa::Kernel;
 
 /// AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug)]
 pub struct Avx2(());
 
 impl Avx2 {
+    /// The entry point of this level.
+    ///
     /// # Safety
-    /// The processor has AVX2, FMA and F16C.
-    #[inline(always)]
-    pub(crate) unsafe fn new() -> Self {
-        Avx2(())
+    /// The processor has AVX2, FMA, F16C and BMI2.
+    #[target_feature(enable = "avx2,fma,f16c,bmi2")]
+    pub(crate) unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
+        kernel.run(Avx2(()))
     }
 }
 

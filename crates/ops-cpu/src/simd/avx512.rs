@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::Simd;
+use crate::isa::Kernel;
 
 /// AVX-512 F, BW, DQ, VL: bf16 is widened.
 #[derive(Clone, Copy, Debug)]
@@ -13,20 +14,24 @@ pub struct Avx512(());
 pub struct Avx512Bf16(());
 
 impl Avx512 {
+    /// The entry point of this level.
+    ///
     /// # Safety
-    /// The processor has AVX-512 F, BW, DQ and VL, AVX2, FMA and F16C.
-    #[inline(always)]
-    pub(crate) unsafe fn new() -> Self {
-        Avx512(())
+    /// The processor has AVX-512 F, BW, DQ and VL, and what AVX2 needs.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")]
+    pub(crate) unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
+        kernel.run(Avx512(()))
     }
 }
 
 impl Avx512Bf16 {
+    /// The entry point of this level.
+    ///
     /// # Safety
-    /// As for [`Avx512::new`], and AVX512_BF16.
-    #[inline(always)]
-    pub(crate) unsafe fn new() -> Self {
-        Avx512Bf16(())
+    /// As for [`Avx512::run`], and AVX512_BF16.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2")]
+    pub(crate) unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
+        kernel.run(Avx512Bf16(()))
     }
 }
 

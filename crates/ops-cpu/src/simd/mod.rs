@@ -1,7 +1,7 @@
 //! Vectors of 16 lanes, whatever the instruction set: one 512-bit register, two of 256 bits, or an array.
 //!
 //! So packed weights and pages look the same at every level, and a kernel is written once. A [`Simd`] value is proof that
-//! the processor has the level (only [`crate::Isa::run`] makes one), hence arithmetic is safe and only memory access
+//! the processor has the level (only the entry point of its level makes one), hence arithmetic is safe and only memory access
 //! is not.
 
 #[cfg(target_arch = "x86_64")]
@@ -21,7 +21,7 @@ pub const LANES: usize = 16;
 
 /// Coefficients of 2^f, |f| <= 1/2, highest power first; relative error 2.6e-9 before rounding.
 const EXP2: [f32; 7] =
-    [1.546_144_5e-4, 1.340_042_8e-3, 9.618_057e-3, 5.550_327_2e-2, 0.240_226_51, 0.693_147_2, 1.0];
+    [1.546_144_5e-4, 1.340_042_8e-3, 9.618_057e-3, 5.550_327e-2, 0.240_226_5, std::f32::consts::LN_2, 1.0];
 
 /// Vector operations of one instruction set.
 ///

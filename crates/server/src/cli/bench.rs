@@ -29,7 +29,7 @@ const RANDOM_PAGES: usize = 61;
 pub fn run(args: BenchArgs) -> Result<(), Failure> {
     match args.what {
         Bench::Kernels(args) => kernels(args),
-        Bench::Engine(args) => engine(args),
+        Bench::Engine(args) => engine(*args),
     }
 }
 

@@ -109,7 +109,7 @@ pub enum Bench {
     /// Kernels, as a share of what this machine can do at most
     Kernels(BenchKernelsArgs),
     /// A whole model's prefill and decode, as a share of what its bytes and operations allow
-    Engine(BenchEngineArgs),
+    Engine(Box<BenchEngineArgs>),
 }
 
 /// `sparseserve bench kernels`

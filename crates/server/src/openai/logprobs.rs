@@ -136,8 +136,8 @@ impl CompletionLogprobs {
 }
 
 fn finite(logprob: f32) -> f64 {
-    // `max` also takes care of NaN.
-    f64::from(logprob.max(LOGPROB_MIN))
+    // `max` also takes care of NaN. f64, so that an answer and a stream print the same digits.
+    logprob.max(LOGPROB_MIN).into()
 }
 
 #[cfg(test)]

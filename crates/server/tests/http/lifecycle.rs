@@ -1,3 +1,5 @@
+//! Everything around a request: keys, limits, queue, shutdown.
+
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -31,6 +33,7 @@ async fn keys_open_the_api_and_nothing_else_does() {
     let server = start(Options { api_keys: keys, ..Options::default() }).await;
     let error = server.refused(CHAT, &chat("hi"), 401, None).await;
     assert_eq!((&error["type"], &error["code"]), (&json!("authentication_error"), &json!("invalid_api_key")));
+    assert!(!error.to_string().contains("first"), "the error does not tell the key");
     assert_eq!(server.post(CHAT, &chat("hi")).await.headers()["www-authenticate"], "Bearer");
     for path in ["/v1/models", "/metrics", "/nothing"] {
         assert_eq!(server.get(path).await.status(), 401, "{path}");
