@@ -294,7 +294,7 @@ async fn what_is_wrong_is_named() {
 
 #[tokio::test]
 async fn without_a_template_there_is_no_chat() {
-    let server = start(Options { template: false, ..Options::default() }).await;
+    let server = start(Options { template: None, ..Options::default() }).await;
     server.refused(CHAT, &chat("hi"), 400, Some("messages")).await;
     server.ok("/v1/completions", &completion("hi")).await;
     server.stop().await;

@@ -6,3 +6,4 @@ mod faults;
 mod lifecycle;
 mod sdk;
 mod support;
+mod templates;

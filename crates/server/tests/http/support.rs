@@ -12,7 +12,7 @@ use prometheus::Registry;
 use serde_json::{Value, json};
 use sparseserve::app::{App, GenerationDefaults, Lifecycle, Limits};
 use sparseserve::http::{Shutdown, serve};
-use sparseserve::text::{ChatTemplate, Tokenizer};
+use sparseserve::text::{ChatTemplate, Sandbox, Tokenizer};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
@@ -65,7 +65,8 @@ pub struct Options {
     pub cors_origins: Vec<String>,
     pub limits: Limits,
     pub drain_timeout: Duration,
-    pub template: bool,
+    /// Source of the chat template.
+    pub template: Option<String>,
 }
 
 impl Default for Options {
@@ -78,7 +79,7 @@ impl Default for Options {
             cors_origins: Vec::new(),
             limits: Limits::default(),
             drain_timeout: Duration::from_secs(20),
-            template: true,
+            template: ChatTemplate::find_source(None, Some(&model_file("tokenizer_config.json"))),
         }
     }
 }
@@ -123,14 +124,12 @@ pub async fn start(options: Options) -> Server {
 
     let tokenizer_config = model_file("tokenizer_config.json");
     let tokenizer = Tokenizer::from_bytes(&model_file("tokenizer.json"), Some(&tokenizer_config)).unwrap();
-    let template = ChatTemplate::find_source(None, Some(&tokenizer_config)).unwrap();
-    let template = ChatTemplate::new(&template, "<|bos|>", "<|eos|>").unwrap();
     let defaults = GenerationDefaults { temperature: None, max_new_tokens: None, ..defaults(&tokenizer) };
     let app = Arc::new(App {
         engine,
         registry,
         tokenizer: Arc::new(tokenizer),
-        template: options.template.then(|| Arc::new(template)),
+        template: options.template.map(|source| sandbox(&source)),
         names: vec!["parrot".into(), "org/parrot".into()],
         max_context: 2048,
         vocab_size: VOCAB,
@@ -149,6 +148,12 @@ pub async fn start(options: Options) -> Server {
     let served = tokio::spawn(serve(Arc::clone(&app), listener, shutdown));
     let client = reqwest::Client::builder().no_proxy().build().unwrap();
     Server { url, client, app, held, signals, served }
+}
+
+/// The chat template `source`, run by the binary under test.
+pub fn sandbox(source: &str) -> Sandbox {
+    let template = ChatTemplate::new(source, "<|bos|>", "<|eos|>").unwrap();
+    Sandbox::new(Arc::new(template), env!("CARGO_BIN_EXE_sparseserve").into())
 }
 
 fn defaults(tokenizer: &Tokenizer) -> GenerationDefaults {
