@@ -6,6 +6,13 @@
 //! the results are merged in ascending order. Where one row has a long context, splits become tasks of their own:
 //! each leaves its result in memory, and whoever finishes last merges them in the same order by the same code.
 //! So no bit depends on how the work was cut.
+//!
+//! Measured on four cores of Zen 4 in bf16, heads of 128, as fractions of the machine's own ceiling in the same round
+//! (`bench`, otherwise idle): prefill does 0.82 to 0.83 of the rate of the register tile at 8K and 0.75 at 1K, where
+//! the triangle of the causal mask is a larger part; the exponentials are most of what is missing. Decode reads KV at
+//! 0.83 to 0.94 of a bandwidth of 37 GB/s. Where neighbours left the memory alone and it gave 67 GB/s, decode reached
+//! 0.67 to 0.73 (0.57 to 0.62 before pages were fetched ahead): KV comes in pieces of 4 KiB, at each of which the
+//! hardware's prefetcher begins anew.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -20,7 +27,7 @@ use crate::pool::Pool;
 use crate::simd::Simd;
 use crate::split::{HeadView, Partial, SplitScratch, finish, merge, pack_queries, split_partial};
 use crate::tensor::CpuTensor;
-use crate::tile::{Bf16, Element, F16, F32, round_to_lanes};
+use crate::tile::{Bf16, Element, F16, F32};
 
 /// Rows times query heads per unit: enough to reuse what was read, few enough for their scores to stay in the
 /// second-level cache.
@@ -326,11 +333,6 @@ impl<E: Element> Kernel for UnitAs<'_, E> {
             finish(s, &view, &running);
         }
     }
-}
-
-/// Values of a head, rounded up to vectors.
-pub(crate) const fn head_stride(head_dim: usize) -> usize {
-    round_to_lanes(head_dim)
 }
 
 #[cfg(test)]

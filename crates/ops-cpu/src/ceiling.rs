@@ -9,7 +9,7 @@ use crate::isa::{Isa, Kernel};
 use crate::memory::{Buffer, LINE_BYTES, PerThread};
 use crate::pool::Pool;
 use crate::simd::{LANES, Simd};
-use crate::tile::{Ahead, Bf16, Element, F16, F32, accumulate, with_tile};
+use crate::tile::{Bf16, Element, F16, F32, FetchNothing, accumulate, with_tile};
 
 /// Size of the buffer whose reading is timed: far above any last-level cache of a desktop or server slice.
 const READ_BYTES: usize = 512 << 20;
@@ -132,7 +132,7 @@ unsafe fn rate_tile<S: Simd, E: Element, const R: usize, const N: usize>(s: S, o
         for n in 1..N {
             right[n] = right_start.add(n * E::VECTOR_BYTES);
         }
-        accumulate::<S, E, R, N>(
+        accumulate::<S, E, _, R, N>(
             s,
             &mut acc,
             left,
@@ -140,7 +140,7 @@ unsafe fn rate_tile<S: Simd, E: Element, const R: usize, const N: usize>(s: S, o
             right,
             N * E::VECTOR_BYTES,
             TILE_STEPS,
-            Ahead::NOTHING,
+            FetchNothing,
         );
         let mut sum = s.splat(0.0);
         for r in 0..R {

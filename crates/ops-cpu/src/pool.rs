@@ -6,6 +6,10 @@
 //! on a machine with fewer free cores than threads a late worker costs nothing.
 //!
 //! Workers spin after a fork, since the next operation of a step follows within microseconds, and then park.
+//!
+//! Measured on four cores of Zen 4, a fork of 16 empty tasks (medians of 31 runs, others at work beside them): 0.4 to
+//! 0.8 us. rayon takes 0.5 to 1.1 us when its caller is one of its workers and 20 us when it is not, and it is not
+//! here: the engine's thread is the caller.
 
 use std::any::Any;
 use std::cell::UnsafeCell;

@@ -1,8 +1,7 @@
-//! A model on the scalar reference backend with one sequence, fed as a test likes.
+//! A model on a backend with one sequence, fed as a test likes.
 
 use std::path::PathBuf;
 
-use ops::reference::Reference;
 use ops::{Backend, Batch, BlockIndex, DType, SequenceRows};
 use sparseserve_model::{Limits, Model, Source, Workspace, kv_geometry};
 
@@ -13,33 +12,28 @@ pub fn repository(path: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..").join(path)
 }
 
-pub fn load(source: &Source) -> (Reference, Model<Reference>) {
-    let mut backend = Reference::default();
-    let model = Model::load(&mut backend, source, Some(DType::F32), &mut |_, _| {});
+pub fn load<B: Backend>(backend: B, source: &Source, dtype: DType) -> (B, Model<B>) {
+    let mut backend = backend;
+    let model = Model::load(&mut backend, source, Some(dtype), &mut |_, _| {});
     (backend, model.unwrap_or_else(|e| panic!("{}: {e}", source.describe())))
 }
 
 /// One sequence of a model.
-pub struct Sequence<'a> {
-    backend: &'a mut Reference,
-    model: &'a Model<Reference>,
-    workspace: Workspace<Reference>,
-    kv: <Reference as Backend>::Kv,
+pub struct Sequence<'a, B: Backend> {
+    backend: &'a mut B,
+    model: &'a Model<B>,
+    workspace: Workspace<B>,
+    kv: B::Kv,
     blocks: Vec<BlockIndex>,
     prompt_len: u32,
     length: u32,
 }
 
-impl<'a> Sequence<'a> {
-    pub fn new(
-        backend: &'a mut Reference,
-        model: &'a Model<Reference>,
-        prompt_len: usize,
-        context_max: usize,
-    ) -> Self {
+impl<'a, B: Backend> Sequence<'a, B> {
+    pub fn new(backend: &'a mut B, model: &'a Model<B>, prompt_len: usize, context_max: usize) -> Self {
         let limits = Limits { rows_max: context_max, logits_rows_max: 5, sequences_max: 8, context_max };
         let workspace = Workspace::new(backend, model.config(), limits).unwrap();
-        let geometry = kv_geometry(model.config(), PAGE_TOKENS, DType::F32);
+        let geometry = kv_geometry(model.config(), PAGE_TOKENS, model.dtype());
         let num_blocks = geometry.blocks(context_max);
         // Neighbours in the sequence are not neighbours in the pool.
         let blocks = (0..num_blocks as u32).rev().map(|i| BlockIndex(i ^ 1)).collect();

@@ -50,8 +50,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// They are writable.
     unsafe fn store(self, to: *mut f32, v: Self::V);
-    /// Fetches a line into the second-level cache, if there is such an instruction. Any address will do. (Not into the
-    /// first: Zen 4 then has a third fewer lines under way, see `split`.)
+    /// Fetches a line into the second-level cache, if there is such an instruction. Any address will do.
     fn prefetch(self, from: *const u8);
     /// The first `n <= 16` values, zeros after them.
     ///
@@ -74,7 +73,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a * b + c`, rounded once except at [`crate::Isa::Scalar`].
     fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
-    /// The larger of each pair of lanes.
+    /// The larger of each pair of lanes; `b` where either is NaN.
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// Lanes whose bit in `mask` is 0 become `-inf`.
     fn keep(self, v: Self::V, mask: u16) -> Self::V;
@@ -137,9 +136,122 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// `x / (1 + exp(-x))` (Elfwing et al. 2018).
     #[inline(always)]
     fn silu(self, x: Self::V) -> Self::V {
-        // Beyond +-126 powers of two the result is x or 0 to the last bit.
+        // Below -87 the result is below 1e-35 and `exp2` would overflow. In this order `max` keeps a NaN.
+        let x = self.max(self.splat(-87.0), x);
         let power = self.mul(x, self.splat(-std::f32::consts::LOG2_E));
-        let power = self.sub(self.splat(0.0), self.max(self.sub(self.splat(0.0), power), self.splat(-126.0)));
         self.div(x, self.add(self.splat(1.0), self.exp2(power)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ops::{DType, Random};
+
+    use super::*;
+    use crate::isa::{Isa, Kernel};
+
+    const SEED: u64 = 5;
+
+    /// What a level makes of 16 values.
+    struct Try([f32; LANES]);
+
+    #[derive(Debug)]
+    struct Made {
+        exp2: [f32; LANES],
+        silu: [f32; LANES],
+        bf16: [u16; LANES],
+        bf16_rounded: [f32; LANES],
+        f16: [f32; LANES],
+        kept: [f32; LANES],
+        part: [f32; LANES],
+        sum: f32,
+        max: f32,
+        dot: [f32; LANES],
+    }
+
+    impl Kernel for Try {
+        type Output = Made;
+
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> Made {
+            let zeros = [0.0; LANES];
+            let mut made = Made {
+                exp2: zeros,
+                silu: zeros,
+                bf16: [0; LANES],
+                bf16_rounded: zeros,
+                f16: zeros,
+                kept: zeros,
+                part: [9.0; LANES],
+                sum: 0.0,
+                max: 0.0,
+                dot: zeros,
+            };
+            let mut f16 = [0u16; LANES];
+            let pairs = self.0.map(|x| (x.to_bits() & 0xffff_0000) | 0x4000);
+            // SAFETY: every array has 16 elements.
+            unsafe {
+                let v = s.load(self.0.as_ptr());
+                s.store(made.exp2.as_mut_ptr(), s.exp2(v));
+                s.store(made.silu.as_mut_ptr(), s.silu(v));
+                s.store_bf16(made.bf16.as_mut_ptr(), v);
+                s.store(made.bf16_rounded.as_mut_ptr(), s.round_bf16(v));
+                s.store_f16(f16.as_mut_ptr(), v);
+                s.store(made.f16.as_mut_ptr(), s.load_f16(f16.as_ptr()));
+                s.store(made.kept.as_mut_ptr(), s.keep(v, 0b1000_0000_0111_0001));
+                s.store_part(made.part.as_mut_ptr(), s.load_part(self.0.as_ptr(), 11), 13);
+                (made.sum, made.max) = (s.reduce_sum(v), s.reduce_max(v));
+                // (3, 2) . (x rounded down to bf16, 2): 0x4000 is 2 in bf16, 0x4040 is 3.
+                let dot = s.dot_pairs(v, s.splat_pair(0x4040_4000), s.load_pairs(pairs.as_ptr()));
+                s.store(made.dot.as_mut_ptr(), dot);
+            }
+            made
+        }
+    }
+
+    #[test]
+    fn every_level_computes_the_formulas() {
+        let mut random = Random::new(SEED);
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
+            for scale in [1.0, 30.0] {
+                let mut x = [0.0; LANES];
+                x.fill_with(|| scale * random.normal());
+                let made = isa.run(Try(x));
+                let what = format!("seed {SEED} {isa} {x:?} {made:?}");
+                let close = |a: f32, b: f64, tolerance: f64| {
+                    assert!((f64::from(a) - b).abs() <= tolerance * b.abs().max(1e-30), "{a} {b} {what}");
+                };
+                for i in 0..LANES {
+                    let exact = f64::from(x[i]);
+                    close(made.exp2[i], exact.exp2(), 2e-7);
+                    close(made.silu[i], exact / (1.0 + (-exact).exp()), 4e-6);
+                    assert_eq!(made.bf16[i], half::bf16::from_f32(x[i]).to_bits(), "{what}");
+                    assert_eq!(made.bf16_rounded[i], DType::Bf16.round(x[i]), "{what}");
+                    assert_eq!(made.f16[i], DType::F16.round(x[i]), "{what}");
+                    let kept = 0b1000_0000_0111_0001 >> i & 1 == 1;
+                    assert_eq!(made.kept[i], if kept { x[i] } else { f32::NEG_INFINITY }, "{what}");
+                    assert_eq!(
+                        made.part[i],
+                        [x[i], 0.0, 9.0][usize::from(i >= 11) + usize::from(i >= 13)],
+                        "{what}"
+                    );
+                    let high = f64::from(f32::from_bits(x[i].to_bits() & 0xffff_0000));
+                    let dot = exact + 3.0 * high + 4.0;
+                    assert!((f64::from(made.dot[i]) - dot).abs() < 1e-4 * f64::from(scale), "{dot} {what}");
+                }
+                let sum = x.iter().map(|&x| f64::from(x)).sum::<f64>();
+                assert!((f64::from(made.sum) - sum).abs() < 1e-4 * f64::from(scale), "{what}");
+                assert_eq!(made.max, x.into_iter().fold(f32::MIN, f32::max), "{what}");
+            }
+            let mut x = [0.0; LANES];
+            x[..5].copy_from_slice(&[f32::NEG_INFINITY, -1e30, -200.0, -140.0, 127.0]);
+            let made = isa.run(Try(x));
+            assert_eq!(made.exp2[..3], [0.0; 3], "{isa}: no underflow");
+            assert!(made.exp2[3] > 0.0 && made.exp2[3] < 1e-41 && made.exp2[5] == 1.0, "{isa} {made:?}");
+            assert!((made.exp2[4] / 127f32.exp2() - 1.0).abs() < 2e-7, "{isa}");
+            assert!(made.silu[1].abs() < 1e-35 && made.silu[4] == 127.0, "{isa} {made:?}");
+            x[0] = f32::NAN;
+            assert!(isa.run(Try(x)).silu[0].is_nan(), "{isa}");
+        }
     }
 }

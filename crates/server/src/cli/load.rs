@@ -54,11 +54,14 @@ impl From<ops::Error> for Failure {
 /// # Errors
 /// When they are not to be had.
 pub fn source(model: &ModelChoice) -> Result<Source, Failure> {
-    Ok(match model {
+    let source = match model {
         ModelChoice::Demo => Source::Embedded(demo::FILES),
         ModelChoice::Directory(path) => Source::Directory(path.clone()),
         ModelChoice::Hub(name) => Source::Directory(hub::fetch(name)?),
-    })
+    };
+    // First, because without it a directory is no model at all, whatever else it lacks.
+    ModelConfig::read(&source)?;
+    Ok(source)
 }
 
 /// The device for `settings`.

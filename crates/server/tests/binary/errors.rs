@@ -1,0 +1,122 @@
+//! Bad input: one line that names cause and cure, exit code 2, nothing else.
+
+use std::fs;
+use std::path::Path;
+
+use super::process::{output, repository, text};
+
+/// The one line of standard error of a command that must fail with exit code 2.
+fn complaint(arguments: &[&str]) -> String {
+    let output = output(arguments);
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{arguments:?}: {said}");
+    assert!(output.stdout.is_empty(), "{arguments:?} printed {}", text(&output.stdout));
+    assert!(said.starts_with("error: ") && said.trim_end().lines().count() == 1, "{arguments:?}: {said}");
+    said
+}
+
+fn says(arguments: &[&str], words: &[&str]) {
+    let said = complaint(arguments);
+    for word in words {
+        assert!(said.contains(word), "{arguments:?} does not name {word:?}: {said}");
+    }
+}
+
+/// A copy of a golden model that a test may break.
+fn broken_model(name: &str, damage: impl Fn(&Path)) -> tempfile::TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    for entry in fs::read_dir(repository(&format!("xtask/golden/models/{name}"))).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, copy.path().join(path.file_name().unwrap())).unwrap();
+    }
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(repository(&format!("demo-model/{file}")), copy.path().join(file)).unwrap();
+    }
+    damage(copy.path());
+    copy
+}
+
+fn edit(path: &Path, change: impl Fn(String) -> String) {
+    let before = fs::read_to_string(path).unwrap();
+    let after = change(before.clone());
+    assert_ne!(before, after, "the damage is done");
+    fs::write(path, after).unwrap();
+}
+
+#[test]
+fn flags_and_files() {
+    says(&["serve", "--dram", "lots"], &["lots"]);
+    says(&["serve", "--port", "70000"], &["70000", "--port"]);
+    says(&["serve", "--nonsense"], &["--nonsense"]);
+    says(&["serve", "--page-tokens", "17"], &["17", "16"]);
+    says(&["serve", "--device", "cuda"], &["CUDA"]);
+    says(&["serve", "--isa", "sse9"], &["sse9", "avx2"]);
+    says(&["serve", "--max-context", "40000"], &["40000", "32768"]);
+    says(&["serve", "--config", "no-such-file.toml"], &["no-such-file.toml"]);
+    let config = tempfile::NamedTempFile::new().unwrap();
+    fs::write(config.path(), "prot = 8000\n").unwrap();
+    says(&["serve", "--config", config.path().to_str().unwrap()], &["prot"]);
+}
+
+#[test]
+fn memory_that_does_not_suffice_is_told_with_the_arithmetic() {
+    says(&["serve", "--dram", "1MiB"], &["1 MiB", "128 MiB", "--max-context"]);
+}
+
+#[test]
+fn directories_that_hold_no_model() {
+    says(&["serve", "./no/such/dir"], &["no/such/dir"]);
+    let empty = tempfile::tempdir().unwrap();
+    says(&["serve", empty.path().to_str().unwrap()], &["config.json"]);
+}
+
+#[test]
+fn models_that_are_broken() {
+    let check = |damage: &dyn Fn(&Path), words: &[&str]| {
+        let model = broken_model("llama-default", damage);
+        says(&["run", "-p", "x", model.path().to_str().unwrap()], words);
+    };
+    let config =
+        |change: &'static dyn Fn(String) -> String| move |p: &Path| edit(&p.join("config.json"), change);
+    check(
+        &config(&|c| c.replace("LlamaForCausalLM", "GrokForCausalLM")),
+        &["GrokForCausalLM", "LlamaForCausalLM"],
+    );
+    check(&config(&|c| c.replace("{", "{{")), &["config.json"]);
+    check(
+        &config(&|c| c.replace("\"hidden_size\": ", "\"hidden_size\": 9")),
+        &["config.json", "embed_tokens", "948"],
+    );
+    check(
+        &|p| {
+            let weights = fs::read(p.join("model.safetensors")).unwrap();
+            fs::write(p.join("model.safetensors"), &weights[..weights.len() / 2]).unwrap();
+        },
+        &["model.safetensors"],
+    );
+    check(&|p| fs::write(p.join("model.safetensors"), [0xff; 64]).unwrap(), &["model.safetensors"]);
+    check(&|p| fs::write(p.join("tokenizer.json"), "{}").unwrap(), &["tokenizer.json"]);
+}
+
+#[test]
+fn shards_stay_in_their_directory() {
+    let model = broken_model("llama-sharded", |p| {
+        edit(&p.join("model.safetensors.index.json"), |index| {
+            index.replacen("model-00001", "../model-00001", 1)
+        });
+    });
+    says(&["run", "-p", "x", model.path().to_str().unwrap()], &["../model-00001"]);
+}
+
+#[test]
+fn offline_is_said_plainly() {
+    let home = tempfile::tempdir().unwrap();
+    let mut command = super::process::sparseserve(&["run", "-p", "x", "nobody/nothing"]);
+    let output = command.env("HF_HUB_OFFLINE", "1").env("HF_HOME", home.path()).output().unwrap();
+    let said = text(&output.stderr);
+    assert!(
+        !output.status.success() && said.contains("nobody/nothing") && said.contains("HF_HUB_OFFLINE"),
+        "{said}"
+    );
+    assert_eq!(said.trim_end().lines().count(), 1, "{said}");
+}

@@ -1,0 +1,6 @@
+//! The binary as a user runs it, from a folder that is not its own.
+
+mod answers;
+mod errors;
+mod process;
+mod server;
