@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use tokio::sync::{Notify, Semaphore};
 
-use crate::text::{ChatTemplate, Tokenizer};
+use crate::text::{Sandbox, Tokenizer};
 
 /// Everything the routes share. Built once at start, never changed but for [`Lifecycle`].
 pub struct App {
@@ -16,7 +16,7 @@ pub struct App {
     /// The model's tokenizer.
     pub tokenizer: Arc<Tokenizer>,
     /// The model's chat template; without one there are no chat completions.
-    pub template: Option<Arc<ChatTemplate>>,
+    pub template: Option<Sandbox>,
     /// Names that requests may call the model by; answers carry the first. Not empty.
     pub names: Vec<String>,
     /// Tokens of prompt and answer together at most.

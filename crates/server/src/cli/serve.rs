@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use sparseserve::app::{App, Lifecycle, Limits};
 use sparseserve::http::{Shutdown, serve, stop_signals};
+use sparseserve::text::Sandbox;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
@@ -103,11 +104,12 @@ async fn answer(
     let shutdown = Shutdown { signals: stop_signals()?, drain_timeout: server.drain_timeout };
     let (max_context, vocab_size) = (prepared.max_context, prepared.config.vocab_size);
     let engine = EngineThread::start(prepared, &settings, server.max_waiting)?;
+    let sandbox = text.template.map(Sandbox::of_this_program).transpose()?;
     let app = App {
         engine: engine.handle.clone(),
         registry: engine.registry.clone(),
         tokenizer: text.tokenizer,
-        template: text.template,
+        template: sandbox,
         names: server.served_model_names,
         max_context,
         vocab_size,

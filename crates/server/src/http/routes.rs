@@ -98,3 +98,30 @@ async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
     let text = text.map_err(|e| ApiError::internal(format!("metrics: {e}")))?;
     Ok(([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn faulty() {
+        panic!("on purpose");
+    }
+
+    #[tokio::test]
+    async fn a_panic_costs_its_request_only() {
+        let routes = Router::new().route("/faulty", get(faulty)).route("/health", get(health));
+        let router: Router = routes.layer(CatchPanicLayer::custom(observe::answer_panic));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(axum::serve(listener, router).into_future());
+        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        for _ in 0..2 {
+            let response = client.get(format!("{url}/faulty")).send().await.unwrap();
+            assert_eq!(response.status(), 500);
+            let error: serde_json::Value = response.json().await.unwrap();
+            assert_eq!(error["error"]["type"], "server_error");
+            assert!(!error.to_string().contains("on purpose"), "what went wrong inside stays inside");
+            assert_eq!(client.get(format!("{url}/health")).send().await.unwrap().status(), 200);
+        }
+    }
+}

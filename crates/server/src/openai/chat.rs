@@ -206,11 +206,16 @@ impl Chunks for ChatStream {
     fn next(&mut self, index: usize, event: Event) -> Vec<Value> {
         let choice = match event {
             Event::Delta(delta) => {
-                let logprobs = self.frame.logprobs_of(&delta);
+                let frame = &self.frame;
+                // An end token has no text; who asked for no tokens need not hear of it.
+                if delta.text.is_empty() && frame.logprobs.is_none() && !frame.params.return_token_ids {
+                    return Vec::new();
+                }
+                let logprobs = frame.logprobs_of(&delta);
                 let content = json!({"content": delta.text});
                 let mut choice =
                     json!({"index": index, "delta": content, "logprobs": logprobs, "finish_reason": null});
-                if self.frame.params.return_token_ids {
+                if frame.params.return_token_ids {
                     choice["token_ids"] = delta.tokens.iter().map(|token| token.id).collect();
                 }
                 choice

@@ -52,7 +52,8 @@ impl ChatPrompt {
         if messages.is_empty() {
             return Err(ApiError::invalid("messages", "`messages` is empty"));
         }
-        let knows_developer = app.template.as_ref().is_some_and(|template| template.knows_developer());
+        let knows_developer =
+            app.template.as_ref().is_some_and(|sandbox| sandbox.template().knows_developer());
         let messages = messages
             .into_iter()
             .enumerate()
@@ -92,19 +93,17 @@ impl ChatPrompt {
     /// # Errors
     /// 400 if the model has no chat template or its template refuses the messages.
     pub async fn tokens(self, app: &App) -> Result<Vec<u32>, ApiError> {
-        let Some(template) = app.template.clone() else {
+        let Some(template) = &app.template else {
             let message = "This model has no chat template; use /v1/completions.";
             return Err(ApiError::invalid("messages", message));
         };
-        let tokenizer = app.tokenizer.clone();
-        app.text_work(self.input.text_bytes(), move || {
-            let mut prompt = template.render(&self.input)?;
-            if let Some(continued) = self.continued {
-                cut_after(&mut prompt, &continued)?;
-            }
-            Ok(tokenizer.encode(&prompt, self.add_special_tokens)?)
-        })
-        .await
+        let mut prompt = template.render(&self.input).await?;
+        if let Some(continued) = self.continued {
+            cut_after(&mut prompt, &continued)?;
+        }
+        let (tokenizer, prompt_bytes) = (app.tokenizer.clone(), prompt.len());
+        let encode = move || tokenizer.encode(&prompt, self.add_special_tokens);
+        Ok(app.text_work(prompt_bytes, encode).await?)
     }
 }
 

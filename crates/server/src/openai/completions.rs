@@ -304,6 +304,12 @@ impl Frame {
                 );
                 Choice { text: prompt.text.clone(), logprobs: Some(logprobs), ..Choice::new(index) }
             }
+            // An end token has no text; who asked for no tokens need not hear of it.
+            Event::Delta(delta)
+                if delta.text.is_empty() && self.own.logprobs.is_none() && !self.params.return_token_ids =>
+            {
+                return None;
+            }
             Event::Delta(delta) => Choice {
                 logprobs: self.logprobs_of(index, &delta),
                 token_ids: self

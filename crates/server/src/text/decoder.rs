@@ -117,7 +117,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::text::tokenizer::tests::{demo, metaspace, wordpiece};
+    use crate::text::tests::{demo, fixed_seed, metaspace, wordpiece};
 
     fn decode_stream(tokenizer: &Arc<Tokenizer>, tokens: &[u32]) -> Vec<String> {
         let mut decoder = Decoder::new(Arc::clone(tokenizer), &[], true);
@@ -168,6 +168,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(fixed_seed(256))]
+
         #[test]
         fn any_text_survives(text in "\\PC{0,40}") {
             let tokenizer = demo();

@@ -1,6 +1,7 @@
 //! Between text and tokens: tokenizer, chat template, streaming decoder, stop strings.
 
 mod decoder;
+mod sandbox;
 mod stop;
 mod template;
 mod tokenizer;
@@ -9,6 +10,7 @@ mod tokenizer;
 pub(crate) use tokenizer::tests;
 
 pub use decoder::Decoder;
+pub use sandbox::{RENDER_VERB, Sandbox, render_main};
 pub use stop::StopMatcher;
 pub use template::{ChatTemplate, RenderInput, TemplateError};
 pub(crate) use tokenizer::panic_message;

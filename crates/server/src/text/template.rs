@@ -52,7 +52,7 @@ pub struct RenderInput {
 
 impl RenderInput {
     /// Bytes of text in it, on which the bounds depend.
-    pub fn text_bytes(&self) -> usize {
+    fn text_bytes(&self) -> usize {
         fn bytes(value: &serde_json::Value) -> usize {
             match value {
                 serde_json::Value::String(text) => text.len(),
@@ -70,6 +70,7 @@ impl RenderInput {
 
 /// A compiled chat template.
 pub struct ChatTemplate {
+    source: String,
     environment: Environment<'static>,
     bos_token: String,
     eos_token: String,
@@ -124,6 +125,7 @@ impl ChatTemplate {
             .add_template_owned("chat_template", without_generation_tags(source))
             .map_err(|e| TemplateError::Source(describe(&e)))?;
         Ok(ChatTemplate {
+            source: source.to_owned(),
             environment,
             bos_token: bos_token.to_owned(),
             eos_token: eos_token.to_owned(),
@@ -136,7 +138,12 @@ impl ChatTemplate {
         self.knows_developer
     }
 
-    /// The prompt for `input`.
+    /// What [`ChatTemplate::new`] was given.
+    pub(super) fn parts(&self) -> [&str; 3] {
+        [&self.source, &self.bos_token, &self.eos_token]
+    }
+
+    /// The prompt for `input`. Bounded in instructions and output, but not in memory: see [`super::Sandbox`].
     ///
     /// # Errors
     /// [`TemplateError::Refused`] if the template raised an exception, [`TemplateError::Failed`] and

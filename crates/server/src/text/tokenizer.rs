@@ -251,12 +251,18 @@ pub(crate) mod tests {
     use std::sync::Arc;
 
     use proptest::prelude::*;
+    use proptest::test_runner::RngSeed;
     use serde_json::json;
 
     use super::*;
 
     const DEMO: &[u8] = include_bytes!("../../../../demo-model/tokenizer.json");
     const DEMO_CONFIG: &[u8] = include_bytes!("../../../../demo-model/tokenizer_config.json");
+
+    /// The same `cases` every time.
+    pub(crate) fn fixed_seed(cases: u32) -> ProptestConfig {
+        ProptestConfig { cases, rng_seed: RngSeed::Fixed(1), failure_persistence: None, ..Default::default() }
+    }
 
     /// The demo model's: byte-level BPE.
     pub(crate) fn demo() -> Arc<Tokenizer> {
@@ -376,7 +382,7 @@ pub(crate) mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+        #![proptest_config(fixed_seed(200))]
         #[test]
         fn mutated_files_never_panic(
             path in proptest::collection::vec(0usize..1000, 1..5),

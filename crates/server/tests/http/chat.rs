@@ -73,7 +73,7 @@ async fn stop_strings_end_the_answer_and_are_not_shown() {
     assert_eq!(answer["choices"][0]["finish_reason"], "stop");
     assert_eq!(answer["choices"][0]["stop_reason"], " END");
     let chunks = server.stream(CHAT, &body).await;
-    let text: String = chunks.iter().filter_map(|c| c["choices"][0]["delta"]["content"].as_str()).collect();
+    let text = streamed_text(&chunks);
     assert_eq!(text, "one two");
     let shown = with(body.clone(), json!({"include_stop_str_in_output": true}));
     assert_eq!(content(&server.ok(CHAT, &shown).await), "one two END");
@@ -294,7 +294,7 @@ async fn what_is_wrong_is_named() {
 
 #[tokio::test]
 async fn without_a_template_there_is_no_chat() {
-    let server = start(Options { template: false, ..Options::default() }).await;
+    let server = start(Options { template: None, ..Options::default() }).await;
     server.refused(CHAT, &chat("hi"), 400, Some("messages")).await;
     server.ok("/v1/completions", &completion("hi")).await;
     server.stop().await;

@@ -1,152 +1,207 @@
 //! Everything around a request: keys, limits, queue, shutdown.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
-use futures_util::stream::FuturesUnordered;
 use serde_json::{Value, json};
 use sparseserve::app::Limits;
 
-use super::support::{Options, Server, chat, completion, start, with};
+use super::support::*;
 
-async fn status(server: &Server, path: &str) -> u16 {
-    server.get(path).await.status().as_u16()
+const CHAT: &str = "/v1/chat/completions";
+
+/// A chat that takes a thousand steps.
+fn endless() -> Value {
+    with(chat("hi"), json!({"ignore_eos": true, "max_tokens": 1000}))
 }
 
-#[tokio::test]
-async fn the_open_pages_answer() {
-    let server = start(Options::default()).await;
-    for path in [
-        "/health",
-        "/ready",
-        "/version",
-        "/metrics",
-        "/v1/models",
-        "/v1/models/parrot",
-        "/v1/models/org/parrot",
-    ] {
-        assert_eq!(status(&server, path).await, 200, "{path}");
+impl Server {
+    /// Waits until `/metrics` shows `value` for `name`.
+    async fn reach(&self, name: &str, value: f64) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while self.metric(name).await != value {
+            assert!(Instant::now() < deadline, "{name} never is {value}");
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
     }
-    let unknown = server.get("/v1/models/other").await;
-    assert_eq!(unknown.status(), 404);
-    let error: Value = unknown.json().await.unwrap();
-    assert_eq!(error["error"]["code"], "model_not_found");
-    for path in ["/nowhere", "/v1/nowhere"] {
-        let response = server.get(path).await;
-        assert_eq!(response.status(), 404);
-        assert!(response.json::<Value>().await.unwrap()["error"]["message"].is_string());
-    }
-    assert_eq!(status(&server, "/v1/chat/completions").await, 405);
-    server.stop().await;
 }
 
 #[tokio::test]
 async fn keys_open_the_api_and_nothing_else_does() {
-    let keys = vec!["first-key".to_string(), "second".to_string()];
+    let keys = vec!["first".to_owned(), "second".to_owned()];
     let server = start(Options { api_keys: keys, ..Options::default() }).await;
-    for path in ["/health", "/ready", "/version"] {
-        assert_eq!(status(&server, path).await, 200, "{path} needs no key");
+    let error = server.refused(CHAT, &chat("hi"), 401, None).await;
+    assert_eq!((&error["type"], &error["code"]), (&json!("authentication_error"), &json!("invalid_api_key")));
+    assert!(!error.to_string().contains("first"), "the error does not tell the key");
+    assert_eq!(server.post(CHAT, &chat("hi")).await.headers()["www-authenticate"], "Bearer");
+    for path in ["/v1/models", "/metrics", "/nothing"] {
+        assert_eq!(server.get(path).await.status(), 401, "{path}");
     }
-    let with_key = |key: &str| {
-        let request = server.client.get(format!("{}/v1/models", server.url));
-        if key.is_empty() { request } else { request.header("authorization", key) }
+    for path in ["/", "/health", "/ready", "/version"] {
+        assert_eq!(server.get(path).await.status(), 200, "{path}");
+    }
+    for (key, status) in [("first", 200), ("second", 200), ("firs", 401), ("third", 401)] {
+        let asked = server.client.get(format!("{}/v1/models", server.url)).bearer_auth(key).send().await;
+        assert_eq!(asked.unwrap().status(), status, "{key}");
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn pages_of_allowed_origins_may_ask() {
+    let origins = vec!["https://chat.example".to_owned()];
+    let keys = vec!["key".to_owned()];
+    let server = start(Options { cors_origins: origins, api_keys: keys, ..Options::default() }).await;
+    let preflight = async |origin: &str| {
+        let request = server.client.request(reqwest::Method::OPTIONS, format!("{}{CHAT}", server.url));
+        let request = request.header("origin", origin).header("access-control-request-method", "POST");
+        request.send().await.unwrap().headers().get("access-control-allow-origin").cloned()
     };
-    for (key, expected) in [
-        ("Bearer first-key", 200),
-        ("Bearer second", 200),
-        ("Bearer first", 401),
-        ("Bearer first-keys", 401),
-        ("first-key", 401),
-        ("Bearer ", 401),
-        ("", 401),
-    ] {
-        let response = with_key(key).send().await.unwrap();
-        assert_eq!(response.status().as_u16(), expected, "{key:?}");
-        if expected == 401 {
-            let error: Value = response.json().await.unwrap();
-            assert!(!error.to_string().contains("first-key"), "the error does not tell the key: {error}");
-        }
-    }
+    assert_eq!(preflight("https://chat.example").await.unwrap(), "https://chat.example");
+    assert_eq!(preflight("https://evil.example").await, None);
     server.stop().await;
 }
 
 #[tokio::test]
-async fn only_named_origins_may_call() {
-    let server =
-        start(Options { cors_origins: vec!["https://a.example".into()], ..Options::default() }).await;
-    for (origin, allowed) in [("https://a.example", true), ("https://b.example", false)] {
-        let request = server.client.get(format!("{}/v1/models", server.url)).header("origin", origin);
-        let response = request.send().await.unwrap();
-        let header = response.headers().get("access-control-allow-origin").cloned();
-        assert_eq!(header.is_some_and(|h| h == origin), allowed, "{origin}");
-    }
+async fn bodies_must_be_json_and_small() {
+    let limits = Limits { body_bytes: 1000, ..Limits::default() };
+    let server = start(Options { limits, ..Options::default() }).await;
+    server.refused(CHAT, &chat(&"x".repeat(2000)), 413, None).await;
+    let send = async |content_type: Option<&str>, body: &str| {
+        let request = server.client.post(format!("{}{CHAT}", server.url)).body(body.to_owned());
+        let request = match content_type {
+            Some(content_type) => request.header("content-type", content_type),
+            None => request,
+        };
+        request.send().await.unwrap().status().as_u16()
+    };
+    let good = chat("hi").to_string();
+    assert_eq!(send(None, &good).await, 200);
+    assert_eq!(send(Some("application/json; charset=utf-8"), &good).await, 200);
+    assert_eq!(send(Some("text/plain"), &good).await, 415);
+    assert_eq!(send(None, "{").await, 400);
+    assert_eq!(send(None, "[]").await, 422);
+    assert_eq!(send(None, "").await, 400);
     server.stop().await;
 }
 
 #[tokio::test]
-async fn large_bodies_are_refused() {
-    let server =
-        start(Options { limits: Limits { body_bytes: 10_000, ..Limits::default() }, ..Options::default() })
-            .await;
-    let body = completion("x".repeat(20_000));
-    let (status, error) = server.ask("/v1/completions", &body).await;
-    assert_eq!(status, 413, "{error}");
-    server.ok("/v1/completions", &completion("small")).await;
+async fn answers_carry_the_id_of_their_request() {
+    let server = start(Options::default()).await;
+    let ask = async |id: &str| {
+        let request = server.client.get(format!("{}/health", server.url)).header("x-request-id", id);
+        request.send().await.unwrap().headers()["x-request-id"].clone()
+    };
+    assert_eq!(ask("mine").await, "mine");
+    assert_eq!(ask(&"x".repeat(200)).await.len(), 16);
     server.stop().await;
 }
 
-/// One request runs, one waits, the others are turned away and told when to come back.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_full_queue_is_429() {
-    let server = start(Options { max_num_seqs: 1, max_waiting: 1, ..Options::default() }).await;
+#[tokio::test]
+async fn a_full_queue_says_when_to_come_back() {
+    let options = Options { max_waiting: 1, max_num_seqs: 1, ..Options::default() };
+    let server = start(options).await;
     server.held.store(true, Ordering::Release);
-    let post = |_| {
-        server.client.post(format!("{}/v1/completions", server.url)).json(&completion("some words")).send()
-    };
-    let mut answers: FuturesUnordered<_> = (0..6).map(post).collect();
-    // While the engine is held only refusals come back.
-    let refused = answers.next().await.unwrap().unwrap();
+    let first = server.post(CHAT, &with(endless(), json!({"stream": true}))).await;
+    server.reach("sparseserve_queue_seconds_count", 1.0).await;
+    let second = server.post(CHAT, &with(chat("a"), json!({"stream": true}))).await;
+    let refused = server.post(CHAT, &chat("b")).await;
     assert_eq!(refused.status(), 429);
-    assert!(refused.headers()["retry-after"].to_str().unwrap().parse::<u64>().unwrap() >= 1);
+    assert_eq!(refused.headers()["retry-after"], "1");
+    assert_eq!(refused.json::<Value>().await.unwrap()["error"]["code"], "rate_limit_exceeded");
+    drop(first);
     server.held.store(false, Ordering::Release);
-    let mut taken = 0;
-    while let Some(answer) = answers.next().await {
-        let status = answer.unwrap().status().as_u16();
-        assert!(status == 200 || status == 429, "{status}");
-        taken += usize::from(status == 200);
-    }
-    assert!(taken >= 1, "what was taken in was answered");
-    drop(answers);
+    assert!(second.text().await.unwrap().ends_with("data: [DONE]\n\n"));
+    server.settle().await;
     server.stop().await;
 }
 
-/// After the first signal: what runs finishes, what comes is refused, and the server returns.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_drain_lets_running_requests_finish() {
-    let server = start(Options { step: Duration::from_millis(20), ..Options::default() }).await;
-    let text = "word ".repeat(20);
-    let body = with(chat(&text), json!({"stream": true}));
-    let mut running = server.post("/v1/chat/completions", &body).await;
-    let first = running.chunk().await.unwrap().unwrap();
-    assert!(first.starts_with(b"data: "));
-    server.signals.send(()).unwrap();
-    let mut rest = first.to_vec();
-    while let Some(chunk) = running.chunk().await.unwrap() {
-        rest.extend_from_slice(&chunk);
-    }
-    assert!(String::from_utf8(rest).unwrap().ends_with("data: [DONE]\n\n"), "the stream is whole");
-    tokio::time::timeout(Duration::from_secs(10), server.served).await.unwrap().unwrap().unwrap();
+#[tokio::test]
+async fn one_refused_prompt_takes_the_others_back() {
+    let options = Options { max_waiting: 2, max_num_seqs: 1, ..Options::default() };
+    let server = start(options).await;
+    server.held.store(true, Ordering::Release);
+    let first = server.post(CHAT, &with(endless(), json!({"stream": true}))).await;
+    server.reach("sparseserve_queue_seconds_count", 1.0).await;
+    server.refused("/v1/completions", &completion(json!(["a", "b", "c"])), 429, None).await;
+    drop(first);
+    server.held.store(false, Ordering::Release);
+    server.settle().await;
+    server.reach("sparseserve_requests_waiting", 0.0).await;
+    server.ok(CHAT, &chat("still there")).await;
+    server.stop().await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_drain_ends_in_time() {
-    let drain_timeout = Duration::from_millis(100);
-    let server =
-        start(Options { step: Duration::from_millis(50), drain_timeout, ..Options::default() }).await;
-    let body = with(chat("x"), json!({"stream": true, "ignore_eos": true, "max_tokens": 1500}));
-    let mut running = server.post("/v1/chat/completions", &body).await;
-    running.chunk().await.unwrap();
+#[tokio::test]
+async fn a_client_that_leaves_frees_its_blocks() {
+    let server = start(Options { step: Duration::from_millis(5), ..Options::default() }).await;
+    let streamed = server.post(CHAT, &with(endless(), json!({"stream": true}))).await;
+    let mut body = streamed.bytes_stream();
+    body.next().await.unwrap().unwrap();
+    drop(body);
+    server.reach("sparseserve_requests_total{outcome=\"aborted\"}", 1.0).await;
+
+    let whole = server.client.post(format!("{}{CHAT}", server.url)).json(&endless());
+    let gone = whole.timeout(Duration::from_millis(100)).send().await;
+    assert!(gone.unwrap_err().is_timeout());
+    server.reach("sparseserve_requests_total{outcome=\"aborted\"}", 2.0).await;
+    server.settle().await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_silent_stream_is_kept_alive() {
+    let limits = Limits { keep_alive_seconds: 1, ..Limits::default() };
+    let server = start(Options { limits, ..Options::default() }).await;
+    server.held.store(true, Ordering::Release);
+    let response = server.post(CHAT, &with(chat("hi"), json!({"stream": true}))).await;
+    tokio::time::sleep(Duration::from_millis(1300)).await;
+    server.held.store(false, Ordering::Release);
+    let text = response.text().await.unwrap();
+    assert!(text.lines().any(|line| line == ":"), "{text}");
+    assert!(text.ends_with("data: [DONE]\n\n"));
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn draining_finishes_what_runs_and_takes_nothing_new() {
+    let server = start(Options::default()).await;
+    server.held.store(true, Ordering::Release);
+    let running = server.post(CHAT, &with(chat("one two three"), json!({"stream": true}))).await;
+    server.reach("sparseserve_queue_seconds_count", 1.0).await;
     server.signals.send(()).unwrap();
-    tokio::time::timeout(Duration::from_secs(10), server.served).await.unwrap().unwrap().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while server.get("/ready").await.status() != 503 {
+        assert!(Instant::now() < deadline, "it never drains");
+    }
+    assert_eq!(server.get("/health").await.status(), 200);
+    let refused = server.post(CHAT, &chat("late")).await;
+    assert_eq!(refused.status(), 503);
+    assert!(refused.headers().contains_key("retry-after"));
+    server.held.store(false, Ordering::Release);
+    let text = streamed_text(&chunks(&running.text().await.unwrap()));
+    assert_eq!(text, "one two three");
+    server.served.await.unwrap().unwrap();
+    assert!(server.client.get(format!("{}/health", server.url)).send().await.is_err());
+}
+
+#[tokio::test]
+async fn the_drain_timeout_and_a_second_signal_end_it() {
+    for impatient in [false, true] {
+        let drain_timeout = Duration::from_millis(if impatient { 60_000 } else { 200 });
+        let step = Duration::from_millis(20);
+        let server = start(Options { drain_timeout, step, ..Options::default() }).await;
+        let running = server.post(CHAT, &with(endless(), json!({"stream": true}))).await;
+        server.signals.send(()).unwrap();
+        if impatient {
+            server.signals.send(()).unwrap();
+        }
+        let started = Instant::now();
+        let text = running.text().await.unwrap();
+        let errors: Vec<&str> = text.lines().filter(|line| line.contains("\"error\"")).collect();
+        assert_eq!(errors.len(), 1, "the client is told: {text}");
+        server.served.await.unwrap().unwrap();
+        assert!(started.elapsed() < Duration::from_secs(10));
+    }
 }

@@ -1,9 +1,9 @@
 //! The server over real connections, with the real engine and a model that is a few lines long.
 
 mod chat;
-mod clients;
 mod completions;
+mod faults;
 mod lifecycle;
-mod properties;
-mod storm;
+mod sdk;
 mod support;
+mod templates;

@@ -12,7 +12,7 @@ use prometheus::Registry;
 use serde_json::{Value, json};
 use sparseserve::app::{App, GenerationDefaults, Lifecycle, Limits};
 use sparseserve::http::{Shutdown, serve};
-use sparseserve::text::{ChatTemplate, Tokenizer};
+use sparseserve::text::{ChatTemplate, Sandbox, Tokenizer};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
@@ -65,7 +65,8 @@ pub struct Options {
     pub cors_origins: Vec<String>,
     pub limits: Limits,
     pub drain_timeout: Duration,
-    pub template: bool,
+    /// Source of the chat template.
+    pub template: Option<String>,
 }
 
 impl Default for Options {
@@ -78,7 +79,7 @@ impl Default for Options {
             cors_origins: Vec::new(),
             limits: Limits::default(),
             drain_timeout: Duration::from_secs(20),
-            template: true,
+            template: ChatTemplate::find_source(None, Some(&model_file("tokenizer_config.json"))),
         }
     }
 }
@@ -86,6 +87,7 @@ impl Default for Options {
 pub struct Server {
     pub url: String,
     pub client: reqwest::Client,
+    pub app: Arc<App>,
     /// Steps wait while this is set.
     pub held: Arc<AtomicBool>,
     pub signals: mpsc::UnboundedSender<()>,
@@ -122,14 +124,12 @@ pub async fn start(options: Options) -> Server {
 
     let tokenizer_config = model_file("tokenizer_config.json");
     let tokenizer = Tokenizer::from_bytes(&model_file("tokenizer.json"), Some(&tokenizer_config)).unwrap();
-    let template = ChatTemplate::find_source(None, Some(&tokenizer_config)).unwrap();
-    let template = ChatTemplate::new(&template, "<|bos|>", "<|eos|>").unwrap();
     let defaults = GenerationDefaults { temperature: None, max_new_tokens: None, ..defaults(&tokenizer) };
     let app = Arc::new(App {
         engine,
         registry,
         tokenizer: Arc::new(tokenizer),
-        template: options.template.then(|| Arc::new(template)),
+        template: options.template.map(|source| sandbox(&source)),
         names: vec!["parrot".into(), "org/parrot".into()],
         max_context: 2048,
         vocab_size: VOCAB,
@@ -145,9 +145,15 @@ pub async fn start(options: Options) -> Server {
     let url = format!("http://{}", listener.local_addr().unwrap());
     let (signals, receiver) = mpsc::unbounded_channel();
     let shutdown = Shutdown { signals: receiver, drain_timeout: options.drain_timeout };
-    let served = tokio::spawn(serve(app, listener, shutdown));
+    let served = tokio::spawn(serve(Arc::clone(&app), listener, shutdown));
     let client = reqwest::Client::builder().no_proxy().build().unwrap();
-    Server { url, client, held, signals, served }
+    Server { url, client, app, held, signals, served }
+}
+
+/// The chat template `source`, run by the binary under test.
+pub fn sandbox(source: &str) -> Sandbox {
+    let template = ChatTemplate::new(source, "<|bos|>", "<|eos|>").unwrap();
+    Sandbox::new(Arc::new(template), env!("CARGO_BIN_EXE_sparseserve").into())
 }
 
 fn defaults(tokenizer: &Tokenizer) -> GenerationDefaults {
@@ -159,7 +165,7 @@ impl Server {
     /// Ends the engine and the server.
     pub async fn stop(self) {
         self.signals.send(()).unwrap();
-        // An idle server may have ended before the second signal.
+        // After the first it may have ended already.
         let _ = self.signals.send(());
         self.served.await.unwrap().unwrap();
     }
@@ -204,11 +210,7 @@ impl Server {
         let response = self.post(path, &body).await;
         assert_eq!(response.status(), 200);
         assert_eq!(response.headers()["content-type"], "text/event-stream");
-        let text = response.text().await.unwrap();
-        let mut chunks: Vec<&str> =
-            text.split("\n\n").filter(|e| !e.is_empty()).map(|e| e.strip_prefix("data: ").unwrap()).collect();
-        assert_eq!(chunks.pop(), Some("[DONE]"));
-        chunks.into_iter().map(|chunk| serde_json::from_str(chunk).unwrap()).collect()
+        chunks(&response.text().await.unwrap())
     }
 
     /// A value of `/metrics`.
@@ -230,6 +232,19 @@ impl Server {
         }
         panic!("blocks stay in use");
     }
+}
+
+/// The chunks in a streamed body, without `[DONE]`, which must come last.
+pub fn chunks(body: &str) -> Vec<Value> {
+    let events = body.split("\n\n").filter(|event| !event.is_empty());
+    let mut data: Vec<&str> = events.map(|event| event.strip_prefix("data: ").unwrap()).collect();
+    assert_eq!(data.pop(), Some("[DONE]"));
+    data.into_iter().map(|chunk| serde_json::from_str(chunk).unwrap()).collect()
+}
+
+/// The text that chunks of a chat bring.
+pub fn streamed_text(chunks: &[Value]) -> String {
+    chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str()).collect()
 }
 
 /// A chat with one message.
