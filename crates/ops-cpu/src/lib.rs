@@ -2,7 +2,7 @@
 //!
 //! In reading order: [`Isa`] (which instructions), `simd` (vectors of 16 lanes), `tile` (the one inner loop), `pack`
 //! and `gemm` (matrix products), `pages`, `attention` and `split` (the KV cache), `rows` (everything that treats a
-//! row alone), `pool` (threads), `memory`; [`ceiling`] and [`bench`] measure.
+//! row alone), `pool` (threads), `memory`; [`ceiling`] and [`bench`](mod@bench) measure.
 //!
 //! Invariant: at one instruction set, a row's bits depend on nothing but the row: not on the batch, the number of
 //! threads, the chunking of a prompt, or how work is cut into tasks. Outputs are vectorised, reductions are not:
