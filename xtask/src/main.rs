@@ -1,4 +1,5 @@
-//! `cargo run -p xtask -- accept [--minutes N]`: what takes longer than the tests may.
+//! `cargo run -p xtask -- accept [--minutes N]`: what takes longer than the tests may. `soak [--minutes N]` runs its
+//! second part alone.
 //!
 //! 1. The tests in release, with many more seeds for every fuzz and conformance check (`SPARSESERVE_SEEDS`).
 //! 2. A soak of the real server: a seeded storm of requests, shared prefixes, malformed bodies and clients that leave,
@@ -20,12 +21,16 @@ const MINUTES: u64 = 20;
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let minutes = match arguments[..] {
-        ["accept"] => MINUTES,
-        ["accept", "--minutes", minutes] => minutes.parse().context("--minutes wants a whole number")?,
-        _ => bail!("usage: cargo run -p xtask -- accept [--minutes N]"),
+    let (verb, minutes) = match arguments[..] {
+        [verb @ ("accept" | "soak")] => (verb, MINUTES),
+        [verb @ ("accept" | "soak"), "--minutes", minutes] => {
+            (verb, minutes.parse().context("--minutes wants a whole number")?)
+        }
+        _ => bail!("usage: cargo run -p xtask -- accept|soak [--minutes N]"),
     };
-    cargo(&["test", "--workspace", "--release"])?;
+    if verb == "accept" {
+        cargo(&["test", "--workspace", "--release"])?;
+    }
     cargo(&["build", "--release"])?;
     soak::run(Duration::from_secs(60 * minutes))
 }
