@@ -34,6 +34,11 @@ impl<B: Backend> ModelRunner<B> {
             chunk_output: SampleOutput::default(),
         }
     }
+
+    /// The device.
+    pub fn backend(&mut self) -> &mut B {
+        &mut self.backend
+    }
 }
 
 impl<B: Backend> Runner for ModelRunner<B> {

@@ -4,7 +4,7 @@
 use std::io::Write;
 use std::time::Instant;
 
-use engine::Runner;
+use engine::{ModelRunner, Runner};
 use ops::sample::{SampleOutput, SampleRow, SamplingParams};
 use ops::{Backend, Batch, BlockIndex, DType, KvGeometry, Random, SequenceRows};
 use ops_cpu::bench::{Bound, Options, Row};
@@ -16,6 +16,7 @@ use super::failure::Failure;
 use super::load::{self, Device, Prepared};
 use super::log;
 use super::options::{Bench, BenchArgs, BenchEngineArgs, BenchKernelsArgs, ConfigFile};
+use super::profile::{Entry, Profiled};
 use super::settings::{ComputeSettings, EngineSettings, LogSettings, ModelChoice};
 
 /// Rounds over the kernels.
@@ -64,6 +65,9 @@ fn kernels(args: BenchKernelsArgs) -> Result<(), Failure> {
     }
     Ok(())
 }
+
+/// Every operation of the device is timed: that costs microseconds per step.
+type BenchDevice = Profiled<Device>;
 
 /// What a phase took, and what the machine would have allowed.
 struct Phase {
@@ -132,7 +136,8 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
     let context_end = (args.context + args.steps + 1).max(args.prefill.unwrap_or(0));
     settings.max_context.get_or_insert(context_end);
     settings.max_num_seqs = args.batch;
-    let prepared = Prepared::new(load::source(&choice)?, &settings)?;
+    let device = Profiled::new(load::device(&settings.compute)?);
+    let prepared = Prepared::on(device, load::source(&choice)?, &settings)?;
     let blocks = prepared.geometry.blocks(context_end);
     if context_end > prepared.max_context || blocks * args.batch > prepared.plan.num_blocks {
         return Err(Failure::input(format!(
@@ -152,12 +157,14 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
 
     let prefill = args.prefill.map(|tokens| work.prefill(&mut runner, &mut limits, tokens));
     let decode = work.decode(&mut runner, &mut limits, args.context, args.steps);
+    let profile = runner.backend().take();
     let mut out = std::io::stdout().lock();
     if args.json {
         let object = json!({
             "model": choice.name(), "dtype": dtype.name(), "threads": threads, "isa": isa.name(),
             "context": args.context, "batch": args.batch, "prefill_tokens": args.prefill,
             "prefill": prefill.as_ref().map(Phase::json), "decode": decode.json(),
+            "profile": args.profile.then(|| profile_json(&profile, args.steps)),
         });
         writeln!(out, "{object}")?;
     } else {
@@ -166,8 +173,41 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
             writeln!(out, "prefill of {tokens} tokens: {phase}")?;
         }
         writeln!(out, "decode of {} after {} tokens: {decode}", args.batch, args.context)?;
+        if args.profile {
+            write_profile(&mut out, &profile, args.steps)?;
+        }
     }
     Ok(())
+}
+
+/// Time of each operation in a step, and its share of all of them.
+fn write_profile(out: &mut dyn Write, profile: &[Entry], steps: usize) -> std::io::Result<()> {
+    let total: f64 = profile.iter().map(|e| e.time.as_secs_f64()).sum();
+    for entry in profile {
+        let seconds = entry.time.as_secs_f64();
+        let name = match entry.shape {
+            (0, 0) => entry.name.to_owned(),
+            (to, from) => format!("{} {from} -> {to}", entry.name),
+        };
+        writeln!(
+            out,
+            "  {name:<24} {:>4} calls a step {:>9.3} ms a step {:>5.1} %",
+            entry.calls / steps,
+            1e3 * seconds / steps as f64,
+            100.0 * seconds / total
+        )?;
+    }
+    Ok(())
+}
+
+fn profile_json(profile: &[Entry], steps: usize) -> Value {
+    let entry = |e: &Entry| {
+        json!({
+            "op": e.name, "cols_out": e.shape.0, "cols_in": e.shape.1, "calls": e.calls / steps,
+            "ms": 1e3 * e.time.as_secs_f64() / steps as f64,
+        })
+    };
+    profile.iter().map(entry).collect()
 }
 
 /// What the machine can do, now.
@@ -201,7 +241,7 @@ struct Work {
 }
 
 impl Work {
-    fn new(prepared: &Prepared, rows_max: usize, batch: usize, blocks: usize) -> Self {
+    fn new(prepared: &Prepared<BenchDevice>, rows_max: usize, batch: usize, blocks: usize) -> Self {
         let config = &prepared.config;
         let head = (config.vocab_size * config.hidden_size) as f64;
         let tables = if config.tie_word_embeddings { 1.0 } else { 2.0 };
@@ -220,7 +260,13 @@ impl Work {
     }
 
     /// Decodes `steps` tokens of each sequence after `context` tokens.
-    fn decode<R: Runner>(&self, runner: &mut R, limits: &mut Limits, context: usize, steps: usize) -> Phase {
+    fn decode(
+        &self,
+        runner: &mut ModelRunner<BenchDevice>,
+        limits: &mut Limits,
+        context: usize,
+        steps: usize,
+    ) -> Phase {
         let tables: Vec<BlockIndex> = (0..(self.batch * self.blocks) as u32).map(BlockIndex).collect();
         let params = SamplingParams { temperature: 0.0, ..Default::default() };
         let mut tokens: Vec<u32> = (0..self.batch as u32).map(|i| i % self.vocab).collect();
@@ -243,6 +289,7 @@ impl Work {
             let seconds = start.elapsed().as_secs_f64();
             tokens.iter_mut().zip(&out.sampled).for_each(|(token, sampled)| *token = sampled.token);
             if step == 0 {
+                runner.backend().start();
                 continue;
             }
             if (step - 1).is_multiple_of(STEPS_PER_CEILING) {
@@ -258,7 +305,7 @@ impl Work {
     }
 
     /// Prefills the first sequence with `tokens` random tokens, several times.
-    fn prefill<R: Runner>(&self, runner: &mut R, limits: &mut Limits, tokens: usize) -> Phase {
+    fn prefill(&self, runner: &mut ModelRunner<BenchDevice>, limits: &mut Limits, tokens: usize) -> Phase {
         const REPEATS: usize = 3;
         let mut random = Random::new(1);
         let tables: Vec<BlockIndex> = (0..self.blocks as u32).map(BlockIndex).collect();
@@ -317,7 +364,7 @@ fn greedy(row: usize, params: &SamplingParams) -> SampleRow<'_> {
 }
 
 /// Random K and V, normal like those of a normed layer, in every page.
-fn fill(backend: &mut Device, kv: &mut <Device as Backend>::Kv, g: KvGeometry, num_blocks: usize, seed: u64) {
+fn fill<B: Backend>(backend: &mut B, kv: &mut B::Kv, g: KvGeometry, num_blocks: usize, seed: u64) {
     let mut random = Random::new(seed);
     let pages: Vec<Vec<f32>> = (0..RANDOM_PAGES)
         .map(|_| (0..g.page_tokens * g.head_dim).map(|_| random.normal()).collect())

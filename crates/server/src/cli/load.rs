@@ -73,7 +73,7 @@ pub fn device(settings: &ComputeSettings) -> Result<Device, Failure> {
 }
 
 /// A model of which everything is decided and no weight is read.
-pub struct Prepared {
+pub struct Prepared<B: Backend = Device> {
     /// Its configuration.
     pub config: ModelConfig,
     /// Type of weights and KV.
@@ -89,8 +89,8 @@ pub struct Prepared {
     /// Where it runs.
     pub device: DeviceInfo,
     source: Source,
-    backend: Device,
-    workspace: Workspace<Device>,
+    backend: B,
+    workspace: Workspace<B>,
 }
 
 impl Prepared {
@@ -99,6 +99,16 @@ impl Prepared {
     /// # Errors
     /// A model that is faulty, not supported, or does not fit.
     pub fn new(source: Source, settings: &EngineSettings) -> Result<Self, Failure> {
+        Self::on(device(&settings.compute)?, source, settings)
+    }
+}
+
+impl<B: Backend> Prepared<B> {
+    /// The same for a device at hand.
+    ///
+    /// # Errors
+    /// As for [`Prepared::new`].
+    pub fn on(mut backend: B, source: Source, settings: &EngineSettings) -> Result<Self, Failure> {
         let config = ModelConfig::read(&source)?;
         let checkpoint = Checkpoint::open(&source)?;
         let dtype_on_disk = model::dtype_on_disk(&config, &checkpoint)?;
@@ -110,7 +120,6 @@ impl Prepared {
                 "a context of {max_context} tokens exceeds the model's limit of {context_limit}; lower --max-context"
             )));
         }
-        let mut backend = device(&settings.compute)?;
         let rows_max = settings.max_num_seqs.saturating_add(settings.max_inject_tokens);
         let limits = Limits {
             rows_max,
@@ -172,7 +181,7 @@ impl Prepared {
     ///
     /// # Errors
     /// A checkpoint that is faulty, memory that does not suffice.
-    pub fn load(self) -> Result<ModelRunner<Device>, Failure> {
+    pub fn load(self) -> Result<ModelRunner<B>, Failure> {
         self.load_filled(&mut |_, _| ())
     }
 
@@ -182,8 +191,8 @@ impl Prepared {
     /// As for [`Prepared::load`].
     pub fn load_filled(
         mut self,
-        fill: &mut dyn FnMut(&mut Device, &mut <Device as Backend>::Kv),
-    ) -> Result<ModelRunner<Device>, Failure> {
+        fill: &mut dyn FnMut(&mut B, &mut B::Kv),
+    ) -> Result<ModelRunner<B>, Failure> {
         let start = Instant::now();
         let bar = progress_bar();
         let model = Model::load(&mut self.backend, &self.source, Some(self.dtype), &mut |done, total| {

@@ -11,6 +11,7 @@ mod load;
 mod log;
 mod options;
 mod plan;
+mod profile;
 mod run;
 mod screen;
 mod serve;

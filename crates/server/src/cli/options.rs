@@ -142,6 +142,9 @@ pub struct BenchEngineArgs {
     /// Also time the prefill of a prompt of this length
     #[arg(long, value_name = "TOKENS")]
     pub prefill: Option<usize>,
+    /// Also tell what each operation of a decode step takes
+    #[arg(long)]
+    pub profile: bool,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,

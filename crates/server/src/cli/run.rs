@@ -8,7 +8,7 @@ use ops::sample::SamplingParams;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 use serde_json::{Map, Value, json};
-use sparseserve::text::{Decoder, RenderInput};
+use sparseserve::text::{Decoder, RenderInput, Sandbox};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
 use super::failure::Failure;
@@ -46,8 +46,9 @@ pub fn run(args: RunArgs) -> Result<(), Failure> {
     let sampling = sampling(&args, &text)?;
     let max_tokens = args.max_tokens.or(text.defaults.max_new_tokens).unwrap_or(u32::MAX);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let mut chat =
-        Chat { handle: engine.handle.clone(), text, sampling, max_tokens, runtime, messages: Vec::new() };
+    let template = text.template.clone().map(Sandbox::of_this_program).transpose()?;
+    let handle = engine.handle.clone();
+    let mut chat = Chat { handle, text, template, sampling, max_tokens, runtime, messages: Vec::new() };
     chat.system(args.system.as_deref())?;
     let result = match prompt {
         Some(prompt) => chat.answer_once(&prompt, args.json, &choice.name()),
@@ -101,6 +102,7 @@ fn sampling(args: &RunArgs, text: &TextSide) -> Result<SamplingParams, Failure> 
 struct Chat {
     handle: Handle,
     text: TextSide,
+    template: Option<Sandbox>,
     sampling: SamplingParams,
     max_tokens: u32,
     runtime: tokio::runtime::Runtime,
@@ -122,7 +124,7 @@ impl Chat {
 
     fn system(&mut self, content: Option<&str>) -> Result<(), Failure> {
         let Some(content) = content else { return Ok(()) };
-        if self.text.template.is_none() {
+        if self.template.is_none() {
             return Err(Failure::input("--system needs a model with a chat template"));
         }
         self.say("system", content);
@@ -220,7 +222,7 @@ impl Chat {
     /// The tokens of the conversation. A model without a chat template continues the last message.
     fn prompt(&self) -> Result<Vec<u32>, Failure> {
         let tokenizer = &self.text.tokenizer;
-        let tokens = match &self.text.template {
+        let tokens = match &self.template {
             None => {
                 let last = self.messages.last().and_then(|m| m.get("content")).and_then(Value::as_str);
                 tokenizer.encode(last.unwrap_or_default(), true)
@@ -228,7 +230,8 @@ impl Chat {
             Some(template) => {
                 let messages = self.messages.clone();
                 let input = RenderInput { messages, add_generation_prompt: true, variables: Map::new() };
-                tokenizer.encode(&template.render(&input).map_err(Failure::input)?, false)
+                let text = self.runtime.block_on(template.render(&input));
+                tokenizer.encode(&text.map_err(Failure::input)?, false)
             }
         };
         tokens.map_err(Failure::input)

@@ -73,6 +73,17 @@ pub enum Reason {
     Stop(String),
 }
 
+impl Reason {
+    /// For the log: no text of the client's.
+    fn name(&self) -> &'static str {
+        match self {
+            Reason::Length => "length",
+            Reason::EndToken(_) => "end token",
+            Reason::Stop(_) => "stop string",
+        }
+    }
+}
+
 /// An answer in the making. Dropping it cancels the request in the engine.
 pub struct Generation {
     /// `None` once the engine has nothing more to do.
@@ -89,6 +100,17 @@ pub struct Generation {
     decoded_chars: usize,
     events: VecDeque<Event>,
     counts: Counts,
+    /// The HTTP request, for the log.
+    span: tracing::Span,
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        if self.running.is_some() {
+            let Counts { prompt_tokens, generated_tokens, .. } = self.counts;
+            self.span.in_scope(|| tracing::info!(prompt_tokens, generated_tokens, "client left"));
+        }
+    }
 }
 
 struct Running {
@@ -153,6 +175,7 @@ impl Generation {
             decoded_chars: 0,
             events: VecDeque::new(),
             counts: Counts { prompt_tokens: prompt.len() as u32, ..Counts::default() },
+            span: tracing::Span::current(),
         }
     }
 
@@ -229,6 +252,10 @@ impl Generation {
             self.events.push_back(Event::Delta(std::mem::take(&mut self.delta)));
         }
         let Counts { prompt_tokens, cached_tokens, generated_tokens } = self.counts;
+        self.span.in_scope(|| {
+            let reason = reason.name();
+            tracing::info!(prompt_tokens, cached_tokens, generated_tokens, reason, "finished");
+        });
         self.events.push_back(Event::Finished(Finish {
             reason,
             prompt_tokens,
@@ -239,6 +266,7 @@ impl Generation {
 
     fn fail(&mut self, error: ApiError) {
         self.running = None;
+        self.span.in_scope(|| tracing::warn!(error = error.message, "failed"));
         self.events.push_back(Event::Failed(error));
     }
 }

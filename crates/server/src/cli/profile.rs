@@ -1,0 +1,195 @@
+//! Where a step goes: a device that times each of its operations.
+
+use std::time::{Duration, Instant};
+
+use ops::sample::{SampleOutput, SampleRow};
+use ops::{Backend, Batch, BlockIndex, DType, DeviceInfo, Error, HeadShape, KvGeometry, Tensor, WeightView};
+
+/// One kind of operation, as often as it ran since [`Profiled::start`].
+pub struct Entry {
+    /// What it is, with the shape of its weights where it has some.
+    pub name: &'static str,
+    /// Columns of output and input of a product; zeros for other operations.
+    pub shape: (usize, usize),
+    /// How often it ran.
+    pub calls: usize,
+    /// All of them together.
+    pub time: Duration,
+}
+
+/// `B`, timed. Operations of the CPU end when they return; those of a device that queues would need its own clock.
+pub struct Profiled<B> {
+    inner: B,
+    entries: Vec<Entry>,
+}
+
+impl<B> Profiled<B> {
+    /// Times `inner`.
+    pub fn new(inner: B) -> Self {
+        Profiled { inner, entries: Vec::new() }
+    }
+
+    /// Forgets what ran so far.
+    pub fn start(&mut self) {
+        self.entries.clear();
+    }
+
+    /// What ran since the start, longest first.
+    pub fn take(&mut self) -> Vec<Entry> {
+        let mut entries = std::mem::take(&mut self.entries);
+        entries.sort_by_key(|e| std::cmp::Reverse(e.time));
+        entries
+    }
+
+    fn timed(&mut self, name: &'static str, shape: (usize, usize), run: impl FnOnce(&mut B)) {
+        let start = Instant::now();
+        run(&mut self.inner);
+        let time = start.elapsed();
+        match self.entries.iter_mut().find(|e| e.name == name && e.shape == shape) {
+            Some(entry) => (entry.calls, entry.time) = (entry.calls + 1, entry.time + time),
+            None => self.entries.push(Entry { name, shape, calls: 1, time }),
+        }
+    }
+}
+
+impl<B: Backend> Backend for Profiled<B> {
+    type Tensor = B::Tensor;
+    type Linear = B::Linear;
+    type Vector = B::Vector;
+    type Kv = B::Kv;
+
+    fn info(&self) -> DeviceInfo {
+        self.inner.info()
+    }
+
+    fn tensor(&mut self, rows_max: usize, cols: usize) -> Result<B::Tensor, Error> {
+        self.inner.tensor(rows_max, cols)
+    }
+
+    fn upload(&mut self, tensor: &mut B::Tensor, values: &[f32]) {
+        self.inner.upload(tensor, values);
+    }
+
+    fn row<'a>(&'a mut self, tensor: &'a B::Tensor, row: usize) -> &'a [f32] {
+        self.inner.row(tensor, row)
+    }
+
+    fn linear(
+        &mut self,
+        parts: &[WeightView],
+        biases: &[WeightView],
+        dtype: DType,
+    ) -> Result<B::Linear, Error> {
+        self.inner.linear(parts, biases, dtype)
+    }
+
+    fn linear_bytes(&self, rows: usize, cols: usize, dtype: DType) -> u64 {
+        self.inner.linear_bytes(rows, cols, dtype)
+    }
+
+    fn vector(&mut self, view: WeightView) -> Result<B::Vector, Error> {
+        self.inner.vector(view)
+    }
+
+    fn kv(&mut self, geometry: KvGeometry, num_blocks: usize) -> Result<B::Kv, Error> {
+        self.inner.kv(geometry, num_blocks)
+    }
+
+    fn reserve(
+        &mut self,
+        heads: HeadShape,
+        rows_max: usize,
+        sequences_max: usize,
+        context_max: usize,
+        cols_max: usize,
+    ) -> Result<u64, Error> {
+        self.inner.reserve(heads, rows_max, sequences_max, context_max, cols_max)
+    }
+
+    fn embed(&mut self, out: &mut B::Tensor, table: &B::Linear, tokens: &[u32]) {
+        self.timed("embed", (0, 0), |b| b.embed(out, table, tokens));
+    }
+
+    fn select_rows(&mut self, out: &mut B::Tensor, x: &B::Tensor, rows: &[u32]) {
+        self.timed("select_rows", (0, 0), |b| b.select_rows(out, x, rows));
+    }
+
+    fn rms_norm(&mut self, out: &mut B::Tensor, x: &B::Tensor, weight: &B::Vector, eps: f32) {
+        self.timed("rms_norm", (0, 0), |b| b.rms_norm(out, x, weight, eps));
+    }
+
+    fn linear_forward(&mut self, out: &mut B::Tensor, x: &B::Tensor, w: &B::Linear) {
+        self.timed("linear", (out.cols(), x.cols()), |b| b.linear_forward(out, x, w));
+    }
+
+    fn linear_add(&mut self, out: &mut B::Tensor, x: &B::Tensor, w: &B::Linear) {
+        self.timed("linear_add", (out.cols(), x.cols()), |b| b.linear_add(out, x, w));
+    }
+
+    fn swiglu(&mut self, out: &mut B::Tensor, gate_up: &B::Tensor) {
+        self.timed("swiglu", (0, 0), |b| b.swiglu(out, gate_up));
+    }
+
+    fn rope_angles(
+        &mut self,
+        out: &mut B::Tensor,
+        positions: &[u32],
+        inv_freq: &[f32],
+        sets: &[u32],
+        scale: f32,
+    ) {
+        self.timed("rope_angles", (0, 0), |b| b.rope_angles(out, positions, inv_freq, sets, scale));
+    }
+
+    fn append(
+        &mut self,
+        kv: &mut B::Kv,
+        layer: usize,
+        qkv: &mut B::Tensor,
+        heads: HeadShape,
+        qk_norm: Option<(&B::Vector, &B::Vector, f32)>,
+        angles: &B::Tensor,
+        batch: &Batch,
+    ) {
+        self.timed("append", (0, 0), |b| b.append(kv, layer, qkv, heads, qk_norm, angles, batch));
+    }
+
+    fn attend(
+        &mut self,
+        out: &mut B::Tensor,
+        kv: &B::Kv,
+        layer: usize,
+        qkv: &B::Tensor,
+        heads: HeadShape,
+        window: Option<usize>,
+        batch: &Batch,
+    ) {
+        self.timed("attend", (0, 0), |b| b.attend(out, kv, layer, qkv, heads, window, batch));
+    }
+
+    fn sample(&mut self, out: &mut SampleOutput, logits: &B::Tensor, rows: &[SampleRow]) {
+        self.timed("sample", (0, 0), |b| b.sample(out, logits, rows));
+    }
+
+    fn write_page(
+        &mut self,
+        kv: &mut B::Kv,
+        layer: usize,
+        block: BlockIndex,
+        head: usize,
+        k: &[f32],
+        v: &[f32],
+    ) {
+        self.inner.write_page(kv, layer, block, head, k, v);
+    }
+
+    fn read_page(
+        &mut self,
+        kv: &B::Kv,
+        layer: usize,
+        block: BlockIndex,
+        head: usize,
+    ) -> (Vec<f32>, Vec<f32>) {
+        self.inner.read_page(kv, layer, block, head)
+    }
+}

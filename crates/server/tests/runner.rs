@@ -1,0 +1,159 @@
+//! The runner of a server on the CPU backend, with whole models: what is in a batch changes no bit of it, and a warm
+//! step allocates nothing.
+
+use std::path::PathBuf;
+
+use engine::{ModelRunner, Runner};
+use model::{Limits, Model, Source, Workspace, kv_geometry};
+use ops::sample::{SampleOutput, SampleRow, SamplingParams};
+use ops::{Backend, Batch, BlockIndex, DType, Random, SequenceRows};
+use ops_cpu::{CpuBackend, CpuOptions};
+
+const PAGE_TOKENS: usize = 16;
+const TOP: u32 = 8;
+/// Tokens of the longest sequence.
+const CONTEXT: usize = 700;
+const SEQUENCES: usize = 3;
+
+struct Device {
+    runner: ModelRunner<CpuBackend>,
+    vocab: usize,
+}
+
+fn load(folder: &str, dtype: DType, threads: usize) -> Device {
+    let source = Source::Directory(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..").join(folder));
+    let mut backend = CpuBackend::new(CpuOptions { threads: Some(threads), isa: None }).expect("a backend");
+    let model = Model::load(&mut backend, &source, Some(dtype), &mut |_, _| {}).expect("a model");
+    let limits = Limits { rows_max: 256, logits_rows_max: 2, sequences_max: SEQUENCES, context_max: CONTEXT };
+    let workspace = Workspace::new(&mut backend, model.config(), limits).expect("memory");
+    let geometry = kv_geometry(model.config(), PAGE_TOKENS, model.dtype());
+    let kv = backend.kv(geometry, SEQUENCES * geometry.blocks(CONTEXT)).expect("memory");
+    let vocab = model.config().vocab_size;
+    Device { runner: ModelRunner::new(backend, model, workspace, kv), vocab }
+}
+
+/// A sequence of given tokens, part of which has run.
+struct Fed {
+    tokens: Vec<u32>,
+    place: usize,
+    done: usize,
+    /// (token drawn, bits of its log-probability, bits of the likeliest) after each step that it was in.
+    seen: Vec<(u32, u32, Vec<(u32, u32)>)>,
+}
+
+impl Fed {
+    fn new(place: usize, length: usize, vocab: usize) -> Self {
+        let mut random = Random::new(7 + place as u64);
+        let tokens = (0..length).map(|_| random.below(vocab) as u32).collect();
+        Fed { tokens, place, done: 0, seen: Vec::new() }
+    }
+}
+
+/// The arrays of a step, reused.
+#[derive(Default)]
+struct Step {
+    tokens: Vec<u32>,
+    positions: Vec<u32>,
+    sequences: Vec<SequenceRows>,
+    tables: Vec<BlockIndex>,
+    out: SampleOutput,
+}
+
+impl Step {
+    /// Runs the next `counts[i]` tokens of `fed[i]` together, and says how often `run` allocated.
+    fn run(&mut self, device: &mut Device, fed: &mut [&mut Fed], counts: &[usize]) -> u64 {
+        let Step { tokens, positions, sequences, tables, out } = self;
+        (tokens.clear(), positions.clear(), sequences.clear(), tables.clear());
+        let params = SamplingParams { temperature: 1.0, seed: 3, ..Default::default() };
+        let mut samples = Vec::new();
+        let blocks = CONTEXT.div_ceil(PAGE_TOKENS);
+        for (fed, &count) in fed.iter_mut().zip(counts) {
+            let (row, table, position) = (tokens.len() as u32, tables.len() as u32, fed.done as u32);
+            tokens.extend_from_slice(&fed.tokens[fed.done..fed.done + count]);
+            positions.extend(position..position + count as u32);
+            tables.extend((0..blocks).map(|i| BlockIndex((i * SEQUENCES + fed.place) as u32)));
+            sequences.push(SequenceRows {
+                rows: row..row + count as u32,
+                first_position: position,
+                prompt_len: CONTEXT as u32,
+                blocks: table..table + blocks as u32,
+            });
+            fed.done += count;
+            samples.push(SampleRow {
+                row: tokens.len() - 1,
+                params: &params,
+                prompt: &[],
+                generated: &[],
+                banned: &[],
+                position: fed.done as u64,
+                top_logprobs: Some(TOP),
+                forced: None,
+            });
+        }
+        let batch = Batch { tokens, positions, sequences, block_tables: tables };
+        let info = allocation_counter::measure(|| device.runner.run(&batch, &samples, out));
+        for (fed, sampled) in fed.iter_mut().zip(&out.sampled) {
+            let top = &out.top[sampled.top.start as usize..sampled.top.end as usize];
+            let bits = top.iter().map(|&(token, logprob)| (token, logprob.to_bits())).collect();
+            fed.seen.push((sampled.token, sampled.logprob.to_bits(), bits));
+        }
+        info.count_total
+    }
+}
+
+/// Rows of the three sequences in each step: prompts in chunks beside decodes, each alone and all together.
+const MIXED: [[usize; SEQUENCES]; 8] =
+    [[200, 0, 0], [1, 40, 0], [1, 160, 3], [1, 1, 90], [90, 1, 1], [1, 1, 1], [0, 100, 1], [1, 1, 1]];
+
+fn run_mixed(device: &mut Device) -> Vec<Fed> {
+    let mut all: Vec<Fed> = (0..SEQUENCES).map(|i| Fed::new(i, CONTEXT, device.vocab)).collect();
+    let mut step = Step::default();
+    for counts in MIXED {
+        let (mut fed, mut some): (Vec<&mut Fed>, Vec<usize>) = (Vec::new(), Vec::new());
+        for (sequence, &count) in all.iter_mut().zip(&counts).filter(|(_, count)| **count > 0) {
+            fed.push(sequence);
+            some.push(count);
+        }
+        step.run(device, &mut fed, &some);
+    }
+    all
+}
+
+#[test]
+fn a_mixed_batch_equals_one_by_one() {
+    // One model per architecture and option that changes what a batch looks like from inside.
+    for folder in [
+        "demo-model",
+        "xtask/golden/models/llama-rope-dynamic",
+        "xtask/golden/models/mistral-window",
+        "xtask/golden/models/qwen2-bias",
+        "xtask/golden/models/qwen3-qknorm",
+    ] {
+        for dtype in [DType::F32, DType::Bf16] {
+            let mixed = run_mixed(&mut load(folder, dtype, 3));
+            // Alone, on another number of threads, where the sequence ends in the same places.
+            let mut device = load(folder, dtype, 1);
+            for (place, expected) in mixed.iter().enumerate() {
+                let mut alone = Fed::new(place, CONTEXT, device.vocab);
+                let mut step = Step::default();
+                for counts in MIXED.iter().filter(|counts| counts[place] > 0) {
+                    step.run(&mut device, &mut [&mut alone], &[counts[place]]);
+                }
+                assert_eq!(alone.seen, expected.seen, "{folder} in {dtype}, sequence {place}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_warm_step_allocates_nothing() {
+    let mut device = load("demo-model", DType::Bf16, 2);
+    run_mixed(&mut device);
+    let mut all: Vec<Fed> = (0..SEQUENCES).map(|i| Fed::new(i, CONTEXT, device.vocab)).collect();
+    let mut step = Step::default();
+    let mut fed: Vec<&mut Fed> = all.iter_mut().collect();
+    step.run(&mut device, &mut fed, &[200, 30, 1]);
+    for counts in [[1, 1, 1], [50, 1, 1], [1, 100, 100], [1, 1, 1]] {
+        assert_eq!(step.run(&mut device, &mut fed, &counts), 0, "rows {counts:?}");
+    }
+}
