@@ -18,12 +18,14 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use ops::sparse::Attention;
 use ops::{Batch, DType, HeadShape, KvGeometry, SPLIT_TOKENS, SequenceRows, Tensor};
 
 use crate::isa::{Isa, Kernel};
 use crate::memory::{Buffer, PerThread, Shared};
 use crate::pages::Kv;
 use crate::pool::Pool;
+use crate::select::Selections;
 use crate::simd::Simd;
 use crate::split::{HeadView, Partial, SplitScratch, finish, merge, pack_queries, split_partial};
 use crate::tensor::CpuTensor;
@@ -48,10 +50,15 @@ pub struct Scratch {
     pending: Vec<AtomicU32>,
 }
 
-/// How the work of one sequence is cut.
-#[derive(Clone, Copy, Debug)]
+/// How the work of some rows of one sequence is cut.
+#[derive(Clone, Debug)]
 struct Plan {
     tasks_end: usize,
+    /// Index of the sequence, and rows of it.
+    sequence: usize,
+    rows: Range<usize>,
+    /// The place of the only row among the selections, if it attends to one.
+    place: Option<usize>,
     /// Rows per unit.
     tile_rows: usize,
     /// First split that any row attends to, and how many there are.
@@ -106,11 +113,16 @@ impl Scratch {
         if self.partials.len() < needed {
             self.partials = Buffer::zeroed(needed, "attention")?;
         }
-        self.plans.reserve(sequences_max);
-        self.reserve_pending(sequences_max * heads.kv_heads);
+        self.reserve_plans(sequences_max, heads);
         let threads: usize = self.threads.iter_mut().map(|t| t.bytes()).sum();
         let tables = self.plans.capacity() * size_of::<Plan>() + self.pending.len() * size_of::<AtomicU32>();
         Ok((threads + self.partials.len() * size_of::<f32>() + tables) as u64)
+    }
+
+    /// Makes room for `count` runs of rows.
+    pub fn reserve_plans(&mut self, count: usize, heads: HeadShape) {
+        self.plans.reserve(count);
+        self.reserve_pending(count * heads.kv_heads);
     }
 
     fn reserve_threads(&mut self, heads: HeadShape) -> Result<(), ops::Error> {
@@ -130,37 +142,104 @@ impl Scratch {
     }
 
     /// Cuts the work of a batch; returns the number of tasks.
-    fn plan(&mut self, heads: HeadShape, window: Option<usize>, batch: &Batch) -> usize {
+    fn plan(
+        &mut self,
+        heads: HeadShape,
+        window: Option<usize>,
+        batch: &Batch,
+        selection: Option<&Selections>,
+        page_tokens: usize,
+    ) -> usize {
         self.plans.clear();
-        self.plans.reserve(batch.sequences.len());
-        self.reserve_pending(batch.sequences.len() * heads.kv_heads);
-        let (mut tasks, mut partials, mut counters) = (0, 0, 0);
-        for s in batch.sequences {
-            let splits = splits(s.first_position as usize..s.context_tokens(), window);
-            let height = s.num_rows() * heads.group();
-            let needed = heads.kv_heads * splits.len() * Partial::len(height, heads.head_dim);
-            let few_rows = s.num_rows() == 1 || height <= SPLIT_HEIGHT_MAX;
-            let by_split = few_rows && splits.len() > 1 && partials + needed <= self.partials.len();
-            let mut plan = Plan {
-                tasks_end: 0,
-                tile_rows: if by_split { s.num_rows() } else { tile_rows(heads.group()) },
-                first_split: splits.start,
-                num_splits: splits.len(),
-                by_split: by_split.then_some((partials, counters)),
-            };
-            let tiles = s.num_rows().div_ceil(plan.tile_rows);
-            tasks += heads.kv_heads * tiles * if by_split { splits.len() } else { 1 };
-            plan.tasks_end = tasks;
-            if by_split {
-                for pending in &mut self.pending[counters..counters + heads.kv_heads] {
-                    *pending.get_mut() = splits.len() as u32;
+        let mut cut = Cut { heads, partials_len: self.partials.len(), tasks: 0, partials: 0, counters: 0 };
+        let mut place = 0;
+        for (sequence, s) in batch.sequences.iter().enumerate() {
+            let num_sparse = match (s.attention, selection) {
+                (Attention::Sparse { .. }, Some(_)) => {
+                    s.context_tokens().saturating_sub(s.prompt_len as usize).min(s.num_rows())
                 }
-                partials += needed;
-                counters += heads.kv_heads;
+                _ => 0,
+            };
+            let num_dense = s.num_rows() - num_sparse;
+            let all = |rows: Range<usize>| {
+                let first = s.first_position as usize;
+                splits(first + rows.start..first + rows.end, window)
+            };
+            if num_dense > 0 {
+                self.plans.push(cut.plan(sequence, 0..num_dense, None, all(0..num_dense)));
             }
-            self.plans.push(plan);
+            for row in num_dense..s.num_rows() {
+                let selection = selection.expect("sparse rows are counted where there is one");
+                assert!(
+                    selection.is_of(place, s.rows.start as usize + row),
+                    "a selection is made for the batch at hand"
+                );
+                let pages = (0..heads.kv_heads).filter_map(|head| selection.get(place, head));
+                let plan = match pages.map(|(_, pages)| pages).max() {
+                    None => cut.plan(sequence, row..row + 1, None, all(row..row + 1)),
+                    Some(pages) => {
+                        let splits = 0..pages.div_ceil(SPLIT_TOKENS / page_tokens);
+                        cut.plan(sequence, row..row + 1, Some(place), splits)
+                    }
+                };
+                self.plans.push(plan);
+                place += 1;
+            }
         }
-        tasks
+        self.reserve_pending(cut.counters);
+        for plan in &self.plans {
+            if let Some((_, first)) = plan.by_split {
+                for pending in &mut self.pending[first..first + heads.kv_heads] {
+                    *pending.get_mut() = plan.num_splits as u32;
+                }
+            }
+        }
+        cut.tasks
+    }
+}
+
+/// Work that was cut so far.
+struct Cut {
+    heads: HeadShape,
+    /// Room for results of splits.
+    partials_len: usize,
+    tasks: usize,
+    partials: usize,
+    counters: usize,
+}
+
+impl Cut {
+    /// Tasks for `rows` of a sequence over `splits`.
+    fn plan(
+        &mut self,
+        sequence: usize,
+        rows: Range<usize>,
+        place: Option<usize>,
+        splits: Range<usize>,
+    ) -> Plan {
+        let heads = self.heads;
+        let height = rows.len() * heads.group();
+        let needed = heads.kv_heads * splits.len() * Partial::len(height, heads.head_dim);
+        let few_rows = rows.len() == 1 || height <= SPLIT_HEIGHT_MAX;
+        let by_split = few_rows && splits.len() > 1 && self.partials + needed <= self.partials_len;
+        let tile_rows = if by_split { rows.len() } else { tile_rows(heads.group()) };
+        let tiles = rows.len().div_ceil(tile_rows);
+        self.tasks += heads.kv_heads * tiles * if by_split { splits.len() } else { 1 };
+        let plan = Plan {
+            tasks_end: self.tasks,
+            sequence,
+            rows,
+            place,
+            tile_rows,
+            first_split: splits.start,
+            num_splits: splits.len(),
+            by_split: by_split.then_some((self.partials, self.counters)),
+        };
+        if by_split {
+            self.partials += needed;
+            self.counters += heads.kv_heads;
+        }
+        plan
     }
 }
 
@@ -179,6 +258,7 @@ pub fn attend(
     heads: HeadShape,
     window: Option<usize>,
     batch: &Batch,
+    selection: Option<&Selections>,
 ) {
     let geometry = *kv.geometry();
     assert_eq!(
@@ -190,6 +270,7 @@ pub fn attend(
     assert_eq!((qkv.rows(), qkv.cols()), (batch.num_rows(), heads.qkv_cols()), "shape of QKV");
     assert_eq!(out.cols(), heads.q_cols(), "columns of the output");
     assert!(window != Some(0), "a window holds the row itself");
+    assert!(window.is_none() || selection.is_none(), "a window is no layer for selections");
     batch.check(geometry.page_tokens);
     out.set_rows(qkv.rows());
     scratch.reserve_threads(heads).expect("memory for a step that was not reserved");
@@ -199,14 +280,15 @@ pub fn attend(
             .reserve(heads, batch.sequences.len(), context)
             .expect("memory for a step that was not reserved");
     }
-    let num_tasks = scratch.plan(heads, window, batch);
+    let num_tasks = scratch.plan(heads, window, batch, selection, geometry.page_tokens);
     let out_stride = out.stride();
     let out = out.shared();
     let partials = Shared(scratch.partials.as_mut_ptr());
     let scratch = &*scratch;
     pool.run(num_tasks, &|task, thread| {
-        let sequence = scratch.plans.partition_point(|p| p.tasks_end <= task);
-        let tasks_start = if sequence == 0 { 0 } else { scratch.plans[sequence - 1].tasks_end };
+        let index = scratch.plans.partition_point(|p| p.tasks_end <= task);
+        let tasks_start = if index == 0 { 0 } else { scratch.plans[index - 1].tasks_end };
+        let plan = &scratch.plans[index];
         let unit = Unit {
             geometry,
             kv,
@@ -215,8 +297,9 @@ pub fn attend(
             heads,
             window,
             batch,
-            sequence: &batch.sequences[sequence],
-            plan: scratch.plans[sequence],
+            selection,
+            sequence: &batch.sequences[plan.sequence],
+            plan,
             task: task - tasks_start,
             out,
             out_stride,
@@ -242,9 +325,10 @@ struct Unit<'a> {
     heads: HeadShape,
     window: Option<usize>,
     batch: &'a Batch<'a>,
+    selection: Option<&'a Selections>,
     sequence: &'a SequenceRows,
-    plan: Plan,
-    /// Its number among those of the sequence.
+    plan: &'a Plan,
+    /// Its number among those of the plan.
     task: usize,
     out: Shared<f32>,
     out_stride: usize,
@@ -282,6 +366,10 @@ impl Unit<'_> {
             window: self.window.unwrap_or(usize::MAX),
             first_position: self.sequence.first_position as usize + rows.start,
             num_rows: rows.len(),
+            selected: self.plan.place.map(|place| {
+                let selected = self.selection.and_then(|selection| selection.get(place, head));
+                selected.map_or(&[][..], |(bits, _)| bits)
+            }),
         }
     }
 }
@@ -293,17 +381,19 @@ impl<E: Element> Kernel for UnitAs<'_, E> {
     fn run<S: Simd>(self, s: S) {
         let UnitAs { unit: u, scratch, element: PhantomData } = self;
         let plan = u.plan;
-        let tiles = u.sequence.num_rows().div_ceil(plan.tile_rows);
+        let tiles = plan.rows.len().div_ceil(plan.tile_rows);
         let (head, part) = match plan.by_split {
             Some(_) => (u.task / plan.num_splits, u.task % plan.num_splits),
             None => (u.task / tiles, u.task % tiles),
         };
         // The last tile has the longest context: first, so that no thread is left with it at the end.
-        let first_row = if plan.by_split.is_some() { 0 } else { (tiles - 1 - part) * plan.tile_rows };
-        let view = u.view(head, first_row..(first_row + plan.tile_rows).min(u.sequence.num_rows()));
+        let tile = if plan.by_split.is_some() { 0 } else { tiles - 1 - part };
+        let first_row = plan.rows.start + tile * plan.tile_rows;
+        let view = u.view(head, first_row..(first_row + plan.tile_rows).min(plan.rows.end));
         let (height, len) = (view.height(), Partial::len(view.height(), view.head_dim));
         let splits = match plan.by_split {
             Some(_) => plan.first_split + part..plan.first_split + part + 1,
+            None if plan.place.is_some() => 0..plan.num_splits,
             None => splits(view.first_position..view.first_position + view.num_rows, u.window),
         };
         let (partial, mut running) = scratch.start(height, view.head_dim);

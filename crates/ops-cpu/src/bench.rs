@@ -259,6 +259,7 @@ impl Sequences {
             first_position: first,
             prompt_len: context as u32,
             blocks: i * blocks..(i + 1) * blocks,
+            attention: Default::default(),
         };
         Sequences {
             tokens: vec![0; sequences * rows],
@@ -326,7 +327,7 @@ fn attention(
     let mut layer = 0;
     let call = Box::new(move |backend: &mut CpuBackend| {
         layer = (layer + 1) % geometry.num_layers;
-        backend.attend(&mut out, &kv, layer, &qkv, heads, None, &work.batch());
+        backend.attend(&mut out, &kv, layer, &qkv, heads, None, &work.batch(), None);
     });
     // Scores and weighted values, each 2 operations per channel, of the slots that rows attend to.
     let attended: usize = (context - rows..context).map(|position| position + 1).sum();

@@ -13,6 +13,7 @@
 mod attention;
 pub mod bench;
 pub mod ceiling;
+mod digest;
 mod gemm;
 mod isa;
 mod memory;
@@ -21,18 +22,22 @@ mod pages;
 mod pool;
 mod rows;
 mod sampling;
+mod select;
 mod simd;
 mod split;
 mod tensor;
 mod tile;
 
 use ops::sample::{SampleOutput, SampleRow};
+use ops::sparse::{DigestSpec, Method, SelectionLimits};
 use ops::{Backend, Batch, BlockIndex, DType, DeviceInfo, Error, HeadShape, KvGeometry, Tensor, WeightView};
 
+pub use digest::Digests;
 pub use isa::Isa;
 pub use pack::{Linear, Vector};
 pub use pages::Kv;
 pub use pool::Pool;
+pub use select::Selections;
 pub use tensor::CpuTensor;
 
 /// How to run.
@@ -90,6 +95,8 @@ impl Backend for CpuBackend {
     type Linear = Linear;
     type Vector = Vector;
     type Kv = Kv;
+    type Digests = Digests;
+    type Selection = Selections;
 
     fn info(&self) -> DeviceInfo {
         DeviceInfo { kind: "cpu", isa: self.isa.name().to_owned(), threads: self.pool.threads() }
@@ -126,6 +133,23 @@ impl Backend for CpuBackend {
 
     fn kv(&mut self, geometry: KvGeometry, num_blocks: usize) -> Result<Kv, Error> {
         Kv::new(geometry, num_blocks)
+    }
+
+    fn digests(
+        &mut self,
+        spec: DigestSpec,
+        geometry: KvGeometry,
+        num_blocks: usize,
+    ) -> Result<Digests, Error> {
+        Digests::new(spec, geometry, num_blocks)
+    }
+
+    fn selection(&mut self, limits: SelectionLimits) -> Result<(Selections, u64), Error> {
+        let mut selection = Selections::new(limits, self.pool.threads())?;
+        // Each row that attends to a selection is a piece of work of its own, beside the rest of its sequence.
+        self.attention.reserve_plans(2 * limits.rows_max, limits.heads);
+        let bytes = selection.bytes();
+        Ok((selection, bytes))
     }
 
     fn reserve(
@@ -189,6 +213,36 @@ impl Backend for CpuBackend {
         pages::append(self.isa, &mut self.pool, kv, layer, qkv, heads, qk_norm, angles, batch);
     }
 
+    fn digest(&mut self, digests: &mut Digests, kv: &Kv, layer: usize, batch: &Batch) {
+        digest::digest(&mut self.pool, digests, kv, layer, batch);
+    }
+
+    fn score(
+        &mut self,
+        selection: &mut Selections,
+        digests: &[Digests],
+        kv: &Kv,
+        layer: usize,
+        qkv: &CpuTensor,
+        heads: HeadShape,
+        methods: &[Method],
+        batch: &Batch,
+    ) {
+        let (isa, pool) = (self.isa, &mut self.pool);
+        select::score(isa, pool, selection, digests, kv, layer, qkv, heads, methods, batch);
+    }
+
+    fn select(
+        &mut self,
+        selection: &mut Selections,
+        layer: usize,
+        heads: HeadShape,
+        methods: &[Method],
+        batch: &Batch,
+    ) {
+        select::select(self.isa, &mut self.pool, selection, layer, heads, methods, batch);
+    }
+
     fn attend(
         &mut self,
         out: &mut CpuTensor,
@@ -198,9 +252,10 @@ impl Backend for CpuBackend {
         heads: HeadShape,
         window: Option<usize>,
         batch: &Batch,
+        selection: Option<&Selections>,
     ) {
-        let scratch = &mut self.attention;
-        attention::attend(self.isa, &mut self.pool, scratch, out, kv, layer, qkv, heads, window, batch);
+        let (isa, pool, scratch) = (self.isa, &mut self.pool, &mut self.attention);
+        attention::attend(isa, pool, scratch, out, kv, layer, qkv, heads, window, batch, selection);
     }
 
     fn sample(&mut self, out: &mut SampleOutput, logits: &CpuTensor, rows: &[SampleRow]) {
@@ -221,5 +276,39 @@ impl Backend for CpuBackend {
 
     fn read_page(&mut self, kv: &Kv, layer: usize, block: BlockIndex, head: usize) -> (Vec<f32>, Vec<f32>) {
         kv.read_page(layer, block, head)
+    }
+
+    fn read_digests(&mut self, digests: &Digests, layer: usize, block: BlockIndex, head: usize) -> Vec<f32> {
+        digests.read(layer, block, head)
+    }
+
+    fn read_scores(
+        &mut self,
+        selection: &Selections,
+        place: usize,
+        head: usize,
+        line: usize,
+        scores: &mut [f32],
+    ) {
+        selection.read_scores(place, head, line, scores);
+    }
+
+    fn write_scores(
+        &mut self,
+        selection: &mut Selections,
+        place: usize,
+        head: usize,
+        line: usize,
+        scores: &[f32],
+    ) {
+        selection.write_scores(place, head, line, scores);
+    }
+
+    fn read_selection(&mut self, selection: &Selections, place: usize, head: usize) -> Option<Vec<u64>> {
+        selection.get(place, head).map(|(bits, _)| bits.to_vec())
+    }
+
+    fn write_selection(&mut self, selection: &mut Selections, place: usize, head: usize, bits: &[u64]) {
+        selection.write(place, head, bits);
     }
 }

@@ -79,6 +79,14 @@ impl Kv {
         self.layers[layer].as_slice()[self.offset(block, head)..].as_ptr()
     }
 
+    /// The bytes of a page.
+    ///
+    /// # Panics
+    /// When there is no such page.
+    pub fn page_bytes(&self, layer: usize, block: BlockIndex, head: usize) -> &[u8] {
+        &self.layers[layer].as_slice()[self.offset(block, head)..][..self.geometry.page_bytes()]
+    }
+
     /// A layer, for the tasks of a fork.
     fn shared(&mut self, layer: usize) -> Shared<u8> {
         Shared(self.layers[layer].as_mut_ptr())

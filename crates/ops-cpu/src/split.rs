@@ -72,6 +72,8 @@ pub struct HeadView<'a> {
     pub first_position: usize,
     /// Rows.
     pub num_rows: usize,
+    /// The slots that its only row attends to; `None` for all up to its position, within the window.
+    pub selected: Option<&'a [u64]>,
 }
 
 impl HeadView<'_> {
@@ -210,6 +212,8 @@ struct Split {
     scores: *mut f32,
     /// Pages of the split.
     pages: [*const u8; PAGES_MAX],
+    /// Which of the 16 slots of a vector are attended to, where slots are selected.
+    kept: [u16; SPLIT_TOKENS / LANES],
     page_tokens: usize,
     head_dim: usize,
     value_offset: usize,
@@ -223,6 +227,85 @@ struct Split {
 }
 
 impl Split {
+    /// Sets the pages of split `split` of the context, as far as any row attends to it; returns how many pages the split
+    /// has up to the last of them.
+    #[inline(always)]
+    fn take_all(&mut self, view: &HeadView, split: usize) -> usize {
+        let page_tokens = self.page_tokens;
+        let (first, _) = view.attended(0, split);
+        let (_, end) = view.attended(view.num_rows - 1, split);
+        let num_pages = end.div_ceil(page_tokens);
+        self.first = first / page_tokens.max(LANES) * page_tokens.max(LANES);
+        self.end = round_to_lanes(end);
+        let first_page = split * (SPLIT_TOKENS / page_tokens);
+        for page in self.first / page_tokens..num_pages {
+            self.pages[page] = view.kv.page(view.layer, view.blocks[first_page + page], view.head);
+        }
+        num_pages
+    }
+
+    /// Sets the pages of split `split` among those with a selected slot, and which slots are; returns how many it has.
+    #[inline(always)]
+    fn take_selected(&mut self, view: &HeadView, bits: &[u64], split: usize) -> usize {
+        let page_tokens = self.page_tokens;
+        let per_split = SPLIT_TOKENS / page_tokens;
+        let of_page = u64::MAX >> (64 - page_tokens);
+        let mut skip = split * per_split;
+        let mut num_pages = 0;
+        for (i, &word) in bits.iter().enumerate() {
+            if word == 0 {
+                continue;
+            }
+            let mut shift = 0;
+            while shift < 64 {
+                let slots = word >> shift & of_page;
+                let page = (i * 64 + shift) / page_tokens;
+                shift += page_tokens;
+                if slots == 0 {
+                    continue;
+                }
+                if skip > 0 {
+                    skip -= 1;
+                    continue;
+                }
+                if num_pages == per_split {
+                    self.end = round_to_lanes(num_pages * page_tokens);
+                    return num_pages;
+                }
+                self.pages[num_pages] = view.kv.page(view.layer, view.blocks[page], view.head);
+                let first = num_pages * page_tokens;
+                if page_tokens < LANES {
+                    self.kept[first / LANES] |= (slots << (first % LANES)) as u16;
+                } else {
+                    for vector in 0..page_tokens / LANES {
+                        self.kept[first / LANES + vector] = (slots >> (vector * LANES)) as u16;
+                    }
+                }
+                num_pages += 1;
+            }
+        }
+        self.end = round_to_lanes(num_pages * page_tokens);
+        num_pages
+    }
+
+    /// Removes the scores of slots that are not selected.
+    ///
+    /// # Safety
+    /// `scores` is valid up to the end of the split.
+    #[inline(always)]
+    unsafe fn keep_selected<S: Simd>(&self, s: S, scores: *mut f32) {
+        for vector in 0..self.end / LANES {
+            let kept = self.kept[vector];
+            if kept != u16::MAX {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let at = scores.add(vector * LANES);
+                    s.store(at, s.keep(s.load(at), kept));
+                }
+            }
+        }
+    }
+
     /// The 16 slots from `slot` on of K, where a page has as many.
     ///
     /// # Safety
@@ -287,32 +370,46 @@ pub unsafe fn split_partial<S: Simd, E: Element>(
     to: Partial,
 ) {
     let page_tokens = view.page_tokens;
-    let (first, _) = view.attended(0, split);
-    let (_, end) = view.attended(view.num_rows - 1, split);
-    let num_pages = end.div_ceil(page_tokens);
     let mut p = Split {
         queries: scratch.queries.as_ptr(),
         queries_stride: queries_stride::<E>(view.head_dim),
         scores: scratch.scores.as_mut_ptr(),
         pages: [std::ptr::null(); PAGES_MAX],
+        kept: [0; SPLIT_TOKENS / LANES],
         page_tokens,
         head_dim: view.head_dim,
         value_offset: view.kv.value_offset(),
-        first: first / page_tokens.max(LANES) * page_tokens.max(LANES),
-        end: round_to_lanes(end),
+        first: 0,
+        end: 0,
         values: to.values,
         stream: view.height() <= STREAM_HEIGHT_MAX && page_tokens >= LANES,
     };
-    let first_page = split * (SPLIT_TOKENS / page_tokens);
-    for page in p.first / page_tokens..num_pages {
-        p.pages[page] = view.kv.page(view.layer, view.blocks[first_page + page], view.head);
+    let num_pages = match view.selected {
+        None => p.take_all(view, split),
+        Some(bits) => p.take_selected(view, bits, split),
+    };
+    if num_pages == 0 {
+        // SAFETY: the caller's promise. Nothing is attended to: this changes no result that it is merged with.
+        unsafe {
+            for line in 0..view.height() {
+                (*to.max.add(line), *to.sum.add(line)) = (f32::NEG_INFINITY, 0.0);
+            }
+            to.values.write_bytes(0, view.height() * head_stride(view.head_dim));
+        }
+        return;
     }
-    // SAFETY: the caller's promise; pages from `first` to `end` were just set.
+    // SAFETY: the caller's promise; pages from `p.first` to `p.end` were just set.
     unsafe {
         scores::<S, E>(s, view, &p, num_pages, scratch.joined.as_mut_ptr());
         for line in 0..view.height() {
-            let (first, end) = view.attended(line / view.group, split);
             let scores = p.scores.add(line * SCORES_STRIDE);
+            let (first, end) = match view.selected {
+                None => view.attended(line / view.group, split),
+                Some(_) => {
+                    p.keep_selected(s, scores);
+                    (0, p.end)
+                }
+            };
             let (max, sum) = weights::<S, E>(s, scores, first, end, p.first, p.end);
             *to.max.add(line) = max;
             *to.sum.add(line) = sum;

@@ -28,6 +28,12 @@ pub trait Element: Copy + Send + Sync + 'static {
     unsafe fn load<S: Simd>(s: S, from: *const u8) -> Self::Right<S>;
     /// `acc + left * right`.
     fn mul_add<S: Simd>(s: S, acc: S::V, left: Self::Left, right: Self::Right<S>) -> S::V;
+    /// `acc + left * right`, lane by lane, for the next `16 * K_PER_STEP` values of a left row and of a right one that lies
+    /// in memory like it: what a dot product of two rows sums.
+    ///
+    /// # Safety
+    /// As many values of both are readable.
+    unsafe fn mul_add_lanes<S: Simd>(s: S, acc: S::V, left: *const Self::Left, right: *const u8) -> S::V;
     /// Writes 16 values of a left row: rounded to bf16 for bf16, else as they are. `step` is a multiple of 16 / `K_PER_STEP`.
     ///
     /// # Safety
@@ -73,6 +79,12 @@ impl Element for Bf16 {
     }
 
     #[inline(always)]
+    unsafe fn mul_add_lanes<S: Simd>(s: S, acc: S::V, left: *const u32, right: *const u8) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { s.dot_pairs(acc, s.load_pairs(left), s.load_pairs(right.cast())) }
+    }
+
+    #[inline(always)]
     unsafe fn store_left<S: Simd>(s: S, to: *mut u32, v: S::V) {
         // SAFETY: the caller's promise.
         unsafe { s.store_bf16(to.cast(), v) }
@@ -109,6 +121,12 @@ impl Element for F16 {
     }
 
     #[inline(always)]
+    unsafe fn mul_add_lanes<S: Simd>(s: S, acc: S::V, left: *const f32, right: *const u8) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { s.mul_add(s.load(left), Self::load(s, right), acc) }
+    }
+
+    #[inline(always)]
     unsafe fn store_left<S: Simd>(s: S, to: *mut f32, v: S::V) {
         // SAFETY: the caller's promise.
         unsafe { s.store(to, v) }
@@ -142,6 +160,12 @@ impl Element for F32 {
     #[inline(always)]
     fn mul_add<S: Simd>(s: S, acc: S::V, left: f32, right: S::V) -> S::V {
         s.mul_add(s.splat(left), right, acc)
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add_lanes<S: Simd>(s: S, acc: S::V, left: *const f32, right: *const u8) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { s.mul_add(s.load(left), Self::load(s, right), acc) }
     }
 
     #[inline(always)]

@@ -46,8 +46,20 @@ fn a_mixed_step_allocates_nothing() {
     // A decode at 1500 tokens and a chunk of a prompt.
     let blocks = geometry.blocks(1500) as u32;
     let sequences = [
-        SequenceRows { rows: 0..1, first_position: 1499, prompt_len: 10, blocks: 0..blocks },
-        SequenceRows { rows: 1..41, first_position: 600, prompt_len: 640, blocks: blocks..blocks + 40 },
+        SequenceRows {
+            rows: 0..1,
+            first_position: 1499,
+            prompt_len: 10,
+            blocks: 0..blocks,
+            attention: Default::default(),
+        },
+        SequenceRows {
+            rows: 1..41,
+            first_position: 600,
+            prompt_len: 640,
+            blocks: blocks..blocks + 40,
+            attention: Default::default(),
+        },
     ];
     let tables: Vec<BlockIndex> = (0..blocks + 40).map(BlockIndex).collect();
     let positions: Vec<u32> = [1499].into_iter().chain(600..640).collect();
@@ -97,7 +109,7 @@ fn a_mixed_step_allocates_nothing() {
         backend.linear_forward(&mut qkv, &normed, &qkv_weights);
         let qk_norm = Some((&head_norm, &head_norm, 1e-6));
         backend.append(&mut kv, 0, &mut qkv, HEADS, qk_norm, &angles, &batch);
-        backend.attend(&mut attended, &kv, 0, &qkv, HEADS, None, &batch);
+        backend.attend(&mut attended, &kv, 0, &qkv, HEADS, None, &batch, None);
         backend.linear_add(&mut x, &attended, &output_weights);
         backend.rms_norm(&mut normed, &x, &norm, 1e-6);
         backend.linear_forward(&mut gate_up, &normed, &gate_up_weights);

@@ -102,6 +102,7 @@ fn decode(isa: Isa, threads: usize, dtype: DType, context_reserved: usize) -> Ve
             first_position: (context - rows) as u32,
             prompt_len: context as u32,
             blocks: block..tables.len() as u32,
+            attention: Default::default(),
         });
     }
     let mut kv = backend.kv(geometry, tables.len()).expect("memory");
@@ -117,7 +118,7 @@ fn decode(isa: Isa, threads: usize, dtype: DType, context_reserved: usize) -> Ve
     let qkv = normals(&mut random, positions.len() * heads.qkv_cols());
     let qkv = tensor(&mut backend, heads.qkv_cols(), &qkv);
     let mut out = backend.tensor(positions.len(), heads.q_cols()).expect("memory");
-    backend.attend(&mut out, &kv, 0, &qkv, heads, None, &batch);
+    backend.attend(&mut out, &kv, 0, &qkv, heads, None, &batch, None);
     rows_of(&mut backend, &out)
 }
 
@@ -147,7 +148,13 @@ fn a_reused_page_is_cleared() {
             let mut qkv = tensor(&mut backend, heads.qkv_cols(), &[0.5; 96]);
             let mut angles = backend.tensor(1, 32).expect("memory");
             backend.rope_angles(&mut angles, &[0], &[1.0; 16], &[0], 1.0);
-            let sequence = SequenceRows { rows: 0..1, first_position: 0, prompt_len: 1, blocks: 0..1 };
+            let sequence = SequenceRows {
+                rows: 0..1,
+                first_position: 0,
+                prompt_len: 1,
+                blocks: 0..1,
+                attention: Default::default(),
+            };
             let batch = Batch {
                 tokens: &[0],
                 positions: &[0],

@@ -1,6 +1,7 @@
 //! The trait that a device implements.
 
 use crate::sample::{SampleOutput, SampleRow};
+use crate::sparse::{DigestSpec, Method, SelectionLimits};
 use crate::{Batch, BlockIndex, DType, HeadShape, KvGeometry};
 
 /// Why a backend refused or failed.
@@ -74,6 +75,10 @@ pub trait Backend {
     type Vector;
     /// The KV pool: pages of all layers.
     type Kv;
+    /// Digests of one kind, of all blocks of a pool.
+    type Digests;
+    /// Scores and selections of the rows of a step, for one layer at a time.
+    type Selection;
 
     /// What the device is.
     fn info(&self) -> DeviceInfo;
@@ -107,6 +112,18 @@ pub trait Backend {
     /// A pool of `num_blocks` blocks. Memory may be committed lazily, but never more than
     /// `num_blocks * geometry.block_bytes()`.
     fn kv(&mut self, geometry: KvGeometry, num_blocks: usize) -> Result<Self::Kv, Error>;
+
+    /// Digests for a pool of `num_blocks` blocks of `geometry`: `num_blocks * spec.block_bytes(geometry)` bytes, which
+    /// may be committed lazily.
+    fn digests(
+        &mut self,
+        spec: DigestSpec,
+        geometry: KvGeometry,
+        num_blocks: usize,
+    ) -> Result<Self::Digests, Error>;
+
+    /// Memory for the selections of a step, and its size in bytes.
+    fn selection(&mut self, limits: SelectionLimits) -> Result<(Self::Selection, u64), Error>;
 
     /// Bytes of scratch memory that the operations need for steps of up to `rows_max` rows of `heads`, contexts of up
     /// to `context_max` tokens and at most `sequences_max` sequences; reserves them, so that no step allocates.
@@ -167,8 +184,40 @@ pub trait Backend {
         batch: &Batch,
     );
 
+    /// Makes the digests of the partitions that the rows of `batch` complete, from the keys in `kv`.
+    fn digest(&mut self, digests: &mut Self::Digests, kv: &Self::Kv, layer: usize, batch: &Batch);
+
+    /// Scores the candidates of every row of [`Batch::sparse_rows`] against the queries in `qkv`, as the row's method
+    /// in `methods` says. Rows that attend to everything in this layer are passed over.
+    fn score(
+        &mut self,
+        selection: &mut Self::Selection,
+        digests: &[Self::Digests],
+        kv: &Self::Kv,
+        layer: usize,
+        qkv: &Self::Tensor,
+        heads: HeadShape,
+        methods: &[Method],
+        batch: &Batch,
+    );
+
+    /// Turns scores into selections: the always-set and the `take` best candidates, ties to the earlier one.
+    fn select(
+        &mut self,
+        selection: &mut Self::Selection,
+        layer: usize,
+        heads: HeadShape,
+        methods: &[Method],
+        batch: &Batch,
+    );
+
     /// Causal attention of the query part of `qkv` over the pages of each sequence, positions `0..=position` of the
     /// row, the last `window` of them where given: `out[h] = softmax(q_h K^T / sqrt(head_dim)) V`, `[rows, q_cols]`.
+    /// With a `selection`, made for this batch and layer, the rows of [`Batch::sparse_rows`] attend to exactly the
+    /// slots in it; then there is no window.
+    ///
+    /// Partial results are made per split, the pages that hold [`crate::SPLIT_TOKENS`] slots and follow one another
+    /// among those selected, and merged in ascending order.
     fn attend(
         &mut self,
         out: &mut Self::Tensor,
@@ -178,6 +227,7 @@ pub trait Backend {
         heads: HeadShape,
         window: Option<usize>,
         batch: &Batch,
+        selection: Option<&Self::Selection>,
     );
 
     /// Draws one token per entry of `rows` from `logits` (`[.., vocab]`), as [`crate::sample::sample`] does; clears
@@ -205,4 +255,41 @@ pub trait Backend {
         block: BlockIndex,
         head: usize,
     ) -> (Vec<f32>, Vec<f32>);
+
+    /// The digests of the partitions that end in (layer, block, head), one after the other, without padding.
+    fn read_digests(
+        &mut self,
+        digests: &Self::Digests,
+        layer: usize,
+        block: BlockIndex,
+        head: usize,
+    ) -> Vec<f32>;
+
+    /// Scores of partitions `0..scores.len()` for the sparse row at `place`, a KV head and a line: see
+    /// [`Method::lines`]. Only those of candidates mean anything.
+    fn read_scores(
+        &mut self,
+        selection: &Self::Selection,
+        place: usize,
+        head: usize,
+        line: usize,
+        scores: &mut [f32],
+    );
+
+    /// Puts such scores in the place of those that were computed.
+    fn write_scores(
+        &mut self,
+        selection: &mut Self::Selection,
+        place: usize,
+        head: usize,
+        line: usize,
+        scores: &[f32],
+    );
+
+    /// The selection of the sparse row at `place` and a KV head, one bit per slot; `None` if the row attends to
+    /// everything.
+    fn read_selection(&mut self, selection: &Self::Selection, place: usize, head: usize) -> Option<Vec<u64>>;
+
+    /// Puts such a bitmap in the place of the one that was made.
+    fn write_selection(&mut self, selection: &mut Self::Selection, place: usize, head: usize, bits: &[u64]);
 }

@@ -1,6 +1,7 @@
 //! The batch of one step, as flat arrays.
 
 use crate::BlockIndex;
+use crate::sparse::Attention;
 
 /// The rows of one sequence in a step: `rows.len()` consecutive tokens that start at position `first_position`.
 ///
@@ -17,6 +18,23 @@ pub struct SequenceRows {
     /// Its block table: a range of [`Batch::block_tables`], one entry per block from position 0, long enough for the
     /// last row.
     pub blocks: std::ops::Range<u32>,
+    /// How rows from `prompt_len` on attend.
+    pub attention: Attention,
+}
+
+/// A row that attends to a selection, if its budget is below its context.
+#[derive(Clone, Copy, Debug)]
+pub struct SparseRow<'a> {
+    /// Row of the batch.
+    pub row: usize,
+    /// Its sequence.
+    pub sequence: &'a SequenceRows,
+    /// Its position; its context is one longer.
+    pub position: usize,
+    /// Index of its method.
+    pub method: usize,
+    /// Its budget in tokens.
+    pub budget: usize,
 }
 
 impl SequenceRows {
@@ -54,6 +72,26 @@ impl<'a> Batch<'a> {
     /// The block table of `sequence`.
     pub fn block_table(&self, sequence: &SequenceRows) -> &'a [BlockIndex] {
         &self.block_tables[sequence.blocks.start as usize..sequence.blocks.end as usize]
+    }
+
+    /// The rows at positions from `prompt_len` on of sequences that attend sparsely, in order. Their places in this
+    /// order are what selections are addressed by.
+    pub fn sparse_rows(&self) -> impl Iterator<Item = SparseRow<'a>> + use<'a> {
+        self.sequences.iter().flat_map(|s| {
+            let (method, budget, first) = match s.attention {
+                Attention::Dense => (0, 0, s.context_tokens()),
+                Attention::Sparse { method, budget } => {
+                    (method as usize, budget as usize, (s.prompt_len as usize).max(s.first_position as usize))
+                }
+            };
+            (first..s.context_tokens()).map(move |position| SparseRow {
+                row: s.rows.start as usize + position - s.first_position as usize,
+                sequence: s,
+                position,
+                method,
+                budget,
+            })
+        })
     }
 
     /// Panics unless the arrays agree with each other for pages of `page_tokens` slots: a broken batch would write

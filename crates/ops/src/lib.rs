@@ -18,9 +18,10 @@ mod page;
 mod random;
 pub mod reference;
 pub mod sample;
+pub mod sparse;
 
 pub use backend::{Backend, DeviceInfo, Error, Tensor, WeightView};
-pub use batch::{Batch, SequenceRows};
+pub use batch::{Batch, SequenceRows, SparseRow};
 pub use dtype::DType;
 pub use page::{BlockIndex, HeadShape, KvGeometry, PAGE_TOKENS_ALLOWED, SPLIT_TOKENS};
 pub use random::Random;

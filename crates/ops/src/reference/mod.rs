@@ -2,7 +2,12 @@
 //!
 //! Nothing here is tuned or blocked. Weights and KV are rounded to their element type; activations are not.
 
+mod sparse;
+
 use crate::sample::{SampleOutput, SampleRow, SampleScratch, sample};
+use crate::sparse::{DigestSpec, Method, SelectionLimits};
+pub use sparse::{DigestTable, Selections};
+
 use crate::{
     Backend, Batch, BlockIndex, DType, DeviceInfo, Error, HeadShape, KvGeometry, Tensor, WeightView,
 };
@@ -90,6 +95,8 @@ impl Backend for Reference {
     type Linear = Weights;
     type Vector = Vec<f32>;
     type Kv = Pages;
+    type Digests = DigestTable;
+    type Selection = Selections;
 
     fn info(&self) -> DeviceInfo {
         DeviceInfo { kind: "cpu", isa: "reference".into(), threads: 1 }
@@ -135,6 +142,19 @@ impl Backend for Reference {
     fn kv(&mut self, geometry: KvGeometry, num_blocks: usize) -> Result<Pages, Error> {
         let elements = num_blocks * geometry.block_bytes() / geometry.dtype.bytes();
         Ok(Pages { geometry, num_blocks, values: vec![0.0; elements] })
+    }
+
+    fn digests(
+        &mut self,
+        spec: DigestSpec,
+        geometry: KvGeometry,
+        num_blocks: usize,
+    ) -> Result<DigestTable, Error> {
+        Ok(DigestTable::new(spec, geometry, num_blocks))
+    }
+
+    fn selection(&mut self, limits: SelectionLimits) -> Result<(Selections, u64), Error> {
+        Ok((Selections::new(limits), 0))
     }
 
     fn reserve(&mut self, _: HeadShape, _: usize, _: usize, _: usize, _: usize) -> Result<u64, Error> {
@@ -258,6 +278,36 @@ impl Backend for Reference {
         }
     }
 
+    fn digest(&mut self, digests: &mut DigestTable, kv: &Pages, layer: usize, batch: &Batch) {
+        batch.check(kv.geometry.page_tokens);
+        digests.update(kv, layer, batch);
+    }
+
+    fn score(
+        &mut self,
+        selection: &mut Selections,
+        digests: &[DigestTable],
+        kv: &Pages,
+        layer: usize,
+        qkv: &Matrix,
+        heads: HeadShape,
+        methods: &[Method],
+        batch: &Batch,
+    ) {
+        selection.score(digests, kv, layer, qkv, heads, methods, batch);
+    }
+
+    fn select(
+        &mut self,
+        selection: &mut Selections,
+        layer: usize,
+        heads: HeadShape,
+        methods: &[Method],
+        batch: &Batch,
+    ) {
+        selection.select(layer, heads, methods, batch);
+    }
+
     fn attend(
         &mut self,
         out: &mut Matrix,
@@ -267,30 +317,39 @@ impl Backend for Reference {
         heads: HeadShape,
         window: Option<usize>,
         batch: &Batch,
+        selection: Option<&Selections>,
     ) {
+        assert!(selection.is_none() || window.is_none(), "a window is no layer for selections");
         batch.check(kv.geometry.page_tokens);
         assert_eq!((qkv.cols, out.cols), (heads.qkv_cols(), heads.q_cols()), "columns");
         out.set_rows(qkv.rows);
         let d = heads.head_dim;
         let scale = 1.0 / (d as f32).sqrt();
+        let mut sparse_rows = batch.sparse_rows().enumerate().peekable();
         for sequence in batch.sequences {
             let table = batch.block_table(sequence);
             for row in sequence.rows.clone() {
                 let row = row as usize;
                 let end = batch.positions[row] as usize + 1;
                 let start = window.map_or(0, |w| end.saturating_sub(w));
+                let place = sparse_rows.next_if(|(_, s)| s.row == row).map(|(place, _)| place);
                 for h in 0..heads.q_heads {
                     let kv_head = h / heads.group();
+                    let bits =
+                        selection.zip(place).and_then(|(s, place)| s.bits[s.at(place, kv_head)].as_ref());
+                    let attended: Vec<usize> = (start..end)
+                        .filter(|p| bits.is_none_or(|b| b[p / 64] >> (p % 64) & 1 == 1))
+                        .collect();
                     let q = &qkv.row(row)[h * d..][..d];
                     let slot = |p, part| &kv.values[kv.slot(layer, table, p, kv_head, part)..][..d];
-                    let scores: Vec<f32> = (start..end).map(|p| dot(q, slot(p, 0)) * scale).collect();
+                    let scores: Vec<f32> = attended.iter().map(|&p| dot(q, slot(p, 0)) * scale).collect();
                     let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
                     let weights: Vec<f32> = scores.iter().map(|s| (s - max).exp()).collect();
                     let sum: f32 = weights.iter().sum();
                     let o = &mut out.row_mut(row)[h * d..][..d];
                     o.fill(0.0);
-                    for (p, weight) in (start..end).zip(&weights) {
-                        for (o, v) in o.iter_mut().zip(slot(p, 1)) {
+                    for (p, weight) in attended.iter().zip(&weights) {
+                        for (o, v) in o.iter_mut().zip(slot(*p, 1)) {
                             *o += weight / sum * v;
                         }
                     }
@@ -335,6 +394,49 @@ impl Backend for Reference {
         let len = kv.geometry.page_tokens * kv.geometry.head_dim;
         let part = |part| kv.values[kv.at(layer, block, head, part)..][..len].to_vec();
         (part(0), part(1))
+    }
+
+    fn read_digests(
+        &mut self,
+        digests: &DigestTable,
+        layer: usize,
+        block: BlockIndex,
+        head: usize,
+    ) -> Vec<f32> {
+        digests.values[digests.of_block(layer, block, head)].to_vec()
+    }
+
+    fn read_scores(
+        &mut self,
+        selection: &Selections,
+        place: usize,
+        head: usize,
+        line: usize,
+        scores: &mut [f32],
+    ) {
+        let from = &selection.scores[selection.line(place, head, line)];
+        scores.copy_from_slice(&from[..scores.len()]);
+    }
+
+    fn write_scores(
+        &mut self,
+        selection: &mut Selections,
+        place: usize,
+        head: usize,
+        line: usize,
+        scores: &[f32],
+    ) {
+        let at = selection.line(place, head, line);
+        selection.scores[at][..scores.len()].copy_from_slice(scores);
+    }
+
+    fn read_selection(&mut self, selection: &Selections, place: usize, head: usize) -> Option<Vec<u64>> {
+        selection.bits[selection.at(place, head)].clone()
+    }
+
+    fn write_selection(&mut self, selection: &mut Selections, place: usize, head: usize, bits: &[u64]) {
+        let at = selection.at(place, head);
+        selection.bits[at] = Some(bits.to_vec());
     }
 }
 
@@ -388,12 +490,18 @@ mod tests {
         let mut qkv = b.tensor(1, 6).unwrap();
         b.upload(&mut qkv, &[1.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
         let mut out = b.tensor(1, 2).unwrap();
-        let sequence = crate::SequenceRows { rows: 0..1, first_position: 1, prompt_len: 1, blocks: 0..1 };
+        let sequence = crate::SequenceRows {
+            rows: 0..1,
+            first_position: 1,
+            prompt_len: 1,
+            blocks: 0..1,
+            attention: Default::default(),
+        };
         let batch =
             Batch { tokens: &[0], positions: &[1], sequences: &[sequence], block_tables: &[BlockIndex(0)] };
-        b.attend(&mut out, &kv, 0, &qkv, heads, None, &batch);
+        b.attend(&mut out, &kv, 0, &qkv, heads, None, &batch, None);
         assert!((out.row(0)[0] - 1.0).abs() < 1e-6 && (out.row(0)[1] - 6.0).abs() < 1e-6, "{:?}", out.row(0));
-        b.attend(&mut out, &kv, 0, &qkv, heads, Some(1), &batch);
+        b.attend(&mut out, &kv, 0, &qkv, heads, Some(1), &batch, None);
         assert_eq!(out.row(0), [0.0, 8.0]);
     }
 

@@ -5,12 +5,15 @@
 //! product to bf16 (8 bits of mantissa, so 2^-9 relative per factor), errors of the terms add up like a random walk
 //! and stay below 1 % of the largest output; elsewhere only the order of f32 additions differs.
 
+mod sparse;
+
 use crate::reference::{Matrix, Reference};
 use crate::sample::{SampleOutput, SampleRow, SamplingParams};
 use crate::{
     Backend, Batch, BlockIndex, DType, HeadShape, KvGeometry, PAGE_TOKENS_ALLOWED, Random, SPLIT_TOKENS,
     SequenceRows, Tensor, WeightView,
 };
+pub use sparse::check_sparse;
 
 /// Every element type.
 pub const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
@@ -51,6 +54,7 @@ pub fn check_all<B: Backend>(make: &mut dyn FnMut() -> B, seed: u64) {
         check_linear(&mut make(), dtype, seed);
         check_pages(&mut make(), dtype, seed);
         check_attention(&mut make(), dtype, seed);
+        check_sparse(&mut make(), dtype, seed);
     }
     check_rows(&mut make(), seed);
     check_rope_angles(&mut make(), seed);
@@ -300,6 +304,7 @@ impl Work {
                 first_position: first,
                 prompt_len: context as u32,
                 blocks: blocks..blocks + table.len() as u32,
+                attention: Default::default(),
             });
         }
         work
@@ -334,7 +339,7 @@ impl<B: Backend> Layer<'_, B> {
         self.backend.rope_angles(&mut angles, &work.positions, inv_freq, &vec![0; rows], 1.0);
         let norm = self.q_norm.as_ref().map(|(q, k)| (q, k, 1e-6));
         self.backend.append(&mut self.kv, 1, &mut x, self.heads, norm, &angles, &work.batch());
-        self.backend.attend(&mut out, &self.kv, 1, &x, self.heads, self.window, &work.batch());
+        self.backend.attend(&mut out, &self.kv, 1, &x, self.heads, self.window, &work.batch(), None);
         (rows_of(self.backend, &x), rows_of(self.backend, &out))
     }
 }

@@ -1,0 +1,242 @@
+//! Digests of partitions: their place, and how they are made.
+//!
+//! Those of a block lie together, `[head][partition of the block][value]`, in the type of K and padded to whole vectors,
+//! so that scoring a run of partitions for all heads reads memory in pieces of some KiB. Making them costs less than a
+//! hundredth of prefill, so that is plain code.
+
+use half::{bf16, f16};
+use ops::sparse::{DigestKind, DigestSpec, padded_width};
+use ops::{Batch, BlockIndex, DType, Error, KvGeometry, SequenceRows};
+
+use crate::memory::{Buffer, Shared};
+use crate::pack::k_per_step;
+use crate::pages::{HEAD_DIM_MAX, Kv};
+use crate::pool::Pool;
+
+/// The digests of one kind, of all blocks of a pool.
+#[derive(Debug)]
+pub struct Digests {
+    spec: DigestSpec,
+    geometry: KvGeometry,
+    num_blocks: usize,
+    /// Partitions that end in a block.
+    per_block: usize,
+    layers: Vec<Buffer<u8>>,
+}
+
+impl Digests {
+    /// Digests for `num_blocks` blocks.
+    ///
+    /// # Errors
+    /// Partitions that do not fit pages; memory.
+    pub fn new(spec: DigestSpec, geometry: KvGeometry, num_blocks: usize) -> Result<Self, Error> {
+        let (partition, page) = (spec.partition_tokens, geometry.page_tokens);
+        if partition == 0 || !(page.is_multiple_of(partition) || partition.is_multiple_of(page)) {
+            return Err(Error::Unsupported(format!(
+                "partitions of {partition} tokens on pages of {page}; one must divide the other (--page-tokens)"
+            )));
+        }
+        let layer_bytes = num_blocks.saturating_mul(spec.block_bytes(&geometry) / geometry.num_layers);
+        let layers = (0..geometry.num_layers).map(|_| Buffer::zeroed(layer_bytes, "digests"));
+        let per_block = spec.per_block(page);
+        Ok(Digests { spec, geometry, num_blocks, per_block, layers: layers.collect::<Result<_, _>>()? })
+    }
+
+    /// What they are.
+    pub fn spec(&self) -> DigestSpec {
+        self.spec
+    }
+
+    /// Bytes of one digest.
+    #[inline(always)]
+    pub fn digest_bytes(&self) -> usize {
+        padded_width(self.spec.kind.width(self.geometry.head_dim)) * self.geometry.dtype.bytes()
+    }
+
+    /// Bytes from the digest of a partition for one head to that for the next.
+    #[inline(always)]
+    pub fn head_bytes(&self) -> usize {
+        self.per_block * self.digest_bytes()
+    }
+
+    /// Offset in its layer of the digest of a partition for head 0.
+    ///
+    /// # Panics
+    /// When its block does not exist.
+    #[inline(always)]
+    pub fn offset(&self, table: &[BlockIndex], partition: usize) -> usize {
+        let page = self.geometry.page_tokens;
+        let last = (partition + 1) * self.spec.partition_tokens - 1;
+        let within = if self.per_block == 1 { 0 } else { last % page / self.spec.partition_tokens };
+        let block = table[last / page];
+        assert!(block.at() < self.num_blocks, "{block:?} of {}", self.num_blocks);
+        block.at() * self.geometry.kv_heads * self.head_bytes() + within * self.digest_bytes()
+    }
+
+    /// All digests of a layer.
+    pub fn layer(&self, layer: usize) -> &[u8] {
+        self.layers[layer].as_slice()
+    }
+
+    /// The digests of a block and head, without padding.
+    pub fn read(&self, layer: usize, block: BlockIndex, head: usize) -> Vec<f32> {
+        let dtype = self.geometry.dtype;
+        let start = (block.at() * self.geometry.kv_heads + head) * self.head_bytes();
+        let bytes = &self.layers[layer].as_slice()[start..start + self.head_bytes()];
+        let width = self.spec.kind.width(self.geometry.head_dim);
+        let digests = bytes.chunks_exact(self.digest_bytes());
+        digests.flat_map(|digest| (0..width).map(move |i| dtype.read(digest, i))).collect()
+    }
+}
+
+/// Partitions that the rows of a sequence complete.
+fn completed(sequence: &SequenceRows, partition_tokens: usize) -> std::ops::Range<usize> {
+    sequence.first_position as usize / partition_tokens..sequence.context_tokens() / partition_tokens
+}
+
+/// Makes the digests of the partitions that the rows of `batch` complete.
+pub fn digest(pool: &mut Pool, digests: &mut Digests, kv: &Kv, layer: usize, batch: &Batch) {
+    assert_eq!(*kv.geometry(), digests.geometry, "digests of this pool");
+    batch.check(kv.geometry().page_tokens);
+    let length = digests.spec.partition_tokens;
+    let num_tasks = batch.sequences.iter().map(|s| completed(s, length).len()).sum();
+    if num_tasks == 0 {
+        return;
+    }
+    let to = Shared(digests.layers[layer].as_mut_ptr());
+    let digests = &*digests;
+    pool.run(num_tasks, &|task, _| {
+        let mut task = task;
+        for s in batch.sequences {
+            let partitions = completed(s, length);
+            if task >= partitions.len() {
+                task -= partitions.len();
+                continue;
+            }
+            let partition = partitions.start + task;
+            let table = batch.block_table(s);
+            let offset = digests.offset(table, partition);
+            let positions = partition * length..(partition + 1) * length;
+            for head in 0..digests.geometry.kv_heads {
+                let mut values = [0.0; 2 * HEAD_DIM_MAX];
+                summarise(digests.spec.kind, kv, layer, table, head, positions.clone(), &mut values);
+                let width = digests.spec.kind.width(digests.geometry.head_dim);
+                // SAFETY: the digest lies in the layer, as `offset` checked, and belongs to this partition alone; rows
+                // of one batch complete a partition of a block once.
+                let bytes = unsafe {
+                    let start = to.at(offset + head * digests.head_bytes());
+                    std::slice::from_raw_parts_mut(start, width * digests.geometry.dtype.bytes())
+                };
+                store(bytes, &values[..width], digests.geometry.dtype);
+            }
+            return;
+        }
+    });
+}
+
+/// The digest, in f32 and not rounded, of the keys of a head at `positions`; returns its width.
+///
+/// Sums run over positions in ascending order, so the digest depends on the keys alone.
+pub fn summarise(
+    kind: DigestKind,
+    kv: &Kv,
+    layer: usize,
+    table: &[BlockIndex],
+    head: usize,
+    positions: std::ops::Range<usize>,
+    to: &mut [f32; 2 * HEAD_DIM_MAX],
+) {
+    match kv.geometry().dtype {
+        DType::F32 => {
+            summarise_as(kind, kv, layer, table, head, positions, to, |k: &[u8; 4]| f32::from_le_bytes(*k))
+        }
+        DType::F16 => summarise_as(kind, kv, layer, table, head, positions, to, |k: &[u8; 2]| {
+            f16::from_le_bytes(*k).to_f32()
+        }),
+        DType::Bf16 => summarise_as(kind, kv, layer, table, head, positions, to, |k: &[u8; 2]| {
+            bf16::from_le_bytes(*k).to_f32()
+        }),
+    }
+}
+
+fn summarise_as<const BYTES: usize>(
+    kind: DigestKind,
+    kv: &Kv,
+    layer: usize,
+    table: &[BlockIndex],
+    head: usize,
+    positions: std::ops::Range<usize>,
+    to: &mut [f32; 2 * HEAD_DIM_MAX],
+    decode: impl Fn(&[u8; BYTES]) -> f32 + Copy,
+) {
+    let d = kv.geometry().head_dim;
+    let count = positions.len() as f32;
+    let keys = Keys { kv, layer, table, head, positions };
+    let (high, rest) = to.split_at_mut(d);
+    let low = &mut rest[..d];
+    if kind == DigestKind::Mean {
+        high.fill(0.0);
+        keys.each(decode, |c, k| high[c] += k);
+        high.iter_mut().for_each(|sum| *sum /= count);
+        return;
+    }
+    high.fill(f32::NEG_INFINITY);
+    low.fill(f32::INFINITY);
+    keys.each(decode, |c, k| {
+        high[c] = high[c].max(k);
+        low[c] = low[c].min(k);
+    });
+    if kind == DigestKind::CuboidMean {
+        let mut radius = [0.0; HEAD_DIM_MAX];
+        for (h, l) in high.iter_mut().zip(&*low) {
+            *h = (*l + *h) / 2.0;
+        }
+        keys.each(decode, |c, k| radius[c] += (high[c] - k).abs());
+        for ((h, l), r) in high.iter_mut().zip(low).zip(&radius) {
+            (*h, *l) = (*h + r / count, *h - r / count);
+        }
+    }
+}
+
+/// Keys of a head at some positions.
+struct Keys<'a> {
+    kv: &'a Kv,
+    layer: usize,
+    table: &'a [BlockIndex],
+    head: usize,
+    positions: std::ops::Range<usize>,
+}
+
+impl Keys<'_> {
+    /// Visits channel and value of every key, in order of positions.
+    fn each<const BYTES: usize>(
+        &self,
+        decode: impl Fn(&[u8; BYTES]) -> f32,
+        mut visit: impl FnMut(usize, f32),
+    ) {
+        let KvGeometry { head_dim, page_tokens, dtype, .. } = *self.kv.geometry();
+        let per_step = k_per_step(dtype);
+        for position in self.positions.clone() {
+            let page = self.kv.page_bytes(self.layer, self.table[position / page_tokens], self.head);
+            let (keys, _) = page.as_chunks::<BYTES>();
+            let slot = position % page_tokens;
+            for step in 0..head_dim / per_step {
+                let first = (step * page_tokens + slot) * per_step;
+                for (i, key) in keys[first..first + per_step].iter().enumerate() {
+                    visit(step * per_step + i, decode(key));
+                }
+            }
+        }
+    }
+}
+
+/// Rounds `values` to `dtype`.
+fn store(bytes: &mut [u8], values: &[f32], dtype: DType) {
+    for (i, &value) in values.iter().enumerate() {
+        match dtype {
+            DType::F32 => bytes[4 * i..4 * i + 4].copy_from_slice(&value.to_le_bytes()),
+            DType::F16 => bytes[2 * i..2 * i + 2].copy_from_slice(&f16::from_f32(value).to_le_bytes()),
+            DType::Bf16 => bytes[2 * i..2 * i + 2].copy_from_slice(&bf16::from_f32(value).to_le_bytes()),
+        }
+    }
+}

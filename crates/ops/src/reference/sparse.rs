@@ -1,0 +1,297 @@
+//! Digests, scores and selections, from the formulas alone.
+
+use super::{Matrix, Pages, dot};
+use crate::sparse::{
+    DigestKind, DigestSpec, Method, Reduce, RowPlan, Scope, Score, SelectionLimits, bitmap_words, mark,
+    order_key, random_score,
+};
+use crate::{Batch, BlockIndex, HeadShape, SparseRow};
+
+/// Digests of all blocks: `[layer][block][head][partition of the block][value]`.
+#[derive(Debug)]
+pub struct DigestTable {
+    pub(super) spec: DigestSpec,
+    pub(super) values: Vec<f32>,
+    num_blocks: usize,
+    kv_heads: usize,
+    per_block: usize,
+    width: usize,
+}
+
+impl DigestTable {
+    pub(super) fn new(spec: DigestSpec, geometry: crate::KvGeometry, num_blocks: usize) -> Self {
+        let per_block = spec.per_block(geometry.page_tokens);
+        let width = spec.kind.width(geometry.head_dim);
+        let len = geometry.num_layers * num_blocks * geometry.kv_heads * per_block * width;
+        DigestTable {
+            spec,
+            values: vec![0.0; len],
+            num_blocks,
+            kv_heads: geometry.kv_heads,
+            per_block,
+            width,
+        }
+    }
+
+    /// Digests of a block and head.
+    pub(super) fn of_block(&self, layer: usize, block: BlockIndex, head: usize) -> std::ops::Range<usize> {
+        let len = self.per_block * self.width;
+        let at = ((layer * self.num_blocks + block.at()) * self.kv_heads + head) * len;
+        at..at + len
+    }
+
+    /// The digest of a partition of the sequence with this block table.
+    fn of_partition(
+        &self,
+        layer: usize,
+        table: &[BlockIndex],
+        page_tokens: usize,
+        head: usize,
+        partition: usize,
+    ) -> std::ops::Range<usize> {
+        let last = (partition + 1) * self.spec.partition_tokens - 1;
+        let within = last % page_tokens / self.spec.partition_tokens;
+        let block = self.of_block(layer, table[last / page_tokens], head);
+        let within = if self.per_block == 1 { 0 } else { within };
+        block.start + within * self.width..block.start + (within + 1) * self.width
+    }
+
+    /// Makes the digests that `batch` completes.
+    pub(super) fn update(&mut self, kv: &Pages, layer: usize, batch: &Batch) {
+        let length = self.spec.partition_tokens;
+        for sequence in batch.sequences {
+            let table = batch.block_table(sequence);
+            for partition in sequence.first_position as usize / length..sequence.context_tokens() / length {
+                for head in 0..self.kv_heads {
+                    let positions = partition * length..(partition + 1) * length;
+                    let digest = digest(self.spec.kind, kv, layer, table, head, positions);
+                    let at = self.of_partition(layer, table, kv.geometry.page_tokens, head, partition);
+                    self.values[at].copy_from_slice(&digest);
+                }
+            }
+        }
+    }
+}
+
+/// The digest of the keys at `positions`, rounded to the type of K.
+fn digest(
+    kind: DigestKind,
+    kv: &Pages,
+    layer: usize,
+    table: &[BlockIndex],
+    head: usize,
+    positions: std::ops::Range<usize>,
+) -> Vec<f32> {
+    let d = kv.geometry.head_dim;
+    let keys: Vec<&[f32]> = positions.map(|p| &kv.values[kv.slot(layer, table, p, head, 0)..][..d]).collect();
+    let channel = |c: usize| keys.iter().map(move |k| k[c]);
+    let max = |c: usize| channel(c).fold(f32::NEG_INFINITY, f32::max);
+    let min = |c: usize| channel(c).fold(f32::INFINITY, f32::min);
+    let values: Vec<f32> = match kind {
+        DigestKind::MinMax => (0..d).map(max).chain((0..d).map(min)).collect(),
+        DigestKind::CuboidMean => {
+            let center = |c: usize| (min(c) + max(c)) / 2.0;
+            let radius =
+                |c: usize| channel(c).map(|k| (center(c) - k).abs()).sum::<f32>() / keys.len() as f32;
+            let high = (0..d).map(|c| center(c) + radius(c));
+            high.chain((0..d).map(|c| center(c) - radius(c))).collect()
+        }
+        DigestKind::Mean => (0..d).map(|c| channel(c).sum::<f32>() / keys.len() as f32).collect(),
+    };
+    values.into_iter().map(|v| kv.geometry.dtype.round(v)).collect()
+}
+
+/// Scores and selections of the sparse rows of a step.
+#[derive(Debug)]
+pub struct Selections {
+    pub(super) limits: SelectionLimits,
+    /// `[place][kv head][line]`, one score per partition.
+    pub(super) scores: Vec<Vec<f32>>,
+    /// `[place][kv head]`; `None` attends to everything.
+    pub(super) bits: Vec<Option<Vec<u64>>>,
+}
+
+impl Selections {
+    pub(super) fn new(limits: SelectionLimits) -> Self {
+        let rows = limits.rows_max * limits.heads.kv_heads;
+        Selections {
+            limits,
+            scores: vec![vec![0.0; limits.partitions_max()]; rows * limits.lines_max],
+            bits: vec![None; rows],
+        }
+    }
+
+    pub(super) fn line(&self, place: usize, head: usize, line: usize) -> usize {
+        (place * self.limits.heads.kv_heads + head) * self.limits.lines_max + line
+    }
+
+    pub(super) fn at(&self, place: usize, head: usize) -> usize {
+        place * self.limits.heads.kv_heads + head
+    }
+
+    pub(super) fn score(
+        &mut self,
+        digests: &[DigestTable],
+        kv: &Pages,
+        layer: usize,
+        qkv: &Matrix,
+        heads: HeadShape,
+        methods: &[Method],
+        batch: &Batch,
+    ) {
+        for (place, row) in batch.sparse_rows().enumerate() {
+            let method = &methods[row.method];
+            let Some(plan) = plan_in(method, layer, &row) else { continue };
+            for head in 0..heads.kv_heads {
+                for line in 0..method.lines(heads) {
+                    let at = self.line(place, head, line);
+                    for partition in plan.candidates.clone() {
+                        self.scores[at][partition] = match method.score {
+                            Score::Recency => unreachable!("nothing competes"),
+                            Score::Random { seed } => {
+                                let head = if method.scope == Scope::Layer { 0 } else { head };
+                                random_score(seed, layer, head, row.position, partition)
+                            }
+                            Score::Digest { digests: index } => {
+                                let table = &digests[index as usize];
+                                let digest = partition_digest(table, kv, layer, batch, &row, head, partition);
+                                score_line(
+                                    table.spec.kind,
+                                    method,
+                                    qkv.row(row.row),
+                                    heads,
+                                    head,
+                                    line,
+                                    &digest,
+                                )
+                            }
+                        };
+                    }
+                }
+            }
+        }
+    }
+
+    pub(super) fn select(&mut self, layer: usize, heads: HeadShape, methods: &[Method], batch: &Batch) {
+        for (place, row) in batch.sparse_rows().enumerate() {
+            let method = &methods[row.method];
+            let plan = plan_in(method, layer, &row);
+            for head in 0..heads.kv_heads {
+                let at = self.at(place, head);
+                self.bits[at] = plan.as_ref().map(|plan| {
+                    let scores = self.reduced(method, plan, heads, place, head);
+                    bitmap(method, plan, row.position + 1, &scores)
+                });
+            }
+        }
+    }
+
+    /// One score per candidate: lines and, where a layer shares its selection, heads made one.
+    fn reduced(
+        &self,
+        method: &Method,
+        plan: &RowPlan,
+        heads: HeadShape,
+        place: usize,
+        head: usize,
+    ) -> Vec<f32> {
+        let of = match method.scope {
+            Scope::KvHead => head..head + 1,
+            Scope::Layer => 0..heads.kv_heads,
+        };
+        let lines: Vec<Vec<f32>> = of
+            .flat_map(|head| (0..method.lines(heads)).map(move |line| (head, line)))
+            .map(|(head, line)| {
+                let raw = &self.scores[self.line(place, head, line)][plan.candidates.clone()];
+                if method.softmax { softmax(raw, heads.head_dim) } else { raw.to_vec() }
+            })
+            .collect();
+        (0..plan.candidates.len())
+            .map(|i| {
+                let scores = lines.iter().map(|line| line[i]);
+                match method.reduce {
+                    Reduce::Max => scores.fold(f32::NEG_INFINITY, f32::max),
+                    Reduce::Mean | Reduce::MeanQuery => scores.sum::<f32>() / lines.len() as f32,
+                }
+            })
+            .collect()
+    }
+}
+
+/// What `row` attends to in `layer`; `None` if everything.
+pub(super) fn plan_in(method: &Method, layer: usize, row: &SparseRow) -> Option<RowPlan> {
+    let plan = method.plan(row.position + 1, row.budget);
+    (layer >= method.dense_layers && !plan.is_dense()).then_some(plan)
+}
+
+/// The digest of a candidate as the row sees it: that of a partition which is still open covers what is there.
+fn partition_digest(
+    table: &DigestTable,
+    kv: &Pages,
+    layer: usize,
+    batch: &Batch,
+    row: &SparseRow,
+    head: usize,
+    partition: usize,
+) -> Vec<f32> {
+    let length = table.spec.partition_tokens;
+    let blocks = batch.block_table(row.sequence);
+    let (start, end) = (partition * length, (partition + 1) * length);
+    if end > row.position + 1 {
+        return digest(table.spec.kind, kv, layer, blocks, head, start..row.position + 1);
+    }
+    let at = table.of_partition(layer, blocks, kv.geometry.page_tokens, head, partition);
+    table.values[at].to_vec()
+}
+
+/// The score of one digest for line `line` of a KV head.
+fn score_line(
+    kind: DigestKind,
+    method: &Method,
+    qkv: &[f32],
+    heads: HeadShape,
+    head: usize,
+    line: usize,
+    digest: &[f32],
+) -> f32 {
+    let (group, d) = (heads.group(), heads.head_dim);
+    let query = |g: usize| &qkv[(head * group + g) * d..][..d];
+    let raw = |q: &[f32]| match kind {
+        DigestKind::Mean => dot(q, digest),
+        DigestKind::MinMax | DigestKind::CuboidMean => {
+            let (high, low) = digest.split_at(d);
+            q.iter().zip(high).zip(low).map(|((q, h), l)| (q * h).max(q * l)).sum()
+        }
+    };
+    if method.reduce == Reduce::MeanQuery {
+        let mean: Vec<f32> =
+            (0..d).map(|c| (0..group).map(|g| query(g)[c]).sum::<f32>() / group as f32).collect();
+        raw(&mean)
+    } else if method.lines(heads) == 1 {
+        (0..group).map(|g| raw(query(g))).sum::<f32>() / group as f32
+    } else {
+        raw(query(line))
+    }
+}
+
+fn softmax(raw: &[f32], head_dim: usize) -> Vec<f32> {
+    let scaled: Vec<f32> = raw.iter().map(|s| s / (head_dim as f32).sqrt()).collect();
+    let max = scaled.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weights: Vec<f32> = scaled.iter().map(|s| (s - max).exp()).collect();
+    let sum: f32 = weights.iter().sum();
+    weights.iter().map(|w| w / sum).collect()
+}
+
+/// The always-set and the `take` best candidates, of which `scores` holds one each.
+fn bitmap(method: &Method, plan: &RowPlan, context: usize, scores: &[f32]) -> Vec<u64> {
+    let mut bits = vec![0; bitmap_words(context)];
+    mark(&mut bits, 0..plan.sink_end);
+    mark(&mut bits, plan.tail_start..context);
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    order.sort_by_key(|&i| (std::cmp::Reverse(order_key(scores[i])), i));
+    for &i in &order[..plan.take] {
+        let start = (plan.candidates.start + i) * method.partition_tokens;
+        mark(&mut bits, start..(start + method.partition_tokens).min(context));
+    }
+    bits
+}

@@ -1,0 +1,435 @@
+//! What sparse attention asks of a device: digests of partitions, scores of digests, and which slots a row attends to.
+//!
+//! A *policy* (crate `sparse`) is a [`Method`]: data that says which of these operations run and how. Everything that
+//! every device must agree on to the bit, the arithmetic of partitions and budgets, is here and is pure.
+//!
+//! Invariant: a row's selection depends on its query, the keys before it, its position and its [`Attention`] alone.
+
+use std::ops::Range;
+
+use crate::{HeadShape, KvGeometry, Random};
+
+/// How a sequence attends. Rows of its prompt always attend to everything before them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Attention {
+    /// To everything.
+    #[default]
+    Dense,
+    /// Rows at positions from `prompt_len` on attend to what a method selects.
+    Sparse {
+        /// Index into the methods that the device was given.
+        method: u16,
+        /// Slots to attend to at most, per KV head and layer, those always attended included.
+        budget: u32,
+    },
+}
+
+/// What a digest keeps of the keys of a partition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DigestKind {
+    /// `[max_j k_j | min_j k_j]`, channel by channel (Quest, Tang et al. 2024).
+    MinMax,
+    /// `[c + r | c - r]` with `c = (min_j k_j + max_j k_j) / 2` and `r = mean_j |c - k_j|` (ArkVale, Chen et al. 2024,
+    /// "cuboid-mean").
+    CuboidMean,
+    /// `mean_j k_j` (ShadowKV's landmarks, Sun et al. 2024).
+    Mean,
+}
+
+impl DigestKind {
+    /// Values per digest, for heads of `head_dim` channels.
+    pub const fn width(self, head_dim: usize) -> usize {
+        match self {
+            DigestKind::MinMax | DigestKind::CuboidMean => 2 * head_dim,
+            DigestKind::Mean => head_dim,
+        }
+    }
+}
+
+/// The digests of one kind, over one cut of the context into partitions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct DigestSpec {
+    /// What is kept.
+    pub kind: DigestKind,
+    /// Consecutive tokens per partition; divides [`KvGeometry::page_tokens`] or is a multiple of it.
+    pub partition_tokens: usize,
+}
+
+impl DigestSpec {
+    /// Digests that lie with a block: those of the partitions that end in it. A partition longer than a page leaves
+    /// the places of its other blocks unused, because those may be shared with a sequence that goes on differently.
+    pub const fn per_block(&self, page_tokens: usize) -> usize {
+        let whole = page_tokens / self.partition_tokens;
+        if whole == 0 { 1 } else { whole }
+    }
+
+    /// Bytes that digests add to a block of `geometry`, over all layers and heads. Digests have the type of K.
+    pub const fn block_bytes(&self, geometry: &KvGeometry) -> usize {
+        let digest = padded_width(self.kind.width(geometry.head_dim)) * geometry.dtype.bytes();
+        geometry.num_layers * geometry.kv_heads * self.per_block(geometry.page_tokens) * digest
+    }
+}
+
+/// Digests are stored in whole runs of this many values, zeros at their end.
+pub const DIGEST_ALIGN: usize = 32;
+
+/// `width` rounded up to [`DIGEST_ALIGN`].
+pub const fn padded_width(width: usize) -> usize {
+    width.next_multiple_of(DIGEST_ALIGN)
+}
+
+/// Where the scores of partitions come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Score {
+    /// Nothing is scored: what the always-set leaves of the budget is spent on more recent tokens.
+    Recency,
+    /// Uniform in `[0, 1)` from (seed, layer, scope, position, partition): the floor that a method must beat.
+    Random {
+        /// Of the stream.
+        seed: u64,
+    },
+    /// An upper bound or estimate of `q . k` from the digests with this index.
+    ///
+    /// For two-sided digests `sum_c max(q_c hi_c, q_c lo_c)`; since `hi >= lo` that is `max(q, 0) . hi + min(q, 0) . lo`,
+    /// a dot product with the *lifted* query `[max(q, 0) | min(q, 0)]`. For means `q . mean`. Unscaled.
+    Digest {
+        /// Index into the digests that the device was given.
+        digests: u16,
+    },
+}
+
+/// How the scores of the query heads of a scope become one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reduce {
+    /// Their mean.
+    Mean,
+    /// Their maximum.
+    Max,
+    /// The score of the mean of the queries.
+    MeanQuery,
+}
+
+/// Who shares a selection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// The query heads of one KV head.
+    KvHead,
+    /// All query heads of a layer.
+    Layer,
+}
+
+/// What is attended to without being scored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Always {
+    /// The first tokens, in whole partitions.
+    pub sink_tokens: u32,
+    /// The last tokens, the row's own included, in whole partitions. At least 1 makes the row's own partition part of
+    /// the always-set; 0 lets it compete once it is full.
+    pub recent_tokens: u32,
+}
+
+/// A sparse method as the operations of a device see it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Method {
+    /// Layers from the first on that attend to everything.
+    pub dense_layers: usize,
+    /// Tokens per partition.
+    pub partition_tokens: usize,
+    /// Where scores come from.
+    pub score: Score,
+    /// How scores of a scope become one.
+    pub reduce: Reduce,
+    /// Whether the scores of each query head become probabilities first: a softmax over the candidates of
+    /// `score / sqrt(head_dim)`.
+    pub softmax: bool,
+    /// Who shares a selection.
+    pub scope: Scope,
+    /// What needs no score.
+    pub always: Always,
+    /// Whether a partition that is not full competes like any other, by what it holds so far, instead of being always
+    /// attended.
+    pub open_competes: bool,
+    /// Partitions that are selected at least.
+    pub take_min: usize,
+}
+
+/// What a row with a given context and budget attends to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RowPlan {
+    /// Positions `0..sink_end` are attended.
+    pub sink_end: usize,
+    /// Positions `tail_start..context` are attended.
+    pub tail_start: usize,
+    /// Partitions that are scored; disjoint from both.
+    pub candidates: Range<usize>,
+    /// How many of them are selected.
+    pub take: usize,
+}
+
+impl RowPlan {
+    /// Whether the row attends to everything.
+    pub fn is_dense(&self) -> bool {
+        self.candidates.is_empty() && self.tail_start <= self.sink_end
+    }
+
+    /// Slots that the row attends to, if every partition taken has `partition_tokens`.
+    pub fn attended(&self, context: usize, partition_tokens: usize) -> usize {
+        let tail = context - self.tail_start.max(self.sink_end);
+        (self.sink_end + tail + self.take * partition_tokens).min(context)
+    }
+}
+
+impl Method {
+    /// What a row attends to whose context, itself included, has `context` tokens, with `budget` tokens at most.
+    ///
+    /// A budget of the context or more gives everything. One too small for the always-set and `take_min` partitions is
+    /// raised to that.
+    ///
+    /// # Panics
+    /// When the context is empty.
+    pub fn plan(&self, context: usize, budget: usize) -> RowPlan {
+        assert!(context > 0, "a row attends to itself");
+        let all = RowPlan { sink_end: 0, tail_start: 0, candidates: 0..0, take: 0 };
+        if budget >= context {
+            return all;
+        }
+        let length = self.partition_tokens;
+        let Always { sink_tokens, recent_tokens } = self.always;
+        let complete = context / length;
+        let sinks = (sink_tokens as usize).div_ceil(length).min(complete);
+        let sink_end = sinks * length;
+        if self.score == Score::Recency {
+            let recent = budget.saturating_sub(sink_end).max(recent_tokens as usize).max(1);
+            let tail_start = context.saturating_sub(recent);
+            return if tail_start <= sink_end {
+                all
+            } else {
+                RowPlan { sink_end, tail_start, candidates: 0..0, take: 0 }
+            };
+        }
+        // The partition that is open, or where there is none the one after the last.
+        let competing = if self.open_competes { context.div_ceil(length) } else { complete };
+        let recent = context.saturating_sub(recent_tokens as usize) / length;
+        let candidates_end = if recent_tokens == 0 { competing } else { recent.min(competing) };
+        if candidates_end <= sinks {
+            return all;
+        }
+        let tail_start = (candidates_end * length).min(context);
+        let always = sink_end + context - tail_start;
+        let candidates = sinks..candidates_end;
+        let take = (budget.saturating_sub(always) / length).max(self.take_min);
+        if take >= candidates.len() {
+            return all;
+        }
+        RowPlan { sink_end, tail_start, candidates, take }
+    }
+
+    /// Scores per KV head that are kept apart until selection: one per query head where they cannot be merged before.
+    pub const fn lines(&self, heads: HeadShape) -> usize {
+        match (self.score, self.reduce, self.softmax) {
+            (Score::Digest { .. }, Reduce::Max, _) | (Score::Digest { .. }, _, true) => heads.group(),
+            _ => 1,
+        }
+    }
+}
+
+/// The score of [`Score::Random`]; `head` is 0 where a layer shares its selection.
+pub fn random_score(seed: u64, layer: usize, head: usize, position: usize, partition: usize) -> f32 {
+    let place = (layer as u64) << 48 | (head as u64) << 32 | position as u64;
+    Random::keyed(Random::keyed(seed, place).next_u64(), partition as u64).unit() as f32
+}
+
+/// `score` as an integer of the same order, so that the order is total and 0 equals -0. A NaN has the place that its
+/// bits give it: its row is thrown away later, but until then every device must do the same.
+pub fn order_key(score: f32) -> u32 {
+    let bits = (score + 0.0).to_bits();
+    if bits >> 31 == 0 { bits | 1 << 31 } else { !bits }
+}
+
+/// Marks positions `range` in a bitmap of slots.
+pub fn mark(bits: &mut [u64], range: Range<usize>) {
+    if range.is_empty() {
+        return;
+    }
+    let (first, last) = (range.start / 64, (range.end - 1) / 64);
+    let low = u64::MAX << (range.start % 64);
+    let high = u64::MAX >> (63 - (range.end - 1) % 64);
+    if first == last {
+        bits[first] |= low & high;
+        return;
+    }
+    bits[first] |= low;
+    bits[first + 1..last].fill(u64::MAX);
+    bits[last] |= high;
+}
+
+/// Words of a bitmap over `context` slots.
+pub const fn bitmap_words(context: usize) -> usize {
+    context.div_ceil(64)
+}
+
+/// Bounds on selections, for their memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SelectionLimits {
+    /// Rows of a batch that attend to a selection.
+    pub rows_max: usize,
+    /// Tokens of a context.
+    pub context_max: usize,
+    /// Heads.
+    pub heads: HeadShape,
+    /// Slots per page.
+    pub page_tokens: usize,
+    /// Tokens of the shortest partition of any method.
+    pub partition_tokens_min: usize,
+    /// Most [`Method::lines`] of any method.
+    pub lines_max: usize,
+}
+
+impl SelectionLimits {
+    /// For `methods`.
+    pub fn new(
+        methods: &[Method],
+        heads: HeadShape,
+        page_tokens: usize,
+        rows_max: usize,
+        context_max: usize,
+    ) -> Self {
+        let scored = methods.iter().filter(|m| m.score != Score::Recency);
+        SelectionLimits {
+            rows_max,
+            context_max,
+            heads,
+            page_tokens,
+            partition_tokens_min: scored.map(|m| m.partition_tokens).min().unwrap_or(context_max).max(1),
+            lines_max: methods.iter().map(|m| m.lines(heads)).max().unwrap_or(1),
+        }
+    }
+
+    /// Scores per line.
+    pub const fn partitions_max(&self) -> usize {
+        self.context_max.div_ceil(self.partition_tokens_min)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn method() -> Method {
+        Method {
+            dense_layers: 0,
+            partition_tokens: 16,
+            score: Score::Digest { digests: 0 },
+            reduce: Reduce::Mean,
+            softmax: false,
+            scope: Scope::KvHead,
+            always: Always { sink_tokens: 0, recent_tokens: 1 },
+            open_competes: false,
+            take_min: 1,
+        }
+    }
+
+    #[test]
+    fn the_page_of_the_row_is_attended_and_does_not_compete() {
+        let plan = |context, budget| method().plan(context, budget);
+        // 100 tokens: six whole partitions and four tokens.
+        assert_eq!(plan(100, 64), RowPlan { sink_end: 0, tail_start: 96, candidates: 0..6, take: 3 });
+        // 96 tokens: the sixth is whole, and still the row's own.
+        assert_eq!(plan(96, 64), RowPlan { sink_end: 0, tail_start: 80, candidates: 0..5, take: 3 });
+        assert_eq!(plan(96, 1).take, 1, "raised to one partition");
+        assert!(plan(96, 96).is_dense() && plan(96, 100).is_dense() && plan(10, 1).is_dense());
+        assert!(plan(100, 99).take == 5 && plan(99, 98).take == 5, "rounded down to whole partitions");
+    }
+
+    #[test]
+    fn sinks_and_window_take_whole_partitions() {
+        let always = Always { sink_tokens: 20, recent_tokens: 40 };
+        let plan = Method { always, ..method() }.plan(200, 128);
+        // The window begins at 160, the sinks end at 32.
+        assert_eq!(plan, RowPlan { sink_end: 32, tail_start: 160, candidates: 2..10, take: 3 });
+        assert_eq!(plan.attended(200, 16), 32 + 40 + 48);
+        let all = Method { always: Always { sink_tokens: 90, recent_tokens: 90 }, ..method() };
+        assert!(all.plan(170, 3).is_dense(), "sinks and window meet");
+    }
+
+    #[test]
+    fn an_open_partition_may_compete() {
+        let always = Always { sink_tokens: 0, recent_tokens: 0 };
+        let competing = Method { always, open_competes: true, take_min: 3, ..method() };
+        assert_eq!(
+            competing.plan(100, 64),
+            RowPlan { sink_end: 0, tail_start: 100, candidates: 0..7, take: 4 }
+        );
+        assert_eq!(competing.plan(100, 5).take, 3);
+        assert_eq!(Method { open_competes: false, ..competing }.plan(100, 64).tail_start, 96);
+    }
+
+    #[test]
+    fn recency_spends_the_whole_budget() {
+        let always = Always { sink_tokens: 4, recent_tokens: 1 };
+        let streaming = Method { partition_tokens: 1, score: Score::Recency, always, ..method() };
+        let plan = streaming.plan(100, 30);
+        assert_eq!(plan, RowPlan { sink_end: 4, tail_start: 74, candidates: 0..0, take: 0 });
+        assert_eq!(plan.attended(100, 1), 30);
+        assert_eq!(streaming.plan(100, 0).attended(100, 1), 5, "sinks and the row itself");
+        assert!(streaming.plan(3, 2).is_dense());
+    }
+
+    /// For all small cases: parts do not overlap, lie in the context, and hold to the budget if that suffices for the
+    /// least that is attended.
+    #[test]
+    fn plans_are_sound() {
+        for partition_tokens in [1, 3, 8] {
+            for sink_tokens in [0, 5] {
+                for recent_tokens in [0, 1, 9] {
+                    for open_competes in [false, true] {
+                        let always = Always { sink_tokens, recent_tokens };
+                        let method = Method { partition_tokens, always, open_competes, ..method() };
+                        for context in 1..60 {
+                            for budget in 0..=context {
+                                let plan = method.plan(context, budget);
+                                let what = format!("{method:?} context {context} budget {budget}: {plan:?}");
+                                if plan.is_dense() {
+                                    continue;
+                                }
+                                let (first, end) = (plan.candidates.start, plan.candidates.end);
+                                assert_eq!(plan.sink_end, first * partition_tokens, "{what}");
+                                assert_eq!(plan.tail_start, (end * partition_tokens).min(context), "{what}");
+                                assert!(plan.take >= 1 && plan.take < plan.candidates.len(), "{what}");
+                                let least = plan.sink_end + context - plan.tail_start + partition_tokens;
+                                let attended = plan.attended(context, partition_tokens);
+                                assert!(attended <= budget.max(least), "{what}");
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn marks_are_ranges() {
+        for (start, end) in [(0, 0), (0, 64), (3, 7), (60, 70), (64, 128), (1, 200), (199, 200)] {
+            let mut bits = [0u64; 4];
+            mark(&mut bits, start..end);
+            for slot in 0..256 {
+                assert_eq!(bits[slot / 64] >> (slot % 64) & 1 == 1, (start..end).contains(&slot), "{slot}");
+            }
+        }
+    }
+
+    #[test]
+    fn digests_are_a_sixteenth_of_kv_for_a_page() {
+        let geometry = KvGeometry {
+            num_layers: 2,
+            kv_heads: 3,
+            head_dim: 128,
+            page_tokens: 16,
+            dtype: crate::DType::Bf16,
+        };
+        let bytes = |kind, partition_tokens| DigestSpec { kind, partition_tokens }.block_bytes(&geometry);
+        assert_eq!(bytes(DigestKind::MinMax, 16) * 16, geometry.block_bytes());
+        assert_eq!(bytes(DigestKind::MinMax, 32) * 16, geometry.block_bytes());
+        assert_eq!(bytes(DigestKind::Mean, 8) * 16, geometry.block_bytes());
+    }
+}
