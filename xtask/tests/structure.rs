@@ -9,7 +9,7 @@ use regex::Regex;
 
 /// Dependency order, top to bottom. A crate may use those after it, never one before it. Backends use `ops` only and
 /// are used by the binary alone.
-const ORDER: [&str; 6] = ["sparseserve", "engine", "model", "kv", "ops-cpu", "ops"];
+const ORDER: [&str; 7] = ["sparseserve", "engine", "model", "sparse", "kv", "ops-cpu", "ops"];
 
 /// Crates that only some of ours may name.
 const CONFINED: [(&str, &[&str]); 5] = [

@@ -275,6 +275,7 @@ impl Sequences {
             positions: &self.positions,
             sequences: &self.sequences,
             block_tables: &self.tables,
+            methods: &[],
         }
     }
 }

@@ -29,7 +29,7 @@ mod tensor;
 mod tile;
 
 use ops::sample::{SampleOutput, SampleRow};
-use ops::sparse::{DigestSpec, Method, SelectionLimits};
+use ops::sparse::{DigestSpec, SelectionLimits};
 use ops::{Backend, Batch, BlockIndex, DType, DeviceInfo, Error, HeadShape, KvGeometry, Tensor, WeightView};
 
 pub use digest::Digests;
@@ -225,22 +225,14 @@ impl Backend for CpuBackend {
         layer: usize,
         qkv: &CpuTensor,
         heads: HeadShape,
-        methods: &[Method],
         batch: &Batch,
     ) {
         let (isa, pool) = (self.isa, &mut self.pool);
-        select::score(isa, pool, selection, digests, kv, layer, qkv, heads, methods, batch);
+        select::score(isa, pool, selection, digests, kv, layer, qkv, heads, batch);
     }
 
-    fn select(
-        &mut self,
-        selection: &mut Selections,
-        layer: usize,
-        heads: HeadShape,
-        methods: &[Method],
-        batch: &Batch,
-    ) {
-        select::select(self.isa, &mut self.pool, selection, layer, heads, methods, batch);
+    fn select(&mut self, selection: &mut Selections, layer: usize, heads: HeadShape, batch: &Batch) {
+        select::select(self.isa, &mut self.pool, selection, layer, heads, batch);
     }
 
     fn attend(

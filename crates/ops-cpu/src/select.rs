@@ -58,7 +58,7 @@ struct PlannedRow {
     /// Its sequence among those of the batch.
     sequence: usize,
     position: usize,
-    method: usize,
+    method: Method,
     /// `None` if it attends to everything.
     plan: Option<RowPlan>,
     /// Tasks of the rows up to this one.
@@ -144,7 +144,7 @@ impl Selections {
     }
 
     /// Notes the sparse rows of `batch`, and what each attends to in `layer`.
-    fn plan(&mut self, layer: usize, methods: &[Method], batch: &Batch) {
+    fn plan(&mut self, layer: usize, batch: &Batch) {
         self.rows.clear();
         let mut sequence = 0;
         for SparseRow { row, position, method, budget, .. } in batch.sparse_rows() {
@@ -157,11 +157,11 @@ impl Selections {
                 self.limits.rows_max,
                 self.limits.context_max
             );
-            let plan = methods[method].plan(position + 1, budget);
-            let plan = (layer >= methods[method].dense_layers && !plan.is_dense()).then_some(plan);
+            let plan = method.plan(position + 1, budget);
+            let plan = (layer >= method.dense_layers && !plan.is_dense()).then_some(plan);
             let tasks = plan.as_ref().map_or(0, |p| p.candidates.len().div_ceil(RUN));
             let tasks_end = self.rows.last().map_or(0, |r| r.tasks_end) + tasks;
-            self.rows.push(PlannedRow { row, sequence, position, method, plan, tasks_end });
+            self.rows.push(PlannedRow { row, sequence, position, method: *method, plan, tasks_end });
         }
     }
 }
@@ -183,14 +183,13 @@ pub fn score(
     layer: usize,
     qkv: &CpuTensor,
     heads: HeadShape,
-    methods: &[Method],
     batch: &Batch,
 ) {
     let geometry = kv.geometry();
     assert_eq!((qkv.rows(), qkv.cols()), (batch.num_rows(), heads.qkv_cols()), "shape of QKV");
     assert_eq!(heads, selection.limits.heads, "heads of the selection");
     batch.check(geometry.page_tokens);
-    selection.plan(layer, methods, batch);
+    selection.plan(layer, batch);
     let Some(num_tasks) = selection.rows.last().map(|r| r.tasks_end).filter(|&n| n > 0) else { return };
     let scores = Shared(selection.scores.as_mut_ptr());
     let selection = &*selection;
@@ -201,7 +200,7 @@ pub fn score(
         let candidates = row.plan.as_ref().map_or(0..0, |p| p.candidates.clone());
         let start = candidates.start + (task - first_task) * RUN;
         let run = start..(start + RUN).min(candidates.end);
-        let method = &methods[row.method];
+        let method = &row.method;
         // SAFETY: the place lies in the buffer: the plan checked the row and its context against the limits.
         let scores = unsafe { scores.at(selection.line(place, 0, 0)) };
         let line_stride = selection.limits.partitions_max();
@@ -405,10 +404,9 @@ pub fn select(
     selection: &mut Selections,
     layer: usize,
     heads: HeadShape,
-    methods: &[Method],
     batch: &Batch,
 ) {
-    selection.plan(layer, methods, batch);
+    selection.plan(layer, batch);
     let words = bitmap_words(selection.limits.context_max);
     let bits = Shared(selection.bits.as_mut_ptr());
     let pages = Shared(selection.pages.as_mut_ptr());
@@ -416,7 +414,7 @@ pub fn select(
     pool.run(selection.rows.len() * heads.kv_heads, &|task, thread| {
         let (place, head) = (task / heads.kv_heads, task % heads.kv_heads);
         let row = &selection.rows[place];
-        let method = &methods[row.method];
+        let method = &row.method;
         let Some(plan) = &row.plan else { return };
         let shared = method.scope == Scope::Layer;
         if shared && head > 0 {

@@ -65,8 +65,13 @@ fn a_mixed_step_allocates_nothing() {
     let positions: Vec<u32> = [1499].into_iter().chain(600..640).collect();
     let tokens = vec![7u32; positions.len()];
     let rows = tokens.len();
-    let batch =
-        Batch { tokens: &tokens, positions: &positions, sequences: &sequences, block_tables: &tables };
+    let batch = Batch {
+        tokens: &tokens,
+        positions: &positions,
+        sequences: &sequences,
+        block_tables: &tables,
+        methods: &[],
+    };
 
     let held = |backend: &mut CpuBackend| backend.reserve(HEADS, rows, 2, 1600, 1024).expect("memory");
     let reserved = held(&mut backend);

@@ -113,8 +113,13 @@ fn decode(isa: Isa, threads: usize, dtype: DType, context_reserved: usize) -> Ve
         }
     }
     let tokens = vec![0; positions.len()];
-    let batch =
-        Batch { tokens: &tokens, positions: &positions, sequences: &sequences, block_tables: &tables };
+    let batch = Batch {
+        tokens: &tokens,
+        positions: &positions,
+        sequences: &sequences,
+        block_tables: &tables,
+        methods: &[],
+    };
     let qkv = normals(&mut random, positions.len() * heads.qkv_cols());
     let qkv = tensor(&mut backend, heads.qkv_cols(), &qkv);
     let mut out = backend.tensor(positions.len(), heads.q_cols()).expect("memory");
@@ -160,6 +165,7 @@ fn a_reused_page_is_cleared() {
                 positions: &[0],
                 sequences: &[sequence],
                 block_tables: &[BlockIndex(0)],
+                methods: &[],
             };
             backend.append(&mut kv, 0, &mut qkv, heads, None, &angles, &batch);
             let (k, v) = backend.read_page(&kv, 0, BlockIndex(0), 0);

@@ -1,7 +1,7 @@
 //! The trait that a device implements.
 
 use crate::sample::{SampleOutput, SampleRow};
-use crate::sparse::{DigestSpec, Method, SelectionLimits};
+use crate::sparse::{DigestSpec, SelectionLimits};
 use crate::{Batch, BlockIndex, DType, HeadShape, KvGeometry};
 
 /// Why a backend refused or failed.
@@ -188,7 +188,7 @@ pub trait Backend {
     fn digest(&mut self, digests: &mut Self::Digests, kv: &Self::Kv, layer: usize, batch: &Batch);
 
     /// Scores the candidates of every row of [`Batch::sparse_rows`] against the queries in `qkv`, as the row's method
-    /// in `methods` says. Rows that attend to everything in this layer are passed over.
+    /// says. Rows that attend to everything in this layer are passed over.
     fn score(
         &mut self,
         selection: &mut Self::Selection,
@@ -197,19 +197,11 @@ pub trait Backend {
         layer: usize,
         qkv: &Self::Tensor,
         heads: HeadShape,
-        methods: &[Method],
         batch: &Batch,
     );
 
     /// Turns scores into selections: the always-set and the `take` best candidates, ties to the earlier one.
-    fn select(
-        &mut self,
-        selection: &mut Self::Selection,
-        layer: usize,
-        heads: HeadShape,
-        methods: &[Method],
-        batch: &Batch,
-    );
+    fn select(&mut self, selection: &mut Self::Selection, layer: usize, heads: HeadShape, batch: &Batch);
 
     /// Causal attention of the query part of `qkv` over the pages of each sequence, positions `0..=position` of the
     /// row, the last `window` of them where given: `out[h] = softmax(q_h K^T / sqrt(head_dim)) V`, `[rows, q_cols]`.
@@ -266,7 +258,7 @@ pub trait Backend {
     ) -> Vec<f32>;
 
     /// Scores of partitions `0..scores.len()` for the sparse row at `place`, a KV head and a line: see
-    /// [`Method::lines`]. Only those of candidates mean anything.
+    /// [`crate::sparse::Method::lines`]. Only those of candidates mean anything.
     fn read_scores(
         &mut self,
         selection: &Self::Selection,

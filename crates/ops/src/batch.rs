@@ -1,7 +1,7 @@
 //! The batch of one step, as flat arrays.
 
 use crate::BlockIndex;
-use crate::sparse::Attention;
+use crate::sparse::{Attention, Method};
 
 /// The rows of one sequence in a step: `rows.len()` consecutive tokens that start at position `first_position`.
 ///
@@ -31,8 +31,8 @@ pub struct SparseRow<'a> {
     pub sequence: &'a SequenceRows,
     /// Its position; its context is one longer.
     pub position: usize,
-    /// Index of its method.
-    pub method: usize,
+    /// How it selects.
+    pub method: &'a Method,
     /// Its budget in tokens.
     pub budget: usize,
 }
@@ -61,6 +61,8 @@ pub struct Batch<'a> {
     pub sequences: &'a [SequenceRows],
     /// Block tables, one after the other.
     pub block_tables: &'a [BlockIndex],
+    /// Methods of the sequences that attend sparsely.
+    pub methods: &'a [Method],
 }
 
 impl<'a> Batch<'a> {
@@ -76,20 +78,23 @@ impl<'a> Batch<'a> {
 
     /// The rows at positions from `prompt_len` on of sequences that attend sparsely, in order. Their places in this
     /// order are what selections are addressed by.
-    pub fn sparse_rows(&self) -> impl Iterator<Item = SparseRow<'a>> + use<'a> {
-        self.sequences.iter().flat_map(|s| {
-            let (method, budget, first) = match s.attention {
-                Attention::Dense => (0, 0, s.context_tokens()),
+    pub fn sparse_rows(self) -> impl Iterator<Item = SparseRow<'a>> {
+        self.sequences.iter().flat_map(move |s| {
+            let (method, budget) = match s.attention {
+                Attention::Dense => (None, 0),
                 Attention::Sparse { method, budget } => {
-                    (method as usize, budget as usize, (s.prompt_len as usize).max(s.first_position as usize))
+                    (Some(&self.methods[method as usize]), budget as usize)
                 }
             };
-            (first..s.context_tokens()).map(move |position| SparseRow {
-                row: s.rows.start as usize + position - s.first_position as usize,
-                sequence: s,
-                position,
-                method,
-                budget,
+            let first = (s.prompt_len as usize).max(s.first_position as usize);
+            method.into_iter().flat_map(move |method| {
+                (first..s.context_tokens()).map(move |position| SparseRow {
+                    row: s.rows.start as usize + position - s.first_position as usize,
+                    sequence: s,
+                    position,
+                    method,
+                    budget,
+                })
             })
         })
     }

@@ -17,7 +17,7 @@ pub enum Attention {
     Dense,
     /// Rows at positions from `prompt_len` on attend to what a method selects.
     Sparse {
-        /// Index into the methods that the device was given.
+        /// Index into [`crate::Batch::methods`].
         method: u16,
         /// Slots to attend to at most, per KV head and layer, those always attended included.
         budget: u32,

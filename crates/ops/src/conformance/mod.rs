@@ -9,6 +9,7 @@ mod sparse;
 
 use crate::reference::{Matrix, Reference};
 use crate::sample::{SampleOutput, SampleRow, SamplingParams};
+use crate::sparse::Method;
 use crate::{
     Backend, Batch, BlockIndex, DType, HeadShape, KvGeometry, PAGE_TOKENS_ALLOWED, Random, SPLIT_TOKENS,
     SequenceRows, Tensor, WeightView,
@@ -286,12 +287,19 @@ struct Work {
     positions: Vec<u32>,
     sequences: Vec<SequenceRows>,
     block_tables: Vec<BlockIndex>,
+    methods: Vec<Method>,
 }
 
 impl Work {
     /// Sequence `s` runs the last `rows` of `context` tokens; its blocks are `tables[s]`.
     fn new(steps: &[(usize, usize)], tables: &[Vec<BlockIndex>]) -> Work {
-        let mut work = Work { tokens: vec![], positions: vec![], sequences: vec![], block_tables: vec![] };
+        let mut work = Work {
+            tokens: vec![],
+            positions: vec![],
+            sequences: vec![],
+            block_tables: vec![],
+            methods: vec![],
+        };
         for (&(context, rows), table) in steps.iter().zip(tables) {
             let start = work.tokens.len() as u32;
             let first = (context - rows) as u32;
@@ -316,6 +324,7 @@ impl Work {
             positions: &self.positions,
             sequences: &self.sequences,
             block_tables: &self.block_tables,
+            methods: &self.methods,
         }
     }
 }

@@ -123,9 +123,9 @@ fn rows(methods: usize, random: &mut Random) -> Vec<Row> {
 }
 
 /// The rows as a batch over `tables`.
-fn work(rows: &[Row], tables: &[Vec<BlockIndex>]) -> Work {
+fn work(rows: &[Row], tables: &[Vec<BlockIndex>], methods: &[Method]) -> Work {
     let steps: Vec<(usize, usize)> = rows.iter().map(|r| (r.context, r.rows)).collect();
-    let mut work = Work::new(&steps, tables);
+    let mut work = Work { methods: methods.to_vec(), ..Work::new(&steps, tables) };
     for (sequence, row) in work.sequences.iter_mut().zip(rows) {
         (sequence.prompt_len, sequence.attention) = (row.prompt as u32, row.attention);
     }
@@ -194,13 +194,13 @@ impl<B: Backend> Bench<B> {
         }
     }
 
-    fn score(&mut self, backend: &mut B, x: &B::Tensor, methods: &[Method], work: &Work) {
+    fn score(&mut self, backend: &mut B, x: &B::Tensor, work: &Work) {
         let Bench { kv, digests, selection, heads } = self;
-        backend.score(selection, digests, kv, LAYER, x, *heads, methods, &work.batch());
+        backend.score(selection, digests, kv, LAYER, x, *heads, &work.batch());
     }
 
-    fn select(&mut self, backend: &mut B, methods: &[Method], work: &Work) {
-        backend.select(&mut self.selection, LAYER, self.heads, methods, &work.batch());
+    fn select(&mut self, backend: &mut B, work: &Work) {
+        backend.select(&mut self.selection, LAYER, self.heads, &work.batch());
     }
 
     fn attend(&mut self, backend: &mut B, x: &B::Tensor, work: &Work) -> Vec<f32> {
@@ -211,10 +211,10 @@ impl<B: Backend> Bench<B> {
     }
 
     /// All of it, as a step does.
-    fn run(&mut self, backend: &mut B, values: &[f32], methods: &[Method], work: &Work) -> Vec<f32> {
+    fn run(&mut self, backend: &mut B, values: &[f32], work: &Work) -> Vec<f32> {
         let x = tensor(backend, self.heads.qkv_cols(), values);
-        self.score(backend, &x, methods, work);
-        self.select(backend, methods, work);
+        self.score(backend, &x, work);
+        self.select(backend, work);
         self.attend(backend, &x, work)
     }
 }
@@ -227,7 +227,7 @@ pub fn check_sparse<B: Backend>(backend: &mut B, dtype: DType, seed: u64) {
         let mut random = Random::keyed(seed, 7 + index as u64);
         let rows = rows(case.methods.len(), &mut random);
         let tables = shuffled_tables(&rows, case.page_tokens, &mut random);
-        let work_all = work(&rows, &tables);
+        let work_all = work(&rows, &tables, &case.methods);
         let cols = case.heads.qkv_cols();
         let values = normals(&mut random, work_all.tokens.len() * cols);
         let page_seed = random.next_u64();
@@ -241,35 +241,35 @@ pub fn check_sparse<B: Backend>(backend: &mut B, dtype: DType, seed: u64) {
 
         let x = tensor(backend, cols, &values);
         let xo = tensor(&mut oracle, cols, &values);
-        got.score(backend, &x, &case.methods, &work_all);
-        expected.score(&mut oracle, &xo, &case.methods, &work_all);
+        got.score(backend, &x, &work_all);
+        expected.score(&mut oracle, &xo, &work_all);
         check_scores(&what, case, dtype, &work_all, (backend, &mut got), (&mut oracle, &mut expected));
-        got.select(backend, &case.methods, &work_all);
-        expected.select(&mut oracle, &case.methods, &work_all);
+        got.select(backend, &work_all);
+        expected.select(&mut oracle, &work_all);
         check_selections(&what, case, &work_all, (backend, &got), (&mut oracle, &expected));
         let out = got.attend(backend, &x, &work_all);
         let out_expected = expected.attend(&mut oracle, &xo, &work_all);
         assert_close(&format!("{what}: output"), &out, &out_expected, attention_tolerance(dtype));
 
         // With its own scores this time.
-        let out = got.run(backend, &values, &case.methods, &work_all);
+        let out = got.run(backend, &values, &work_all);
         for (s, row) in rows.iter().enumerate() {
             let first = work_all.sequences[s].rows.start as usize;
             for i in 0..row.rows {
                 let alone = Row { context: row.context - row.rows + i + 1, rows: 1, ..*row };
-                let work = work(&[alone], &tables[s..s + 1]);
+                let work = work(&[alone], &tables[s..s + 1], &case.methods);
                 let values = &values[(first + i) * cols..(first + i + 1) * cols];
-                let part = got.run(backend, values, &case.methods, &work);
+                let part = got.run(backend, values, &work);
                 let at = (first + i) * case.heads.q_cols();
                 let whole = &out[at..at + part.len()];
                 assert_same_bits(&format!("{what}: sequence {s} row {i} alone"), &part, whole);
             }
         }
         let tables = shuffled_tables(&rows, case.page_tokens, &mut random);
-        let work_moved = work(&rows, &tables);
+        let work_moved = work(&rows, &tables, &case.methods);
         let mut moved = Bench::new(backend, case, dtype, &rows, &tables, page_seed);
         moved.digest(backend, &rows, &work_moved, &tables);
-        let out_moved = moved.run(backend, &values, &case.methods, &work_moved);
+        let out_moved = moved.run(backend, &values, &work_moved);
         assert_same_bits(&format!("{what}: pages elsewhere"), &out_moved, &out);
     }
 }
@@ -324,7 +324,7 @@ fn check_scores<B: Backend>(
     (oracle, expected): (&mut Reference, &mut Bench<Reference>),
 ) {
     for (place, row) in work.batch().sparse_rows().enumerate() {
-        let method = &case.methods[row.method];
+        let method = row.method;
         let plan = method.plan(row.position + 1, row.budget);
         if plan.is_dense() || LAYER < method.dense_layers || plan.candidates.is_empty() {
             continue;
@@ -358,7 +358,7 @@ fn check_selections<B: Backend>(
     (oracle, expected): (&mut Reference, &Bench<Reference>),
 ) {
     for (place, row) in work.batch().sparse_rows().enumerate() {
-        let method = &case.methods[row.method];
+        let method = row.method;
         let plan = method.plan(row.position + 1, row.budget);
         for head in 0..case.heads.kv_heads {
             let what = format!("{what}: selection of sparse row {place} head {head}");

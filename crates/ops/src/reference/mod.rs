@@ -5,7 +5,7 @@
 mod sparse;
 
 use crate::sample::{SampleOutput, SampleRow, SampleScratch, sample};
-use crate::sparse::{DigestSpec, Method, SelectionLimits};
+use crate::sparse::{DigestSpec, SelectionLimits};
 pub use sparse::{DigestTable, Selections};
 
 use crate::{
@@ -291,21 +291,13 @@ impl Backend for Reference {
         layer: usize,
         qkv: &Matrix,
         heads: HeadShape,
-        methods: &[Method],
         batch: &Batch,
     ) {
-        selection.score(digests, kv, layer, qkv, heads, methods, batch);
+        selection.score(digests, kv, layer, qkv, heads, batch);
     }
 
-    fn select(
-        &mut self,
-        selection: &mut Selections,
-        layer: usize,
-        heads: HeadShape,
-        methods: &[Method],
-        batch: &Batch,
-    ) {
-        selection.select(layer, heads, methods, batch);
+    fn select(&mut self, selection: &mut Selections, layer: usize, heads: HeadShape, batch: &Batch) {
+        selection.select(layer, heads, batch);
     }
 
     fn attend(
@@ -497,8 +489,13 @@ mod tests {
             blocks: 0..1,
             attention: Default::default(),
         };
-        let batch =
-            Batch { tokens: &[0], positions: &[1], sequences: &[sequence], block_tables: &[BlockIndex(0)] };
+        let batch = Batch {
+            tokens: &[0],
+            positions: &[1],
+            sequences: &[sequence],
+            block_tables: &[BlockIndex(0)],
+            methods: &[],
+        };
         b.attend(&mut out, &kv, 0, &qkv, heads, None, &batch, None);
         assert!((out.row(0)[0] - 1.0).abs() < 1e-6 && (out.row(0)[1] - 6.0).abs() < 1e-6, "{:?}", out.row(0));
         b.attend(&mut out, &kv, 0, &qkv, heads, Some(1), &batch, None);

@@ -136,12 +136,11 @@ impl Selections {
         layer: usize,
         qkv: &Matrix,
         heads: HeadShape,
-        methods: &[Method],
         batch: &Batch,
     ) {
         for (place, row) in batch.sparse_rows().enumerate() {
-            let method = &methods[row.method];
-            let Some(plan) = plan_in(method, layer, &row) else { continue };
+            let method = row.method;
+            let Some(plan) = plan_in(layer, &row) else { continue };
             for head in 0..heads.kv_heads {
                 for line in 0..method.lines(heads) {
                     let at = self.line(place, head, line);
@@ -172,10 +171,10 @@ impl Selections {
         }
     }
 
-    pub(super) fn select(&mut self, layer: usize, heads: HeadShape, methods: &[Method], batch: &Batch) {
+    pub(super) fn select(&mut self, layer: usize, heads: HeadShape, batch: &Batch) {
         for (place, row) in batch.sparse_rows().enumerate() {
-            let method = &methods[row.method];
-            let plan = plan_in(method, layer, &row);
+            let method = row.method;
+            let plan = plan_in(layer, &row);
             for head in 0..heads.kv_heads {
                 let at = self.at(place, head);
                 self.bits[at] = plan.as_ref().map(|plan| {
@@ -219,9 +218,9 @@ impl Selections {
 }
 
 /// What `row` attends to in `layer`; `None` if everything.
-pub(super) fn plan_in(method: &Method, layer: usize, row: &SparseRow) -> Option<RowPlan> {
-    let plan = method.plan(row.position + 1, row.budget);
-    (layer >= method.dense_layers && !plan.is_dense()).then_some(plan)
+pub(super) fn plan_in(layer: usize, row: &SparseRow) -> Option<RowPlan> {
+    let plan = row.method.plan(row.position + 1, row.budget);
+    (layer >= row.method.dense_layers && !plan.is_dense()).then_some(plan)
 }
 
 /// The digest of a candidate as the row sees it: that of a partition which is still open covers what is there.

@@ -1,0 +1,75 @@
+//! Options of policies, as names and values that users write.
+
+use std::collections::BTreeMap;
+use std::str::FromStr;
+
+use crate::Error;
+
+/// An option, for lists and help.
+#[derive(Clone, Copy, Debug)]
+pub struct OptionDoc {
+    /// What users write.
+    pub name: &'static str,
+    /// Its value when it is not given.
+    pub default: &'static str,
+    /// What it does, with its unit.
+    pub help: &'static str,
+}
+
+/// Values by name, not yet understood.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Options(BTreeMap<String, String>);
+
+impl Options {
+    /// Adds or replaces one.
+    pub fn set(&mut self, name: impl Into<String>, value: impl Into<String>) {
+        self.0.insert(name.into(), value.into());
+    }
+
+    /// These, with those of `others` in their place where both have one.
+    pub fn overridden_by(&self, others: &Options) -> Options {
+        let mut all = self.clone();
+        all.0.extend(others.0.clone());
+        all
+    }
+
+    /// The name of one of them, if there are any.
+    pub fn first(&self) -> Option<&str> {
+        self.0.keys().next().map(String::as_str)
+    }
+
+    /// Takes a whole number out, at least `least` and at most `most`.
+    pub(crate) fn number<N: FromStr + PartialOrd + std::fmt::Display + Copy>(
+        &mut self,
+        option: &'static str,
+        default: N,
+        least: N,
+        most: N,
+    ) -> Result<N, Error> {
+        let Some(value) = self.0.remove(option) else { return Ok(default) };
+        match value.parse() {
+            Ok(number) if (least..=most).contains(&number) => Ok(number),
+            _ => Err(Error::BadValue { option, value, allowed: format!("a number from {least} to {most}") }),
+        }
+    }
+
+    /// Takes a choice out; the first is the default.
+    pub(crate) fn choice<T: Copy>(
+        &mut self,
+        option: &'static str,
+        choices: &[(&'static str, T)],
+    ) -> Result<T, Error> {
+        let Some(value) = self.0.remove(option) else { return Ok(choices[0].1) };
+        let found = choices.iter().find(|(name, _)| *name == value);
+        found.map(|(_, choice)| *choice).ok_or_else(|| {
+            let names = choices.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(" or ");
+            Error::BadValue { option, value, allowed: names }
+        })
+    }
+}
+
+impl<N: Into<String>, V: Into<String>> FromIterator<(N, V)> for Options {
+    fn from_iter<I: IntoIterator<Item = (N, V)>>(pairs: I) -> Self {
+        Options(pairs.into_iter().map(|(name, value)| (name.into(), value.into())).collect())
+    }
+}

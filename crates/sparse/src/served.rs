@@ -1,0 +1,139 @@
+//! The policies that a server offers.
+
+use ops::sparse::{DigestSpec, Method, Score};
+
+use crate::{Error, Options, Policy, Setup};
+
+/// Policies with the server's options, the first of them for requests that name none.
+///
+/// The digests of all of them are made for every request, so a cached prompt serves whatever the next request asks for.
+#[derive(Clone, Debug)]
+pub struct Served {
+    policies: Vec<(&'static Policy, Options)>,
+    digests: Vec<DigestSpec>,
+}
+
+impl Served {
+    /// Offers the policies called `names`, the first by default. `options` are those of the first; the others have their
+    /// defaults.
+    ///
+    /// # Errors
+    /// Names and options that do not exist.
+    pub fn new<'a>(names: impl IntoIterator<Item = &'a str>, options: &Options) -> Result<Self, Error> {
+        let mut served = Served { policies: Vec::new(), digests: Vec::new() };
+        for name in names {
+            let policy = Policy::named(name)?;
+            if served.policies.iter().any(|(known, _)| known.name == policy.name) {
+                continue;
+            }
+            let options = if served.policies.is_empty() { options.clone() } else { Options::default() };
+            if let Some(digest) = policy.setup(&options)?.digest
+                && !served.digests.contains(&digest)
+            {
+                served.digests.push(digest);
+            }
+            served.policies.push((policy, options));
+        }
+        Ok(served)
+    }
+
+    /// Nothing but dense attention.
+    pub fn dense() -> Self {
+        Served { policies: vec![(&crate::dense::DENSE, Options::default())], digests: Vec::new() }
+    }
+
+    /// Digests that the device must keep.
+    pub fn digests(&self) -> &[DigestSpec] {
+        &self.digests
+    }
+
+    /// Names, the default first.
+    pub fn names(&self) -> impl Iterator<Item = &'static str> {
+        self.policies.iter().map(|(policy, _)| policy.name)
+    }
+
+    /// The methods of all policies with the server's options: what a device must have memory for.
+    ///
+    /// # Panics
+    /// Never: the options were checked.
+    pub fn methods(&self) -> Vec<Method> {
+        let setups = self.policies.iter().map(|(policy, options)| policy.setup(options));
+        setups.filter_map(|setup| self.place(setup.ok()?).ok()?).collect()
+    }
+
+    /// How a request attends that asks for the policy `name`, or for none, with `options` of its own on top of the server's;
+    /// `None` for everything.
+    ///
+    /// # Errors
+    /// A policy that is not offered, options that it does not have or that need other digests.
+    pub fn method(&self, name: Option<&str>, options: &Options) -> Result<Option<Method>, Error> {
+        let found = match name {
+            None => self.policies.first(),
+            Some(name) => self.policies.iter().find(|(policy, _)| policy.name == name),
+        };
+        let Some((policy, own)) = found else {
+            let name = Policy::named(name.unwrap_or_default())?.name.into();
+            let offered = self.names().collect::<Vec<_>>().join(", ");
+            return Err(Error::NotServed { name, offered });
+        };
+        self.place(policy.setup(&own.overridden_by(options))?)
+    }
+
+    /// The method with its digests by their number on this server.
+    fn place(&self, setup: Setup) -> Result<Option<Method>, Error> {
+        let Setup { digest, method } = setup;
+        let (Some(digest), Some(method)) = (digest, method) else { return Ok(method) };
+        let index = self.digests.iter().position(|d| *d == digest);
+        let index = index.ok_or(Error::Fixed { what: "the option partition" })?;
+        Ok(Some(Method { score: Score::Digest { digests: index as u16 }, ..method }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(pairs: &[(&str, &str)]) -> Options {
+        pairs.iter().copied().collect()
+    }
+
+    #[test]
+    fn requests_choose_among_what_is_offered() {
+        let served = Served::new(["arkvale", "quest", "dense"], &options(&[("window", "96")])).unwrap();
+        assert_eq!(served.digests().len(), 2);
+        let default = served.method(None, &Options::default()).unwrap().unwrap();
+        assert_eq!((default.always.recent_tokens, default.score), (96, Score::Digest { digests: 0 }));
+        let quest = served.method(Some("quest"), &options(&[("group", "max")])).unwrap().unwrap();
+        assert_eq!(quest.score, Score::Digest { digests: 1 });
+        assert_eq!(served.method(Some("dense"), &Options::default()).unwrap(), None);
+        let refused = |name, pairs: &[(&str, &str)]| {
+            served.method(Some(name), &options(pairs)).unwrap_err().to_string()
+        };
+        assert_eq!(
+            refused("streaming", &[]),
+            "this server does not offer the policy \"streaming\"; it offers arkvale, quest, dense (--policies)"
+        );
+        assert!(refused("que", &[]).starts_with("there is no policy \"que\"; there are dense, streaming"));
+        assert!(refused("quest", &[("partition", "32")]).starts_with("the option partition is fixed"));
+        assert_eq!(refused("dense", &[("a", "1")]), "the policy dense has no option \"a\"; it has none");
+        assert_eq!(
+            refused("quest", &[("group", "sum")]),
+            "the option group is \"sum\"; it must be mean or max or query-mean"
+        );
+        assert_eq!(
+            refused("arkvale", &[("window", "0")]),
+            "the option window is \"0\"; it must be a number from 1 to 1048576"
+        );
+    }
+
+    #[test]
+    fn every_default_is_what_the_documentation_says() {
+        for policy in crate::POLICIES {
+            let plain = policy.setup(&Options::default()).unwrap();
+            for option in policy.options {
+                let named = policy.setup(&options(&[(option.name, option.default)])).unwrap();
+                assert_eq!(named, plain, "{} {}", policy.name, option.name);
+            }
+        }
+    }
+}
