@@ -42,4 +42,5 @@ pub use metrics::{METRICS, MetricDoc, MetricKind, Metrics};
 pub use model_runner::ModelRunner;
 pub use request::*;
 pub use run::Runner;
+pub use schedule::REPLAY_ROWS;
 pub use sequence::Submission;

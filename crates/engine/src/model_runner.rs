@@ -1,6 +1,6 @@
 //! The runner of a server: a model on a device.
 
-use model::{Model, Workspace};
+use model::{DeviceKv, Model, Workspace};
 use ops::sample::{SampleOutput, SampleRow, Sampled};
 use ops::{Backend, Batch};
 
@@ -12,7 +12,7 @@ pub struct ModelRunner<B: Backend> {
     backend: B,
     model: Model<B>,
     workspace: Workspace<B>,
-    kv: B::Kv,
+    kv: DeviceKv<B>,
     /// Rows of the batch that are sampled from, ascending.
     logit_rows: Vec<u32>,
     /// What is sampled from the logits at hand, empty between calls.
@@ -22,7 +22,7 @@ pub struct ModelRunner<B: Backend> {
 
 impl<B: Backend> ModelRunner<B> {
     /// Takes the parts, all made for `backend`.
-    pub fn new(backend: B, model: Model<B>, workspace: Workspace<B>, kv: B::Kv) -> Self {
+    pub fn new(backend: B, model: Model<B>, workspace: Workspace<B>, kv: DeviceKv<B>) -> Self {
         let limits = workspace.limits();
         ModelRunner {
             backend,
@@ -116,7 +116,8 @@ mod tests {
         let model = Model::load(&mut backend, &Source::Directory(demo), None, &mut |_, _| {}).unwrap();
         let limits = Limits { rows_max: 128, logits_rows_max, sequences_max: 2, context_max: 128 };
         let workspace = Workspace::new(&mut backend, model.config(), limits).unwrap();
-        let kv = backend.kv(kv_geometry(model.config(), PAGE_TOKENS, DType::F32), 16).unwrap();
+        let geometry = kv_geometry(model.config(), PAGE_TOKENS, DType::F32);
+        let kv = DeviceKv::new(&mut backend, geometry, 16).unwrap();
         ModelRunner::new(backend, model, workspace, kv)
     }
 
@@ -132,13 +133,20 @@ mod tests {
             tokens.extend_from_slice(own);
             positions.extend(first_position..first_position + own.len() as u32);
             block_tables.extend((0..8).map(|i| BlockIndex(2 * i + place)));
-            sequences.push(SequenceRows { rows, first_position, prompt_len: 64, blocks });
+            sequences.push(SequenceRows {
+                rows,
+                first_position,
+                prompt_len: 64,
+                blocks,
+                attention: Default::default(),
+            });
         }
         let batch = Batch {
             tokens: &tokens,
             positions: &positions,
             sequences: &sequences,
             block_tables: &block_tables,
+            methods: &[],
         };
         let mut out = SampleOutput::default();
         runner.run(&batch, samples, &mut out);

@@ -1,6 +1,7 @@
 //! What a client of the engine asks, and what it is told.
 
 use ops::sample::SamplingParams;
+use ops::sparse::Method;
 
 /// Identity of a request inside the engine; never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -20,6 +21,17 @@ pub struct Request {
     /// The same for the tokens of the prompt. Such a request computes its whole prompt: it takes nothing from the
     /// prefix cache.
     pub prompt_logprobs: Option<u32>,
+    /// How generated tokens attend; `None` to everything. The prompt always does.
+    pub sparse: Option<Sparse>,
+}
+
+/// A sparse method with the budget of one request.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sparse {
+    /// How it selects; its digests are those that the runner keeps.
+    pub method: Method,
+    /// Tokens attended to per step, layer and KV head at most.
+    pub budget: u32,
 }
 
 /// When a request ends.

@@ -2,9 +2,11 @@
 
 use std::ops::Range;
 
+use ops::sparse::{Attention, Method};
 use ops::{Batch, BlockIndex, SequenceRows};
 
 use crate::config::Config;
+use crate::request::Sparse;
 use crate::sequence::Sequence;
 
 /// The part of one sequence in a step.
@@ -29,6 +31,7 @@ pub(crate) struct StepRows {
     positions: Vec<u32>,
     sequences: Vec<SequenceRows>,
     block_tables: Vec<BlockIndex>,
+    methods: Vec<Method>,
     /// One per entry of `sequences`.
     pub(crate) parts: Vec<Part>,
 }
@@ -42,6 +45,7 @@ impl StepRows {
             positions: Vec::with_capacity(rows),
             sequences: Vec::with_capacity(sequences),
             block_tables: Vec::with_capacity(sequences * config.table_blocks_max()),
+            methods: Vec::with_capacity(sequences),
             parts: Vec::with_capacity(sequences),
         }
     }
@@ -51,6 +55,7 @@ impl StepRows {
         self.positions.clear();
         self.sequences.clear();
         self.block_tables.clear();
+        self.methods.clear();
         self.parts.clear();
     }
 
@@ -68,11 +73,19 @@ impl StepRows {
         self.positions.extend(positions.clone().map(|p| p as u32));
         let num_blocks = positions.end.div_ceil(self.page_tokens);
         self.block_tables.extend_from_slice(&sequence.kv.blocks()[..num_blocks]);
+        let attention = match sequence.sparse {
+            None => Attention::Dense,
+            Some(Sparse { method, budget }) => {
+                self.methods.push(method);
+                Attention::Sparse { method: (self.methods.len() - 1) as u16, budget }
+            }
+        };
         self.sequences.push(SequenceRows {
             rows: first_row as u32..self.tokens.len() as u32,
             first_position: first as u32,
             prompt_len: sequence.prompt_len as u32,
             blocks: first_block as u32..self.block_tables.len() as u32,
+            attention,
         });
         self.parts.push(Part { owner, positions, first_row, samples: 0..0, draws: false });
     }
@@ -83,6 +96,7 @@ impl StepRows {
             positions: &self.positions,
             sequences: &self.sequences,
             block_tables: &self.block_tables,
+            methods: &self.methods,
         }
     }
 }

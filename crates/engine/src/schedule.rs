@@ -5,13 +5,24 @@ use std::time::Duration;
 use crate::engine::Engine;
 use crate::run::Runner;
 
+/// Rows beyond one per sequence that attend to a selection in a step: those of answers that a preempted request computes
+/// again. Each needs memory for its selection.
+pub const REPLAY_ROWS: usize = 32;
+
+/// What a step may still take.
+struct StepBudget {
+    /// Tokens of prompts, and of whatever else has more than one token to run.
+    tokens: usize,
+    replay_rows: usize,
+}
+
 impl<R: Runner> Engine<R> {
     /// Fills `rows`. In order of arrival, every running sequence gets what it has left to compute; all but the last
     /// token of a sequence count against the token budget, so answers never wait for prompts. Then waiting requests
     /// are admitted while budget, places and blocks last; the head of the queue is never overtaken.
     pub(crate) fn schedule(&mut self, now: Duration) {
         self.rows.clear();
-        let mut budget = self.config.max_inject_tokens;
+        let mut budget = StepBudget { tokens: self.config.max_inject_tokens, replay_rows: REPLAY_ROWS };
         let mut next = 0;
         while next < self.running.len() {
             if self.make_room(next) {
@@ -19,18 +30,24 @@ impl<R: Runner> Engine<R> {
             }
             next += 1;
         }
-        while budget > 0 && self.admit_next(now) {
+        while budget.tokens > 0 && self.admit_next(now) {
             self.push_rows(self.running.len() - 1, &mut budget);
         }
         assert!(self.rows.num_rows() > 0, "whenever there is work, some of it proceeds");
     }
 
-    fn push_rows(&mut self, owner: usize, budget: &mut usize) {
+    fn push_rows(&mut self, owner: usize, budget: &mut StepBudget) {
         let sequence = &self.running[owner];
         let left = sequence.num_uncomputed();
-        let num_tokens = if left == 1 { 1 } else { left.min(*budget) };
+        let mut num_tokens = if left == 1 { 1 } else { left.min(budget.tokens) };
+        if sequence.sparse.is_some() {
+            let prompt_left = sequence.prompt_len.saturating_sub(sequence.kv.num_tokens());
+            let replayed = num_tokens.saturating_sub(prompt_left + 1).min(budget.replay_rows);
+            num_tokens = num_tokens.min(prompt_left + 1 + replayed);
+            budget.replay_rows -= replayed;
+        }
         if left > 1 {
-            *budget -= num_tokens;
+            budget.tokens -= num_tokens;
         }
         if num_tokens > 0 {
             self.rows.push(owner, sequence, num_tokens);

@@ -10,7 +10,8 @@ use crate::config::{Config, kv_tokens_max};
 use crate::handle::QueuePlace;
 use crate::metrics::Metrics;
 use crate::request::{
-    Disconnected, FinishReason, Refusal, Request, RequestId, Sink, Stopping, TokenLogprobs, Update, Usage,
+    Disconnected, FinishReason, Refusal, Request, RequestId, Sink, Sparse, Stopping, TokenLogprobs, Update,
+    Usage,
 };
 
 /// A request that was checked against the limits of an engine, with where its updates go. If it is dropped before its
@@ -75,6 +76,7 @@ pub(crate) struct Sequence {
     pub(crate) stopping: Stopping,
     pub(crate) logprobs: Option<u32>,
     pub(crate) prompt_logprobs: Option<u32>,
+    pub(crate) sparse: Option<Sparse>,
     /// Prompt, then answer.
     pub(crate) tokens: Vec<u32>,
     pub(crate) prompt_len: usize,
@@ -100,11 +102,16 @@ impl Sequence {
     /// Allocates all that the sequence needs until it ends, except for log-probabilities.
     pub(crate) fn new(submission: Submission, arrival: u64, config: &Config) -> Self {
         let Submission { id, request, outlet, submitted, place } = submission;
-        let Request { prompt: mut tokens, sampling, stopping, logprobs, prompt_logprobs } = request;
+        let Request { prompt: mut tokens, sampling, stopping, logprobs, prompt_logprobs, sparse } = request;
         let prompt_len = tokens.len();
         let max_tokens = stopping.max_tokens as usize;
         tokens.reserve_exact(max_tokens);
         let blocks_max = kv_tokens_max(prompt_len, max_tokens).div_ceil(config.page_tokens);
+        // What is generated sparsely has KV that only this request would compute.
+        let shareable_tokens = match sparse {
+            None => config.shareable_tokens(prompt_len),
+            Some(_) => config.shareable_tokens(prompt_len).min(prompt_len),
+        };
         Sequence {
             id,
             arrival,
@@ -112,9 +119,10 @@ impl Sequence {
             stopping,
             logprobs,
             prompt_logprobs,
+            sparse,
             tokens,
             prompt_len,
-            kv: kv::Sequence::new(0, config.shareable_tokens(prompt_len), blocks_max),
+            kv: kv::Sequence::new(0, shareable_tokens, blocks_max),
             outcome: None,
             admit_when_available: 0,
             num_scored: 0,

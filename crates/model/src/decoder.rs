@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use ops::{Backend, Batch, DType};
 
-use crate::{ModelConfig, Rope, Workspace};
+use crate::{DeviceKv, ModelConfig, Rope, Workspace};
 
 /// A model on a device: configuration and packed weights.
 pub struct Model<B: Backend> {
@@ -49,7 +49,7 @@ impl<B: Backend> Model<B> {
         self.rope.prefix_limit()
     }
 
-    /// Runs `batch` through all layers, writing its KV, and keeps the final hidden states of `logit_rows`, rows of the
+    /// Runs `batch` through all layers, writing its KV and digests, and keeps the final hidden states of `logit_rows`, rows of the
     /// batch in ascending order, for [`Model::logits`].
     ///
     /// # Panics
@@ -59,7 +59,7 @@ impl<B: Backend> Model<B> {
         &self,
         backend: &mut B,
         workspace: &mut Workspace<B>,
-        kv: &mut B::Kv,
+        kv: &mut DeviceKv<B>,
         batch: &Batch,
         logit_rows: &[u32],
     ) {
@@ -77,7 +77,12 @@ impl<B: Backend> Model<B> {
             backend.rms_norm(normed, residual, &layer.input_norm, eps);
             backend.linear_forward(qkv, normed, &layer.qkv);
             let qk_norm = layer.qk_norm.as_ref().map(|(q, k)| (q, k, eps));
-            backend.append(kv, index, qkv, heads, qk_norm, angles, batch);
+            backend.append(&mut kv.pages, index, qkv, heads, qk_norm, angles, batch);
+            // A window bounds what is read already.
+            let window = self.config.windows[index];
+            if window.is_none() {
+                kv.digest(backend, index, batch);
+            }
 
             // All KV is written; from here on only the rows whose logits somebody wants matter.
             let narrow = index + 1 == self.layers.len() && logit_rows.len() < batch.num_rows();
@@ -94,7 +99,15 @@ impl<B: Backend> Model<B> {
                 *batch
             };
 
-            backend.attend(attention, kv, index, qkv, heads, self.config.windows[index], &rows);
+            let selection = match &mut kv.selection {
+                Some(selection) if window.is_none() && rows.sparse_rows().next().is_some() => {
+                    backend.score(selection, &kv.digests, &kv.pages, index, qkv, heads, &rows);
+                    backend.select(selection, index, heads, &rows);
+                    Some(&*selection)
+                }
+                _ => None,
+            };
+            backend.attend(attention, &kv.pages, index, qkv, heads, window, &rows, selection);
             backend.linear_add(residual, attention, &layer.output);
 
             backend.rms_norm(normed, residual, &layer.post_attention_norm, eps);

@@ -53,6 +53,7 @@ fn dynamic_frequencies_follow_request_and_position_alone() {
         first_position,
         prompt_len,
         blocks: 0..0,
+        attention: Default::default(),
     };
     // A long prompt's chunk, its later decode, a short request across the limit, two tokens of one long answer.
     let sequences =
@@ -62,6 +63,7 @@ fn dynamic_frequencies_follow_request_and_position_alone() {
         positions: &[3, 4, 12, 9, 10, 20, 21],
         sequences: &sequences,
         block_tables: &[],
+        methods: &[],
     };
     let (mut inv_freq, mut sets) = (Vec::new(), Vec::new());
     rope.frequencies(&batch, &mut inv_freq, &mut sets);
@@ -82,9 +84,20 @@ fn one_set_serves_all_rows_unless_scaling_is_dynamic() {
         "hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 10,
     }));
     let rope = Rope::new(&config.rope);
-    let sequences = [ops::SequenceRows { rows: 0..3, first_position: 99, prompt_len: 50, blocks: 0..0 }];
-    let batch =
-        Batch { tokens: &[0; 3], positions: &[99, 100, 101], sequences: &sequences, block_tables: &[] };
+    let sequences = [ops::SequenceRows {
+        rows: 0..3,
+        first_position: 99,
+        prompt_len: 50,
+        blocks: 0..0,
+        attention: Default::default(),
+    }];
+    let batch = Batch {
+        tokens: &[0; 3],
+        positions: &[99, 100, 101],
+        sequences: &sequences,
+        block_tables: &[],
+        methods: &[],
+    };
     let (mut inv_freq, mut sets) = (Vec::new(), Vec::new());
     rope.frequencies(&batch, &mut inv_freq, &mut sets);
     assert_eq!((inv_freq.as_slice(), sets.as_slice()), (rope.inv_freq(), [0, 0, 0].as_slice()));

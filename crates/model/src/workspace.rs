@@ -169,6 +169,7 @@ impl SelectedRows {
             positions: &self.positions,
             sequences: &self.sequences,
             block_tables: batch.block_tables,
+            methods: batch.methods,
         }
     }
 }
@@ -186,6 +187,7 @@ mod tests {
             first_position,
             prompt_len: 9,
             blocks,
+            attention: Default::default(),
         };
         let sequences = [sequence(0..3, 5, 0..1), sequence(3..4, 0, 1..2), sequence(4..8, 2, 2..3)];
         let batch = Batch {
@@ -193,6 +195,7 @@ mod tests {
             positions: &[5, 6, 7, 0, 2, 3, 4, 5],
             sequences: &sequences,
             block_tables: &[BlockIndex(4), BlockIndex(2), BlockIndex(0)],
+            methods: &[],
         };
         batch.check(8);
         let mut selected = SelectedRows::with_capacity(8, 3);

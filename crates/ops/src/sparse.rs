@@ -224,6 +224,14 @@ impl Method {
         RowPlan { sink_end, tail_start, candidates, take }
     }
 
+    /// Most lines, whatever the reduction.
+    const fn lines_max(&self, heads: HeadShape) -> usize {
+        match self.score {
+            Score::Digest { .. } => heads.group(),
+            _ => 1,
+        }
+    }
+
     /// Scores per KV head that are kept apart until selection: one per query head where they cannot be merged before.
     pub const fn lines(&self, heads: HeadShape) -> usize {
         match (self.score, self.reduce, self.softmax) {
@@ -301,8 +309,16 @@ impl SelectionLimits {
             heads,
             page_tokens,
             partition_tokens_min: scored.map(|m| m.partition_tokens).min().unwrap_or(context_max).max(1),
-            lines_max: methods.iter().map(|m| m.lines(heads)).max().unwrap_or(1),
+            // Requests may ask for another reduction than the server's.
+            lines_max: methods.iter().map(|m| m.lines_max(heads)).max().unwrap_or(1),
         }
+    }
+
+    /// Bytes of the scores and selections, without what a device needs beside them.
+    pub const fn bytes(&self) -> u64 {
+        let scores = self.lines_max * self.partitions_max() * size_of::<f32>();
+        let bits = bitmap_words(self.context_max) * size_of::<u64>();
+        (self.rows_max as u64).saturating_mul((self.heads.kv_heads * (scores + bits)) as u64)
     }
 
     /// Scores per line.

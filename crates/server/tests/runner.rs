@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use engine::{ModelRunner, Runner};
-use model::{Limits, Model, Source, Workspace, kv_geometry};
+use model::{DeviceKv, Limits, Model, Source, Workspace, kv_geometry};
 use ops::sample::{SampleOutput, SampleRow, SamplingParams};
 use ops::{Backend, Batch, BlockIndex, DType, Random, SequenceRows};
 use ops_cpu::{CpuBackend, CpuOptions};
@@ -27,7 +27,7 @@ fn load(folder: &str, dtype: DType, threads: usize) -> Device {
     let limits = Limits { rows_max: 256, logits_rows_max: 2, sequences_max: SEQUENCES, context_max: CONTEXT };
     let workspace = Workspace::new(&mut backend, model.config(), limits).expect("memory");
     let geometry = kv_geometry(model.config(), PAGE_TOKENS, model.dtype());
-    let kv = backend.kv(geometry, SEQUENCES * geometry.blocks(CONTEXT)).expect("memory");
+    let kv = DeviceKv::new(&mut backend, geometry, SEQUENCES * geometry.blocks(CONTEXT)).expect("memory");
     let vocab = model.config().vocab_size;
     Device { runner: ModelRunner::new(backend, model, workspace, kv), vocab }
 }
@@ -77,6 +77,7 @@ impl Step {
                 first_position: position,
                 prompt_len: CONTEXT as u32,
                 blocks: table..table + blocks as u32,
+                attention: Default::default(),
             });
             fed.done += count;
             samples.push(SampleRow {
@@ -90,7 +91,7 @@ impl Step {
                 forced: None,
             });
         }
-        let batch = Batch { tokens, positions, sequences, block_tables: tables };
+        let batch = Batch { tokens, positions, sequences, block_tables: tables, methods: &[] };
         let info = allocation_counter::measure(|| device.runner.run(&batch, &samples, out));
         for (fed, sampled) in fed.iter_mut().zip(&out.sampled) {
             let top = &out.top[sampled.top.start as usize..sampled.top.end as usize];

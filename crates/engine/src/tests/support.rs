@@ -41,6 +41,7 @@ pub fn request(prompt: Vec<u32>, max_tokens: u32) -> Request {
         stopping: Stopping { max_tokens, min_tokens: 0, end_tokens: vec![] },
         logprobs: None,
         prompt_logprobs: None,
+        sparse: None,
     }
 }
 

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use ops::{Backend, Batch, BlockIndex, DType, SequenceRows};
-use sparseserve_model::{Limits, Model, Source, Workspace, kv_geometry};
+use sparseserve_model::{DeviceKv, Limits, Model, Source, Workspace, kv_geometry};
 
 const PAGE_TOKENS: usize = 16;
 
@@ -23,7 +23,7 @@ pub struct Sequence<'a, B: Backend> {
     backend: &'a mut B,
     model: &'a Model<B>,
     workspace: Workspace<B>,
-    kv: B::Kv,
+    kv: DeviceKv<B>,
     blocks: Vec<BlockIndex>,
     prompt_len: u32,
     length: u32,
@@ -37,7 +37,7 @@ impl<'a, B: Backend> Sequence<'a, B> {
         let num_blocks = geometry.blocks(context_max);
         // Neighbours in the sequence are not neighbours in the pool.
         let blocks = (0..num_blocks as u32).rev().map(|i| BlockIndex(i ^ 1)).collect();
-        let kv = backend.kv(geometry, num_blocks + 1).unwrap();
+        let kv = DeviceKv::new(backend, geometry, num_blocks + 1).unwrap();
         Sequence { backend, model, workspace, kv, blocks, prompt_len: prompt_len as u32, length: 0 }
     }
 
@@ -51,9 +51,15 @@ impl<'a, B: Backend> Sequence<'a, B> {
             first_position: first,
             prompt_len: self.prompt_len,
             blocks: 0..self.blocks.len() as u32,
+            attention: Default::default(),
         }];
-        let batch =
-            Batch { tokens, positions: &positions, sequences: &sequences, block_tables: &self.blocks };
+        let batch = Batch {
+            tokens,
+            positions: &positions,
+            sequences: &sequences,
+            block_tables: &self.blocks,
+            methods: &[],
+        };
         batch.check(PAGE_TOKENS);
         self.model.forward(self.backend, &mut self.workspace, &mut self.kv, &batch, rows);
         let mut logits = Vec::new();

@@ -4,8 +4,11 @@
 use std::io::Write;
 use std::time::Instant;
 
+use engine::Sparse;
 use engine::{ModelRunner, Runner};
+use model::DeviceKv;
 use ops::sample::{SampleOutput, SampleRow, SamplingParams};
+use ops::sparse::{Attention, Method, Score, padded_width};
 use ops::{Backend, Batch, BlockIndex, DType, KvGeometry, Random, SequenceRows};
 use ops_cpu::bench::{Bound, Options, Row};
 use ops_cpu::ceiling::Ceiling;
@@ -149,10 +152,13 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
         )));
     }
     let ComputeSettings { threads, isa } = settings.compute.clone();
-    let work = Work::new(&prepared, settings.max_inject_tokens, args.batch, blocks);
+    let sparse = settings.sparse.method(args.context)?;
+    let work = Work::new(&prepared, settings.max_inject_tokens, args.batch, blocks, sparse);
     let (dtype, geometry, num_blocks) = (prepared.dtype, prepared.geometry, blocks * args.batch);
-    let mut runner =
-        prepared.load_filled(&mut |backend, kv| fill(backend, kv, geometry, num_blocks, args.filled))?;
+    let mut runner = prepared.load_filled(&mut |backend, kv| {
+        fill(backend, kv, geometry, num_blocks, args.filled);
+        work.digest(backend, kv, args.context);
+    })?;
     let mut limits = Limits { ceiling: Ceiling::new(isa, threads)?, pool: Pool::new(threads), dtype };
 
     let prefill = args.prefill.map(|tokens| work.prefill(&mut runner, &mut limits, tokens));
@@ -231,17 +237,38 @@ struct Work {
     kv_token_bytes: f64,
     /// Parameters that every prompt token is multiplied with: all but embedding and head.
     layer_parameters: f64,
-    /// Operations of attention per pair of a query and a key.
+    /// Operations of attention per pair of a query and a key, in a layer.
     pair_operations: f64,
     head_parameters: f64,
     rows_max: usize,
     vocab: u32,
     batch: usize,
     blocks: usize,
+    /// How decoded tokens attend.
+    sparse: Option<Sparse>,
+    methods: Vec<Method>,
+    num_layers: usize,
+    /// Bytes of a digest over the KV heads of a layer.
+    digest_bytes: f64,
 }
 
 impl Work {
-    fn new(prepared: &Prepared<BenchDevice>, rows_max: usize, batch: usize, blocks: usize) -> Self {
+    fn new(
+        prepared: &Prepared<BenchDevice>,
+        rows_max: usize,
+        batch: usize,
+        blocks: usize,
+        sparse: Option<Sparse>,
+    ) -> Self {
+        let geometry = prepared.geometry;
+        let digest = |index: u16| {
+            let width = prepared.digests[index as usize].kind.width(geometry.head_dim);
+            (padded_width(width) * geometry.kv_heads * geometry.dtype.bytes()) as f64
+        };
+        let digest_bytes = match sparse.map(|s| s.method.score) {
+            Some(Score::Digest { digests }) => digest(digests),
+            _ => 0.0,
+        };
         let config = &prepared.config;
         let head = (config.vocab_size * config.hidden_size) as f64;
         let tables = if config.tie_word_embeddings { 1.0 } else { 2.0 };
@@ -250,13 +277,50 @@ impl Work {
             weight_bytes: prepared.plan.weights_bytes as f64 - unread,
             kv_token_bytes: prepared.geometry.token_bytes() as f64,
             layer_parameters: model::num_parameters(config) as f64 - tables * head,
-            pair_operations: 4.0 * (config.heads.q_cols() * config.num_layers) as f64,
+            pair_operations: 4.0 * config.heads.q_cols() as f64,
             head_parameters: head,
             rows_max,
             vocab: config.vocab_size as u32,
             batch,
             blocks,
+            sparse,
+            methods: sparse.iter().map(|s| s.method).collect(),
+            num_layers: config.num_layers,
+            digest_bytes,
         }
+    }
+
+    /// Makes the digests of contexts that were filled.
+    fn digest(&self, backend: &mut BenchDevice, kv: &mut DeviceKv<BenchDevice>, context: usize) {
+        let tables: Vec<BlockIndex> = (0..(self.batch * self.blocks) as u32).map(BlockIndex).collect();
+        let positions: Vec<u32> = (0..context as u32).collect();
+        for place in 0..self.batch {
+            let sequences = [self.rows(place, 0..context as u32, 0, usize::MAX)];
+            let batch = Batch {
+                tokens: &positions,
+                positions: &positions,
+                sequences: &sequences,
+                block_tables: &tables,
+                methods: &self.methods,
+            };
+            (0..self.num_layers).for_each(|layer| kv.digest(backend, layer, &batch));
+        }
+    }
+
+    /// Bytes of KV and digests that a token at `position` has read, and positions that it attends to, over all layers.
+    fn attended(&self, position: usize) -> (f64, f64) {
+        let (context, layers) = (position + 1, self.num_layers as f64);
+        let dense = context as f64;
+        let plan = self.sparse.map(|s| (s.method, s.method.plan(context, s.budget as usize)));
+        let Some((method, plan)) = plan.filter(|(_, plan)| !plan.is_dense()) else {
+            return (dense * self.kv_token_bytes, dense * layers);
+        };
+        let dense_layers = method.dense_layers.min(self.num_layers) as f64;
+        let sparse_layers = layers - dense_layers;
+        let attended = plan.attended(context, method.partition_tokens) as f64;
+        let tokens = dense_layers * dense + sparse_layers * attended;
+        let digests = sparse_layers * plan.candidates.len() as f64 * self.digest_bytes;
+        (tokens * self.kv_token_bytes / layers + digests, tokens)
     }
 
     /// Decodes `steps` tokens of each sequence after `context` tokens.
@@ -276,12 +340,13 @@ impl Work {
             let position = context + step;
             let positions = vec![position as u32; self.batch];
             let sequences: Vec<SequenceRows> =
-                (0..self.batch).map(|i| self.rows(i, i as u32..i as u32 + 1, position)).collect();
+                (0..self.batch).map(|i| self.rows(i, i as u32..i as u32 + 1, position, context)).collect();
             let batch = Batch {
                 tokens: &tokens,
                 positions: &positions,
                 sequences: &sequences,
                 block_tables: &tables,
+                methods: &self.methods,
             };
             let samples: Vec<SampleRow> = (0..self.batch).map(|row| greedy(row, &params)).collect();
             let start = Instant::now();
@@ -294,9 +359,10 @@ impl Work {
             }
             if (step - 1).is_multiple_of(STEPS_PER_CEILING) {
                 let rows = self.batch as f64;
-                let kv = rows * position as f64 * self.kv_token_bytes;
+                let (bytes, tokens) = self.attended(position);
+                let kv = rows * bytes;
                 let operations = 2.0 * rows * (self.layer_parameters + self.head_parameters)
-                    + rows * position as f64 * self.pair_operations;
+                    + rows * tokens * self.pair_operations;
                 bound = limits.seconds(self.weight_bytes + kv, operations);
             }
             timed.push((seconds, bound));
@@ -313,7 +379,7 @@ impl Work {
         let mut out = SampleOutput::default();
         let n = tokens as f64;
         let operations = 2.0 * (n * self.layer_parameters + self.head_parameters)
-            + n * (n + 1.0) / 2.0 * self.pair_operations;
+            + n * (n + 1.0) / 2.0 * self.pair_operations * self.num_layers as f64;
         let mut timed = Vec::new();
         for _ in 0..REPEATS {
             let prompt: Vec<u32> = (0..tokens).map(|_| random.below(self.vocab as usize) as u32).collect();
@@ -323,13 +389,14 @@ impl Work {
             let mut done = 0;
             while done < tokens {
                 let rows = (tokens - done).min(self.rows_max);
-                let sequences = [self.rows(0, 0..rows as u32, done)];
+                let sequences = [self.rows(0, 0..rows as u32, done, usize::MAX)];
                 let range = done..done + rows;
                 let batch = Batch {
                     tokens: &prompt[range.clone()],
                     positions: &positions[range],
                     sequences: &sequences,
                     block_tables: &tables,
+                    methods: &[],
                 };
                 done += rows;
                 let samples: Vec<SampleRow> =
@@ -343,10 +410,20 @@ impl Work {
         Phase::new(tokens, &timed)
     }
 
-    /// Rows of a sequence whose blocks are those of place `table`.
-    fn rows(&self, table: usize, rows: std::ops::Range<u32>, first: usize) -> SequenceRows {
+    /// Rows of a sequence whose blocks are those of place `table`, after a prompt of `prompt` tokens.
+    fn rows(&self, table: usize, rows: std::ops::Range<u32>, first: usize, prompt: usize) -> SequenceRows {
+        let attention = match self.sparse {
+            None => Attention::Dense,
+            Some(Sparse { budget, .. }) => Attention::Sparse { method: 0, budget },
+        };
         let blocks = (table * self.blocks) as u32..((table + 1) * self.blocks) as u32;
-        SequenceRows { rows, first_position: first as u32, prompt_len: first as u32, blocks }
+        SequenceRows {
+            rows,
+            first_position: first as u32,
+            prompt_len: u32::try_from(prompt).unwrap_or(u32::MAX),
+            blocks,
+            attention,
+        }
     }
 }
 
@@ -364,7 +441,7 @@ fn greedy(row: usize, params: &SamplingParams) -> SampleRow<'_> {
 }
 
 /// Random K and V, normal like those of a normed layer, in every page.
-fn fill<B: Backend>(backend: &mut B, kv: &mut B::Kv, g: KvGeometry, num_blocks: usize, seed: u64) {
+fn fill<B: Backend>(backend: &mut B, kv: &mut DeviceKv<B>, g: KvGeometry, num_blocks: usize, seed: u64) {
     let mut random = Random::new(seed);
     let pages: Vec<Vec<f32>> = (0..RANDOM_PAGES)
         .map(|_| (0..g.page_tokens * g.head_dim).map(|_| random.normal()).collect())
@@ -373,7 +450,7 @@ fn fill<B: Backend>(backend: &mut B, kv: &mut B::Kv, g: KvGeometry, num_blocks: 
         for block in 0..num_blocks {
             for head in 0..g.kv_heads {
                 let (k, v) = (&pages[random.below(RANDOM_PAGES)], &pages[random.below(RANDOM_PAGES)]);
-                backend.write_page(kv, layer, BlockIndex(block as u32), head, k, v);
+                backend.write_page(kv.pages(), layer, BlockIndex(block as u32), head, k, v);
             }
         }
     }

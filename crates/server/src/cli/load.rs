@@ -5,9 +5,10 @@ use std::path::Path;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use engine::{Config, Handle, Metrics, ModelRunner};
+use engine::{Config, Handle, Metrics, ModelRunner, REPLAY_ROWS};
 use indicatif::{ProgressBar, ProgressStyle};
-use model::{Checkpoint, Limits, Model, ModelConfig, Rope, Source, Workspace};
+use model::{Checkpoint, DeviceKv, Limits, Model, ModelConfig, Rope, Source, Workspace};
+use ops::sparse::{DigestSpec, SelectionLimits};
 use ops::{Backend, DType, DeviceInfo, KvGeometry};
 use ops_cpu::{CpuBackend, CpuOptions};
 use prometheus::Registry;
@@ -88,6 +89,9 @@ pub struct Prepared<B: Backend = Device> {
     pub plan: MemoryPlan,
     /// Where it runs.
     pub device: DeviceInfo,
+    /// Digests that the device keeps.
+    pub digests: Vec<DigestSpec>,
+    selections: Option<SelectionLimits>,
     source: Source,
     backend: B,
     workspace: Workspace<B>,
@@ -128,18 +132,27 @@ impl<B: Backend> Prepared<B> {
             context_max: max_context,
         };
         let geometry = model::kv_geometry(&config, settings.page_tokens, dtype);
+        let served = &settings.sparse.served;
+        let digests = served.digests().to_vec();
+        let selections = served.methods();
+        let selections = (!selections.is_empty()).then(|| {
+            let rows = settings.max_num_seqs.saturating_add(REPLAY_ROWS);
+            SelectionLimits::new(&selections, config.heads, settings.page_tokens, rows, max_context)
+        });
+        let selection_bytes = selections.map_or(0, |limits| limits.bytes());
         let limit = memory_limit(settings.dram)?;
         let mut demand = Demand {
             weights_bytes: model::weight_bytes(&config, &backend, dtype),
-            activation_bytes: limits.activation_bytes(&config),
+            activation_bytes: limits.activation_bytes(&config) + selection_bytes,
             kv: geometry,
+            digest_block_bytes: digests.iter().map(|d| d.block_bytes(&geometry) as u64).sum(),
             max_context,
             max_num_seqs: settings.max_num_seqs,
         };
         // Once before anything is allocated, once with what the device needs besides.
         MemoryPlan::new(limit.clone(), &demand, settings.dram)?;
         let workspace = Workspace::new(&mut backend, &config, limits)?;
-        demand.activation_bytes = workspace.bytes();
+        demand.activation_bytes = workspace.bytes() + selection_bytes;
         let plan = MemoryPlan::new(limit, &demand, settings.dram)?;
         let device = backend.info();
         Ok(Prepared {
@@ -150,6 +163,8 @@ impl<B: Backend> Prepared<B> {
             max_context,
             plan,
             device,
+            digests,
+            selections,
             source,
             backend,
             workspace,
@@ -191,7 +206,7 @@ impl<B: Backend> Prepared<B> {
     /// As for [`Prepared::load`].
     pub fn load_filled(
         mut self,
-        fill: &mut dyn FnMut(&mut B, &mut B::Kv),
+        fill: &mut dyn FnMut(&mut B, &mut DeviceKv<B>),
     ) -> Result<ModelRunner<B>, Failure> {
         let start = Instant::now();
         let bar = progress_bar();
@@ -201,8 +216,12 @@ impl<B: Backend> Prepared<B> {
         });
         bar.finish_and_clear();
         let model = model?;
-        let mut kv = self.backend.kv(self.geometry, self.plan.num_blocks)?;
-        fill(&mut self.backend, &mut kv);
+        let (backend, blocks) = (&mut self.backend, self.plan.num_blocks);
+        let mut kv = match self.selections {
+            None => DeviceKv::new(backend, self.geometry, blocks)?,
+            Some(limits) => DeviceKv::with_selections(backend, self.geometry, blocks, &self.digests, limits)?,
+        };
+        fill(backend, &mut kv);
         tracing::info!(seconds = start.elapsed().as_secs_f64(), "model loaded");
         Ok(ModelRunner::new(self.backend, model, self.workspace, kv))
     }

@@ -17,6 +17,7 @@ mod screen;
 mod serve;
 mod settings;
 mod size;
+mod sparse;
 mod text;
 
 use std::io::Write;

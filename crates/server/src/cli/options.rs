@@ -217,6 +217,30 @@ pub struct EngineOptions {
     #[arg(long, env = "SPARSESERVE_NO_PREFIX_CACHE", num_args = 0..=1, require_equals = true)]
     #[arg(default_missing_value = "true", value_parser = FalseyValueParser::new(), value_name = "BOOL")]
     pub no_prefix_cache: Option<bool>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub sparse: SparseOptions,
+}
+
+/// What generated tokens attend to.
+#[derive(Clone, Debug, Default, Deserialize, Args)]
+#[serde(default, rename_all = "kebab-case")]
+#[command(next_help_heading = "Sparse attention")]
+pub struct SparseOptions {
+    /// What generated tokens attend to unless a request says otherwise: dense, streaming, random, quest or arkvale
+    /// [default: dense]
+    #[arg(long, value_name = "NAME", env = "SPARSESERVE_POLICY")]
+    pub policy: Option<String>,
+    /// More policies that requests may ask for, repeatable or separated by commas [default: none]
+    #[arg(long, value_name = "NAME", value_delimiter = ',', env = "SPARSESERVE_POLICIES")]
+    pub policies: Option<Vec<String>>,
+    /// Tokens that a generated token attends to per layer and KV head at most, or a share of the prompt: 1024, 12.5%
+    /// [default: 1024]
+    #[arg(long, value_name = "TOKENS|%", env = "SPARSESERVE_BUDGET")]
+    pub budget: Option<String>,
+    /// An option of --policy, repeatable or separated by commas: docs/policies says which there are
+    #[arg(long, value_name = "NAME=VALUE", value_delimiter = ',', env = "SPARSESERVE_POLICY_OPT")]
+    pub policy_opt: Option<Vec<String>>,
 }
 
 /// How to serve.
@@ -389,6 +413,19 @@ impl EngineOptions {
             page_tokens: self.page_tokens.or(file.page_tokens),
             dram: self.dram.or(file.dram),
             no_prefix_cache: self.no_prefix_cache.or(file.no_prefix_cache),
+            sparse: self.sparse.or(file.sparse),
+        }
+    }
+}
+
+impl SparseOptions {
+    /// These, completed from the file.
+    pub fn or(self, file: Self) -> Self {
+        SparseOptions {
+            policy: self.policy.or(file.policy),
+            policies: self.policies.or(file.policies),
+            budget: self.budget.or(file.budget),
+            policy_opt: self.policy_opt.or(file.policy_opt),
         }
     }
 }

@@ -15,6 +15,8 @@ pub struct Demand {
     pub activation_bytes: u64,
     /// Shape of the KV cache.
     pub kv: KvGeometry,
+    /// Bytes of digests per block of it.
+    pub digest_block_bytes: u64,
     /// Tokens of the longest request.
     pub max_context: usize,
     /// Requests that run at once.
@@ -53,7 +55,7 @@ impl MemoryPlan {
     /// When not even one request of full length fits; with the arithmetic, and the flag that would cure it.
     pub fn new(limit: MemoryLimit, demand: &Demand, dram: Option<Size>) -> Result<Self, Failure> {
         let geometry = &demand.kv;
-        let block_bytes = geometry.block_bytes() as u64;
+        let block_bytes = geometry.block_bytes() as u64 + demand.digest_block_bytes;
         let one_request = geometry.blocks(demand.max_context) as u64 * block_bytes;
         let fixed = demand.weights_bytes + demand.activation_bytes;
         // Somebody who says how much KV there shall be has judged the headroom.
@@ -67,7 +69,7 @@ impl MemoryPlan {
             let shown = sum(demand, 0, ("--dram", kv_bytes), &limit);
             let cure = match left >= one_request {
                 true => format!("--dram {}MiB would fit", left >> 20),
-                false => format!("without --dram, {}", too_small_cure(left, geometry)),
+                false => format!("without --dram, {}", too_small_cure(left, demand)),
             };
             return Err(Failure::input(format!("the KV pool does not fit: {shown}; {cure}")));
         }
@@ -78,12 +80,12 @@ impl MemoryPlan {
                     "--dram is too small: {what} is {}, and --dram allows {}; {}",
                     Bytes(one_request),
                     Bytes(kv_bytes),
-                    too_small_cure(kv_bytes, geometry)
+                    too_small_cure(kv_bytes, demand)
                 ),
                 None => format!(
                     "the model does not fit: {}; {}",
                     sum(demand, headroom_bytes, (&what, one_request), &limit),
-                    too_small_cure(left, geometry)
+                    too_small_cure(left, demand)
                 ),
             };
             return Err(Failure::input(message));
@@ -120,8 +122,10 @@ fn sum(demand: &Demand, headroom_bytes: u64, kv: (&str, u64), limit: &MemoryLimi
 }
 
 /// What to do where `bytes` are left for KV.
-fn too_small_cure(bytes: u64, geometry: &KvGeometry) -> String {
-    let tokens = bytes / geometry.block_bytes() as u64 * geometry.page_tokens as u64;
+fn too_small_cure(bytes: u64, demand: &Demand) -> String {
+    let geometry = &demand.kv;
+    let block_bytes = geometry.block_bytes() as u64 + demand.digest_block_bytes;
+    let tokens = bytes / block_bytes * geometry.page_tokens as u64;
     if tokens > 0 {
         return format!("--max-context {tokens} would fit");
     }
@@ -151,6 +155,7 @@ mod tests {
                 page_tokens: 16,
                 dtype: DType::Bf16,
             },
+            digest_block_bytes: 0,
             max_context: 131_072,
             max_num_seqs: 2,
         }
@@ -168,6 +173,19 @@ mod tests {
         let tight = plan(40 * GIB, &demand(), None).expect("fits");
         assert_eq!(tight.headroom_bytes, 2 * GIB);
         assert_eq!(tight.kv_bytes, 45 * GIB / 2, "40 - 15 - 0.5 - 2");
+    }
+
+    #[test]
+    fn digests_share_the_pool() {
+        let geometry = demand().kv;
+        // Min and max per page: a sixteenth of its KV.
+        let digest_block_bytes = geometry.block_bytes() as u64 / 16;
+        let planned = plan(40 * GIB, &Demand { digest_block_bytes, ..demand() }, None).expect("fits");
+        assert_eq!(
+            planned.num_blocks as u64,
+            45 * GIB / 2 / (geometry.block_bytes() as u64 + digest_block_bytes)
+        );
+        assert!(planned.kv_bytes <= 45 * GIB / 2);
     }
 
     #[test]

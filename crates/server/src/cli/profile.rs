@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use ops::sample::{SampleOutput, SampleRow};
+use ops::sparse::{DigestSpec, SelectionLimits};
 use ops::{Backend, Batch, BlockIndex, DType, DeviceInfo, Error, HeadShape, KvGeometry, Tensor, WeightView};
 
 /// One kind of operation, as often as it ran since [`Profiled::start`].
@@ -57,6 +58,8 @@ impl<B: Backend> Backend for Profiled<B> {
     type Linear = B::Linear;
     type Vector = B::Vector;
     type Kv = B::Kv;
+    type Digests = B::Digests;
+    type Selection = B::Selection;
 
     fn info(&self) -> DeviceInfo {
         self.inner.info()
@@ -93,6 +96,19 @@ impl<B: Backend> Backend for Profiled<B> {
 
     fn kv(&mut self, geometry: KvGeometry, num_blocks: usize) -> Result<B::Kv, Error> {
         self.inner.kv(geometry, num_blocks)
+    }
+
+    fn digests(
+        &mut self,
+        spec: DigestSpec,
+        geometry: KvGeometry,
+        num_blocks: usize,
+    ) -> Result<B::Digests, Error> {
+        self.inner.digests(spec, geometry, num_blocks)
+    }
+
+    fn selection(&mut self, limits: SelectionLimits) -> Result<(B::Selection, u64), Error> {
+        self.inner.selection(limits)
     }
 
     fn reserve(
@@ -154,6 +170,27 @@ impl<B: Backend> Backend for Profiled<B> {
         self.timed("append", (0, 0), |b| b.append(kv, layer, qkv, heads, qk_norm, angles, batch));
     }
 
+    fn digest(&mut self, digests: &mut B::Digests, kv: &B::Kv, layer: usize, batch: &Batch) {
+        self.timed("digest", (0, 0), |b| b.digest(digests, kv, layer, batch));
+    }
+
+    fn score(
+        &mut self,
+        selection: &mut B::Selection,
+        digests: &[B::Digests],
+        kv: &B::Kv,
+        layer: usize,
+        qkv: &B::Tensor,
+        heads: HeadShape,
+        batch: &Batch,
+    ) {
+        self.timed("score", (0, 0), |b| b.score(selection, digests, kv, layer, qkv, heads, batch));
+    }
+
+    fn select(&mut self, selection: &mut B::Selection, layer: usize, heads: HeadShape, batch: &Batch) {
+        self.timed("select", (0, 0), |b| b.select(selection, layer, heads, batch));
+    }
+
     fn attend(
         &mut self,
         out: &mut B::Tensor,
@@ -163,8 +200,9 @@ impl<B: Backend> Backend for Profiled<B> {
         heads: HeadShape,
         window: Option<usize>,
         batch: &Batch,
+        selection: Option<&B::Selection>,
     ) {
-        self.timed("attend", (0, 0), |b| b.attend(out, kv, layer, qkv, heads, window, batch));
+        self.timed("attend", (0, 0), |b| b.attend(out, kv, layer, qkv, heads, window, batch, selection));
     }
 
     fn sample(&mut self, out: &mut SampleOutput, logits: &B::Tensor, rows: &[SampleRow]) {
@@ -191,5 +229,45 @@ impl<B: Backend> Backend for Profiled<B> {
         head: usize,
     ) -> (Vec<f32>, Vec<f32>) {
         self.inner.read_page(kv, layer, block, head)
+    }
+
+    fn read_digests(
+        &mut self,
+        digests: &B::Digests,
+        layer: usize,
+        block: BlockIndex,
+        head: usize,
+    ) -> Vec<f32> {
+        self.inner.read_digests(digests, layer, block, head)
+    }
+
+    fn read_scores(
+        &mut self,
+        selection: &B::Selection,
+        place: usize,
+        head: usize,
+        line: usize,
+        scores: &mut [f32],
+    ) {
+        self.inner.read_scores(selection, place, head, line, scores);
+    }
+
+    fn write_scores(
+        &mut self,
+        selection: &mut B::Selection,
+        place: usize,
+        head: usize,
+        line: usize,
+        scores: &[f32],
+    ) {
+        self.inner.write_scores(selection, place, head, line, scores);
+    }
+
+    fn read_selection(&mut self, selection: &B::Selection, place: usize, head: usize) -> Option<Vec<u64>> {
+        self.inner.read_selection(selection, place, head)
+    }
+
+    fn write_selection(&mut self, selection: &mut B::Selection, place: usize, head: usize, bits: &[u64]) {
+        self.inner.write_selection(selection, place, head, bits);
     }
 }

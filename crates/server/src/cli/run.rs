@@ -15,6 +15,7 @@ use super::failure::Failure;
 use super::load::{self, EngineThread, Prepared};
 use super::options::{ConfigFile, RunArgs};
 use super::settings::{EngineSettings, LogSettings, ModelChoice};
+use super::sparse::SparseSettings;
 use super::text::TextSide;
 use super::{log, screen};
 
@@ -48,7 +49,16 @@ pub fn run(args: RunArgs) -> Result<(), Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let template = text.template.clone().map(Sandbox::of_this_program).transpose()?;
     let handle = engine.handle.clone();
-    let mut chat = Chat { handle, text, template, sampling, max_tokens, runtime, messages: Vec::new() };
+    let mut chat = Chat {
+        handle,
+        text,
+        template,
+        sparse: settings.sparse,
+        sampling,
+        max_tokens,
+        runtime,
+        messages: Vec::new(),
+    };
     chat.system(args.system.as_deref())?;
     let result = match prompt {
         Some(prompt) => chat.answer_once(&prompt, args.json, &choice.name()),
@@ -103,6 +113,7 @@ struct Chat {
     handle: Handle,
     text: TextSide,
     template: Option<Sandbox>,
+    sparse: SparseSettings,
     sampling: SamplingParams,
     max_tokens: u32,
     runtime: tokio::runtime::Runtime,
@@ -243,12 +254,14 @@ impl Chat {
         let end_tokens = self.text.defaults.end_tokens.clone();
         let mut decoder = Decoder::new(Arc::clone(&self.text.tokenizer), &prompt, true);
         let (sender, mut updates) = unbounded_channel();
+        let sparse = self.sparse.method(prompt.len())?;
         let request = Request {
             prompt,
             sampling: self.sampling.clone(),
             stopping: Stopping { max_tokens: self.max_tokens, min_tokens: 0, end_tokens: end_tokens.clone() },
             logprobs: None,
             prompt_logprobs: None,
+            sparse,
         };
         let id = self.handle.submit(request, Box::new(Channel(sender))).map_err(refused)?;
         let mut text = String::new();

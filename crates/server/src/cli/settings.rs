@@ -12,6 +12,7 @@ use super::options::{
     ApiKey, CommonOptions, ComputeOptions, DTypeChoice, Device, EngineOptions, LogFormat, ServerOptions,
 };
 use super::size::Size;
+use super::sparse::SparseSettings;
 
 /// Which model.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -92,7 +93,7 @@ impl ComputeSettings {
 }
 
 /// How to run a model.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct EngineSettings {
     /// Where.
     pub compute: ComputeSettings,
@@ -110,6 +111,8 @@ pub struct EngineSettings {
     pub dram: Option<Size>,
     /// Whether known beginnings of prompts are taken from the KV pool.
     pub prefix_cache: bool,
+    /// What generated tokens attend to.
+    pub sparse: SparseSettings,
 }
 
 impl EngineSettings {
@@ -141,6 +144,7 @@ impl EngineSettings {
             page_tokens,
             dram: options.dram,
             prefix_cache: !options.no_prefix_cache.unwrap_or(false),
+            sparse: SparseSettings::resolve(options.sparse)?,
         })
     }
 }

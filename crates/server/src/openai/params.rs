@@ -82,6 +82,7 @@ impl Params {
             },
             logprobs: None,
             prompt_logprobs: None,
+            sparse: None,
         }
     }
 

@@ -1,0 +1,96 @@
+//! Which sparse policies a server offers, and how many tokens requests attend to.
+
+use engine::Sparse;
+use sparse::{Budget, Options, Served};
+
+use super::failure::Failure;
+use super::options::SparseOptions;
+
+/// Tokens attended to where nobody says how many.
+const BUDGET: Budget = Budget::Tokens(1024);
+
+/// What requests may ask for, and what they get if they don't ask.
+#[derive(Clone, Debug)]
+pub struct SparseSettings {
+    /// Policies, the default first.
+    pub served: Served,
+    /// Budget of requests that name none.
+    pub budget: Budget,
+}
+
+impl SparseSettings {
+    /// Resolves `options`.
+    ///
+    /// # Errors
+    /// Policies, options or budgets that there are not.
+    pub fn resolve(options: SparseOptions) -> Result<Self, Failure> {
+        let SparseOptions { policy, policies, budget, policy_opt } = options;
+        let default = policy.unwrap_or_else(|| "dense".into());
+        let own = policy_opt.unwrap_or_default();
+        let own = own.iter().map(|option| match option.split_once('=') {
+            Some((name, value)) => Ok((name.trim(), value.trim())),
+            None => Err(Failure::input(format!("--policy-opt {option:?} is not of the form name=value"))),
+        });
+        let own = own.collect::<Result<Options, _>>()?;
+        let others = policies.unwrap_or_default();
+        let names = std::iter::once(default.as_str()).chain(others.iter().map(String::as_str));
+        let served = Served::new(names, &own).map_err(Failure::input)?;
+        let budget = budget.map_or(Ok(BUDGET), |text| text.parse()).map_err(Failure::input)?;
+        Ok(SparseSettings { served, budget })
+    }
+}
+
+impl SparseSettings {
+    /// What a request with a prompt of `prompt_tokens` gets if it asks for nothing.
+    ///
+    /// # Errors
+    /// None for settings that were resolved.
+    pub fn method(&self, prompt_tokens: usize) -> Result<Option<Sparse>, Failure> {
+        let method = self.served.method(None, &Options::default()).map_err(Failure::input)?;
+        let budget = self.budget.tokens(prompt_tokens);
+        Ok(method.map(|method| Sparse { method, budget }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolve(options: SparseOptions) -> Result<SparseSettings, String> {
+        SparseSettings::resolve(options).map_err(|failure| failure.line().unwrap_or_default())
+    }
+
+    fn texts(list: &[&str]) -> Option<Vec<String>> {
+        Some(list.iter().map(|&text| text.to_owned()).collect())
+    }
+
+    #[test]
+    fn the_default_policy_comes_first() {
+        let settings = resolve(SparseOptions::default()).expect("defaults resolve");
+        assert_eq!(settings.served.names().collect::<Vec<_>>(), ["dense"]);
+        let settings = resolve(SparseOptions {
+            policy: Some("quest".into()),
+            policies: texts(&["dense", "quest", "arkvale"]),
+            budget: Some("12.5%".into()),
+            policy_opt: texts(&["partition=32"]),
+        })
+        .expect("resolves");
+        assert_eq!(settings.served.names().collect::<Vec<_>>(), ["quest", "dense", "arkvale"]);
+        assert_eq!(settings.budget.tokens(800), 100);
+    }
+
+    #[test]
+    fn what_there_is_not_is_refused() {
+        let policy = |name: &str| SparseOptions { policy: Some(name.into()), ..Default::default() };
+        let option = |text: &str| SparseOptions { policy_opt: texts(&[text]), ..policy("quest") };
+        for (options, part) in [
+            (policy("qest"), "there is no policy \"qest\""),
+            (option("partition"), "not of the form name=value"),
+            (option("partition=7"), "must be 16 or 32"),
+            (SparseOptions { budget: Some("-3".into()), ..Default::default() }, "the budget is \"-3\""),
+        ] {
+            let error = resolve(options).expect_err(part);
+            assert!(error.contains(part), "{error}");
+        }
+    }
+}
