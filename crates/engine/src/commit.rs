@@ -14,6 +14,10 @@ impl<R: Runner> Engine<R> {
             if sampled.iter().all(|s| s.valid) {
                 self.kv.advance(&mut sequence.kv, &sequence.tokens[..part.positions.end]);
                 if part.draws {
+                    let last = part.positions.end - 1;
+                    if let Some(sparse) = sequence.sparse.filter(|_| last >= sequence.prompt_len) {
+                        sequence.attended.add(&sparse, last + 1);
+                    }
                     let token = sampled.last().expect("a drawn token is sampled").token;
                     assert!(
                         (token as usize) < self.config.vocab_size,

@@ -80,6 +80,34 @@ pub struct Usage {
     pub generated_tokens: u32,
     /// How often it was preempted.
     pub preemptions: u32,
+    /// What its generated tokens attended to; `None` if they were asked to attend to everything.
+    pub attended: Option<Attended>,
+}
+
+/// What the generated tokens of a request attended to, per layer that is not dense and per KV head.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Attended {
+    /// Generated tokens that were run, each once.
+    pub steps: u32,
+    /// Tokens that all of them together attended to.
+    pub tokens: u64,
+    /// Tokens in all their contexts together: what dense attention would have read.
+    pub context_tokens: u64,
+    /// Steps whose budget was too small for what a method attends to at least.
+    pub raised_steps: u32,
+}
+
+impl Attended {
+    /// Adds a step of `sparse` whose context, itself included, has `context` tokens.
+    pub(crate) fn add(&mut self, sparse: &Sparse, context: usize) {
+        let plan = sparse.method.plan(context, sparse.budget as usize);
+        let tokens =
+            if plan.is_dense() { context } else { plan.attended(context, sparse.method.partition_tokens) };
+        self.steps += 1;
+        self.tokens += tokens as u64;
+        self.context_tokens += context as u64;
+        self.raised_steps += u32::from(tokens > (sparse.budget as usize).min(context));
+    }
 }
 
 /// What the engine tells about a request, in this order: `PromptLogprobs` (if asked), `Token`s, then one of

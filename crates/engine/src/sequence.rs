@@ -10,8 +10,8 @@ use crate::config::{Config, kv_tokens_max};
 use crate::handle::QueuePlace;
 use crate::metrics::Metrics;
 use crate::request::{
-    Disconnected, FinishReason, Refusal, Request, RequestId, Sink, Sparse, Stopping, TokenLogprobs, Update,
-    Usage,
+    Attended, Disconnected, FinishReason, Refusal, Request, RequestId, Sink, Sparse, Stopping, TokenLogprobs,
+    Update, Usage,
 };
 
 /// A request that was checked against the limits of an engine, with where its updates go. If it is dropped before its
@@ -81,6 +81,8 @@ pub(crate) struct Sequence {
     pub(crate) tokens: Vec<u32>,
     pub(crate) prompt_len: usize,
     pub(crate) kv: kv::Sequence,
+    /// What its generated tokens attended to so far.
+    pub(crate) attended: Attended,
     /// Set by commit, acted upon by emit.
     pub(crate) outcome: Option<Outcome>,
     /// Admission is not tried again before this many blocks are available.
@@ -123,6 +125,7 @@ impl Sequence {
             tokens,
             prompt_len,
             kv: kv::Sequence::new(0, shareable_tokens, blocks_max),
+            attended: Attended::default(),
             outcome: None,
             admit_when_available: 0,
             num_scored: 0,
@@ -266,6 +269,7 @@ impl Sequence {
             cached_tokens: self.cached_tokens as u32,
             generated_tokens: self.num_generated() as u32,
             preemptions: self.num_preemptions,
+            attended: self.sparse.map(|_| self.attended),
         }
     }
 

@@ -19,7 +19,7 @@ use ops::{Batch, DType, Error, HeadShape, SparseRow, Tensor};
 
 use crate::digest::{Digests, summarise};
 use crate::isa::{Isa, Kernel};
-use crate::memory::{Buffer, PerThread, Shared};
+use crate::memory::{Buffer, LINE_BYTES, PerThread, Shared};
 use crate::pages::{HEAD_DIM_MAX, Kv};
 use crate::pool::Pool;
 use crate::simd::{LANES, Simd};
@@ -27,7 +27,7 @@ use crate::tensor::CpuTensor;
 use crate::tile::{Bf16, Element, F16, F32};
 
 /// Partitions per task.
-const RUN: usize = 64;
+const RUN: usize = 128;
 
 /// Partitions whose sums are in flight at a time: enough to hide the latency of an addition.
 const TOGETHER: usize = 4;
@@ -68,9 +68,17 @@ struct PlannedRow {
 /// Memory of one thread.
 #[derive(Debug)]
 struct Scratch {
+    /// Queries of all lines, as left operands.
+    lifted: Vec<u32>,
     /// One value per candidate.
     reduced: Vec<f32>,
     keys: Vec<u32>,
+}
+
+impl Scratch {
+    fn bytes(&self) -> usize {
+        size_of::<u32>() * (self.lifted.len() + self.reduced.len() + self.keys.len())
+    }
 }
 
 impl Selections {
@@ -85,6 +93,7 @@ impl Selections {
             bits: vec![0; heads * bitmap_words(limits.context_max)],
             pages: vec![0; heads],
             threads: PerThread::new(threads, || Scratch {
+                lifted: vec![0; limits.heads.kv_heads * limits.lines_max * LIFTED_MAX],
                 reduced: vec![0.0; partitions],
                 keys: vec![0; partitions],
             }),
@@ -93,7 +102,7 @@ impl Selections {
 
     /// Bytes held.
     pub fn bytes(&mut self) -> u64 {
-        let scratch: usize = self.threads.iter_mut().map(|t| 4 * (t.reduced.len() + t.keys.len())).sum();
+        let scratch: usize = self.threads.iter_mut().map(|t| t.bytes()).sum();
         let rows = self.rows.capacity() * size_of::<PlannedRow>();
         (4 * self.scores.len() + 8 * self.bits.len() + 4 * self.pages.len() + scratch + rows) as u64
     }
@@ -193,7 +202,7 @@ pub fn score(
     let Some(num_tasks) = selection.rows.last().map(|r| r.tasks_end).filter(|&n| n > 0) else { return };
     let scores = Shared(selection.scores.as_mut_ptr());
     let selection = &*selection;
-    pool.run(num_tasks, &|task, _| {
+    pool.run(num_tasks, &|task, thread| {
         let place = selection.rows.partition_point(|r| r.tasks_end <= task);
         let row = &selection.rows[place];
         let first_task = if place == 0 { 0 } else { selection.rows[place - 1].tasks_end };
@@ -201,6 +210,8 @@ pub fn score(
         let start = candidates.start + (task - first_task) * RUN;
         let run = start..(start + RUN).min(candidates.end);
         let method = &row.method;
+        // SAFETY: the scratch of this thread, borrowed for this task.
+        let lifted = unsafe { (*selection.threads.get(thread)).lifted.as_mut_ptr() };
         // SAFETY: the place lies in the buffer: the plan checked the row and its context against the limits.
         let scores = unsafe { scores.at(selection.line(place, 0, 0)) };
         let line_stride = selection.limits.partitions_max();
@@ -233,6 +244,7 @@ pub fn score(
                     scores,
                     head_stride,
                     line_stride,
+                    lifted,
                 };
                 match geometry.dtype {
                     DType::Bf16 => isa.run(ScoreAs(work, PhantomData::<Bf16>)),
@@ -258,6 +270,8 @@ struct ScoreRun<'a> {
     scores: *mut f32,
     head_stride: usize,
     line_stride: usize,
+    /// Memory of the thread for lifted queries.
+    lifted: *mut u32,
 }
 
 struct ScoreAs<'a, E>(ScoreRun<'a>, PhantomData<E>);
@@ -268,49 +282,104 @@ impl<E: Element> Kernel for ScoreAs<'_, E> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let w = self.0;
-        let (d, layer) = (w.heads.head_dim, w.digests.layer(w.layer));
         let kind = w.digests.spec().kind;
-        let width = padded_width(kind.width(d));
+        let width = padded_width(kind.width(w.heads.head_dim));
         let lines = w.method.lines(w.heads);
-        let mut open = [0u32; LIFTED_MAX];
+        let layer = w.digests.layer(w.layer);
         for head in 0..w.heads.kv_heads {
             for line in 0..lines {
                 let mut lifted = [0.0; LIFTED_MAX];
                 lift(&w, kind, head, line, &mut lifted);
-                let mut left = [0u32; LIFTED_MAX];
                 let mut c = 0;
                 while c < width {
-                    // SAFETY: both arrays have room for the widest lifted query.
+                    // SAFETY: the scratch has room for the lifted queries of all lines, which are whole vectors.
                     unsafe {
-                        let to = left.as_mut_ptr().cast::<E::Left>().add(c / E::K_PER_STEP);
+                        let to = w
+                            .lifted
+                            .cast::<E::Left>()
+                            .add(((head * lines + line) * width + c) / E::K_PER_STEP);
                         E::store_left(s, to, s.load(lifted.as_ptr().add(c)));
                     }
                     c += LANES;
                 }
-                // SAFETY: the line of this head lies in the scores of the row.
-                let to = unsafe { w.scores.add(head * w.head_stride + line * w.line_stride) };
-                let mut partition = w.run.start;
-                while partition < w.run.end {
-                    let mut rows = [std::ptr::null(); TOGETHER];
-                    for i in 0..TOGETHER {
-                        let candidate = (partition + i).min(w.run.end - 1);
-                        rows[i] = if (candidate + 1) * w.method.partition_tokens <= w.context {
-                            let offset = w.digests.offset(w.table, candidate) + head * w.digests.head_bytes();
-                            layer[offset..].as_ptr()
-                        } else {
-                            // At most the last candidate is open.
-                            open_digest::<S, E>(s, &w, head, candidate, &mut open);
-                            open.as_ptr().cast()
-                        };
+            }
+        }
+        // At most the last candidate is not full.
+        let full_end = w.run.end.min(w.context / w.method.partition_tokens);
+        let at = |partition: usize| layer[w.digests.offset(w.table, partition.min(full_end - 1))..].as_ptr();
+        let mut next = [std::ptr::null(); TOGETHER];
+        if w.run.start < full_end {
+            for i in 0..TOGETHER {
+                next[i] = at(w.run.start + i);
+            }
+        }
+        let mut partition = w.run.start;
+        while partition < full_end {
+            let rows = next;
+            for i in 0..TOGETHER {
+                next[i] = at(partition + TOGETHER + i);
+            }
+            for head in 0..w.heads.kv_heads {
+                let mut of_head = rows;
+                for i in 0..TOGETHER {
+                    // SAFETY: digests of all heads follow one another.
+                    of_head[i] = unsafe { rows[i].add(head * w.digests.head_bytes()) };
+                    fetch(s, next[i].wrapping_add(head * w.digests.head_bytes()), w.digests.digest_bytes());
+                }
+                // SAFETY: the digests lie in the layer.
+                unsafe { w.score_some::<S, E>(s, head, of_head, partition, full_end - partition) };
+            }
+            partition += TOGETHER;
+        }
+        if full_end < w.run.end {
+            let partition = w.run.end - 1;
+            for head in 0..w.heads.kv_heads {
+                let mut open = [0u32; LIFTED_MAX];
+                open_digest::<S, E>(s, &w, head, partition, &mut open);
+                // SAFETY: the array has room for the widest digest.
+                unsafe { w.score_some::<S, E>(s, head, [open.as_ptr().cast(); TOGETHER], partition, 1) };
+            }
+        }
+    }
+}
+
+/// Fetches `bytes` into the cache.
+#[inline(always)]
+fn fetch<S: Simd>(s: S, from: *const u8, bytes: usize) {
+    let mut line = 0;
+    while line < bytes {
+        s.prefetch(from.wrapping_add(line));
+        line += LINE_BYTES;
+    }
+}
+
+impl ScoreRun<'_> {
+    /// Scores the digests `rows` of a head for all its lines, and writes those of the first `count` partitions from
+    /// `partition` on.
+    ///
+    /// # Safety
+    /// The digests are readable, and queries are lifted.
+    #[inline(always)]
+    unsafe fn score_some<S: Simd, E: Element>(
+        &self,
+        s: S,
+        head: usize,
+        rows: [*const u8; TOGETHER],
+        partition: usize,
+        count: usize,
+    ) {
+        let width = padded_width(self.digests.spec().kind.width(self.heads.head_dim));
+        let lines = self.method.lines(self.heads);
+        for line in 0..lines {
+            // SAFETY: the caller's promise; the line lies in the scratch, and the scores of the run are this task's.
+            unsafe {
+                let left = self.lifted.cast::<E::Left>().add((head * lines + line) * width / E::K_PER_STEP);
+                let sums = dots::<S, E>(s, left, rows, width);
+                let to = self.scores.add(head * self.head_stride + line * self.line_stride + partition);
+                for i in 0..TOGETHER {
+                    if i < count {
+                        to.add(i).write(s.reduce_sum(sums[i]));
                     }
-                    // SAFETY: digests are padded to whole vectors, and scores of the run are this task's.
-                    unsafe {
-                        let sums = dots::<S, E>(s, left.as_ptr().cast(), rows, width);
-                        for i in 0..TOGETHER.min(w.run.end - partition) {
-                            to.add(partition + i).write(s.reduce_sum(sums[i]));
-                        }
-                    }
-                    partition += TOGETHER;
                 }
             }
         }

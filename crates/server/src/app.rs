@@ -25,6 +25,10 @@ pub struct App {
     pub vocab_size: usize,
     /// What the model itself says about generation.
     pub defaults: GenerationDefaults,
+    /// Sparse policies that requests may ask for, the default first.
+    pub policies: sparse::Served,
+    /// Budget of requests that name none.
+    pub budget: sparse::Budget,
     /// Bounds on single requests.
     pub limits: Limits,
     /// Keys that open the API; empty leaves it open.

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use engine::{ModelRunner, Runner};
 use model::{DeviceKv, Limits, Model, Source, Workspace, kv_geometry};
 use ops::sample::{SampleOutput, SampleRow, SamplingParams};
-use ops::{Backend, Batch, BlockIndex, DType, Random, SequenceRows};
+use ops::{Batch, BlockIndex, DType, Random, SequenceRows};
 use ops_cpu::{CpuBackend, CpuOptions};
 
 const PAGE_TOKENS: usize = 16;

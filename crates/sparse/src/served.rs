@@ -61,12 +61,16 @@ impl Served {
         setups.filter_map(|setup| self.place(setup.ok()?).ok()?).collect()
     }
 
-    /// How a request attends that asks for the policy `name`, or for none, with `options` of its own on top of the server's;
-    /// `None` for everything.
+    /// How a request attends that asks for the policy `name`, or for none, with `options` of its own on top of the server's:
+    /// the policy's name, and its method, `None` for everything.
     ///
     /// # Errors
     /// A policy that is not offered, options that it does not have or that need other digests.
-    pub fn method(&self, name: Option<&str>, options: &Options) -> Result<Option<Method>, Error> {
+    pub fn method(
+        &self,
+        name: Option<&str>,
+        options: &Options,
+    ) -> Result<(&'static str, Option<Method>), Error> {
         let found = match name {
             None => self.policies.first(),
             Some(name) => self.policies.iter().find(|(policy, _)| policy.name == name),
@@ -76,7 +80,7 @@ impl Served {
             let offered = self.names().collect::<Vec<_>>().join(", ");
             return Err(Error::NotServed { name, offered });
         };
-        self.place(policy.setup(&own.overridden_by(options))?)
+        Ok((policy.name, self.place(policy.setup(&own.overridden_by(options))?)?))
     }
 
     /// The method with its digests by their number on this server.
@@ -101,11 +105,11 @@ mod tests {
     fn requests_choose_among_what_is_offered() {
         let served = Served::new(["arkvale", "quest", "dense"], &options(&[("window", "96")])).unwrap();
         assert_eq!(served.digests().len(), 2);
-        let default = served.method(None, &Options::default()).unwrap().unwrap();
+        let default = served.method(None, &Options::default()).unwrap().1.unwrap();
         assert_eq!((default.always.recent_tokens, default.score), (96, Score::Digest { digests: 0 }));
-        let quest = served.method(Some("quest"), &options(&[("group", "max")])).unwrap().unwrap();
+        let quest = served.method(Some("quest"), &options(&[("group", "max")])).unwrap().1.unwrap();
         assert_eq!(quest.score, Score::Digest { digests: 1 });
-        assert_eq!(served.method(Some("dense"), &Options::default()).unwrap(), None);
+        assert_eq!(served.method(Some("dense"), &Options::default()).unwrap(), ("dense", None));
         let refused = |name, pairs: &[(&str, &str)]| {
             served.method(Some(name), &options(pairs)).unwrap_err().to_string()
         };

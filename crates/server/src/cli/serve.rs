@@ -114,6 +114,8 @@ async fn answer(
         max_context,
         vocab_size,
         defaults: text.defaults,
+        policies: settings.sparse.served,
+        budget: settings.sparse.budget,
         limits: Limits { top_logprobs: MAX_LOGPROBS, ..Limits::default() },
         api_keys: server.api_keys.into_iter().map(|key| key.0).collect(),
         cors_origins: server.cors_origins,

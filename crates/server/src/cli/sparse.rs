@@ -46,7 +46,7 @@ impl SparseSettings {
     /// # Errors
     /// None for settings that were resolved.
     pub fn method(&self, prompt_tokens: usize) -> Result<Option<Sparse>, Failure> {
-        let method = self.served.method(None, &Options::default()).map_err(Failure::input)?;
+        let (_, method) = self.served.method(None, &Options::default()).map_err(Failure::input)?;
         let budget = self.budget.tokens(prompt_tokens);
         Ok(method.map(|method| Sparse { method, budget }))
     }

@@ -143,7 +143,7 @@ impl Frame {
                     token_ids.extend(delta.tokens.iter().map(|token| token.id));
                 }
                 Event::Finished(finish) => {
-                    usage.add(&finish);
+                    usage.add(&finish, &self.params.sparse);
                     reason = finish_reason(&finish.reason, &self.app.defaults.end_tokens);
                 }
                 // Prompts have no log-probabilities here, and a failure has become an error before.
@@ -221,7 +221,7 @@ impl Chunks for ChatStream {
                 choice
             }
             Event::Finished(finish) => {
-                self.usage.add(&finish);
+                self.usage.add(&finish, &self.frame.params.sparse);
                 let (reason, stop) = finish_reason(&finish.reason, &self.frame.app.defaults.end_tokens);
                 json!({"index": index, "delta": {}, "logprobs": null, "finish_reason": reason, "stop_reason": stop})
             }

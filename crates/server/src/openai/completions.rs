@@ -253,7 +253,7 @@ impl Frame {
             }
             for event in events {
                 if let Event::Finished(finish) = &event {
-                    usage.add(finish);
+                    usage.add(finish, &self.params.sparse);
                 }
                 if let Some(more) = self.choice_of(index, event) {
                     choice.extend(more);
@@ -367,7 +367,7 @@ impl Chunks for CompletionStream {
 
     fn next(&mut self, index: usize, event: Event) -> Vec<Value> {
         if let Event::Finished(finish) = &event {
-            self.usage.add(finish);
+            self.usage.add(finish, &self.frame.params.sparse);
         }
         let choice = self.frame.choice_of(index, event);
         choice.map(|choice| self.frame.chunk(&[choice])).into_iter().collect()

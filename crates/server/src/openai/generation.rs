@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use engine::{Disconnected, FinishReason, Request, RequestId, Sink, TokenLogprobs, Update};
+use engine::{Attended, Disconnected, FinishReason, Request, RequestId, Sink, TokenLogprobs, Update};
 use tokio::sync::mpsc;
 
 use super::{ApiError, Params};
@@ -60,6 +60,8 @@ pub struct Finish {
     pub cached_tokens: u32,
     /// Tokens generated.
     pub generated_tokens: u32,
+    /// What they attended to, where that was not everything.
+    pub attended: Option<Attended>,
 }
 
 /// Why an answer ended.
@@ -130,6 +132,7 @@ struct Counts {
     prompt_tokens: u32,
     cached_tokens: u32,
     generated_tokens: u32,
+    attended: Option<Attended>,
 }
 
 /// The engine's end of the channel. It has no bound of its own: a request sends at most `max_tokens` updates, and the
@@ -203,6 +206,7 @@ impl Generation {
             Update::Token { token, logprobs } => self.take_token(token, logprobs),
             Update::Finished { reason, usage } => {
                 self.counts.cached_tokens = usage.cached_tokens;
+                self.counts.attended = usage.attended;
                 match (self.stopped.take(), reason) {
                     (Some(stop), _) => self.end(Reason::Stop(stop)),
                     (None, FinishReason::EndToken(token)) => self.finish(Reason::EndToken(token)),
@@ -251,7 +255,7 @@ impl Generation {
         if !self.delta.text.is_empty() || !self.delta.tokens.is_empty() {
             self.events.push_back(Event::Delta(std::mem::take(&mut self.delta)));
         }
-        let Counts { prompt_tokens, cached_tokens, generated_tokens } = self.counts;
+        let Counts { prompt_tokens, cached_tokens, generated_tokens, attended } = self.counts;
         self.span.in_scope(|| {
             let reason = reason.name();
             tracing::info!(prompt_tokens, cached_tokens, generated_tokens, reason, "finished");
@@ -261,6 +265,7 @@ impl Generation {
             prompt_tokens,
             cached_tokens,
             generated_tokens,
+            attended,
         }));
     }
 

@@ -13,6 +13,7 @@ mod generation;
 mod logprobs;
 mod models;
 mod params;
+mod sparse;
 mod stream;
 mod tokens;
 mod usage;

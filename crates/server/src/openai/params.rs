@@ -7,6 +7,7 @@ use ops::sample::SamplingParams;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use super::sparse::SparseParams;
 use super::{ApiError, Fields};
 use crate::app::App;
 
@@ -32,6 +33,8 @@ pub struct Params {
     pub stream: bool,
     /// Whether a stream ends with a chunk of counts.
     pub include_usage: bool,
+    /// What generated tokens attend to.
+    pub sparse: SparseParams,
     /// Whether answers carry token ids.
     pub return_token_ids: bool,
     /// Whether log-probabilities name tokens as `token_id:7`.
@@ -65,6 +68,7 @@ impl Params {
             skip_special_tokens: fields.take("skip_special_tokens")?.unwrap_or(true),
             stream,
             include_usage: take_stream_options(fields, stream)?,
+            sparse: SparseParams::take(fields, app)?,
             return_token_ids: fields.take("return_token_ids")?.unwrap_or(false),
             return_tokens_as_token_ids: fields.take("return_tokens_as_token_ids")?.unwrap_or(false),
         })
@@ -73,6 +77,7 @@ impl Params {
     /// The request to the engine for a prompt that [`Params::check_length`] accepted.
     pub fn request(&self, prompt: Vec<u32>, max_tokens: u32) -> Request {
         Request {
+            sparse: self.sparse.request(prompt.len()),
             prompt,
             sampling: self.sampling.clone(),
             stopping: Stopping {
@@ -82,7 +87,6 @@ impl Params {
             },
             logprobs: None,
             prompt_logprobs: None,
-            sparse: None,
         }
     }
 

@@ -2,9 +2,11 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use engine::Attended;
 use serde::Serialize;
 
 use super::generation::{Finish, Reason};
+use super::sparse::SparseParams;
 
 /// `usage` of an answer.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
@@ -13,6 +15,24 @@ pub struct Usage {
     completion_tokens: u32,
     total_tokens: u32,
     prompt_tokens_details: PromptTokensDetails,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sparse: Option<Receipt>,
+}
+
+/// What generated tokens attended to: per layer that is not dense and per KV head, averaged over steps.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+struct Receipt {
+    policy: &'static str,
+    /// The policy and budget that were asked for, of the first choice.
+    budget: u32,
+    /// Generated tokens that were run.
+    steps: u32,
+    attended_tokens_per_step: f64,
+    context_tokens_per_step: f64,
+    /// Steps for which the budget was raised to what the policy attends to at least.
+    raised_steps: u32,
+    #[serde(skip)]
+    sum: Attended,
 }
 
 #[derive(Clone, Copy, Debug, Default, Serialize)]
@@ -22,11 +42,33 @@ struct PromptTokensDetails {
 
 impl Usage {
     /// Adds a finished choice.
-    pub fn add(&mut self, finish: &Finish) {
+    pub fn add(&mut self, finish: &Finish, sparse: &SparseParams) {
         self.prompt_tokens += finish.prompt_tokens;
         self.completion_tokens += finish.generated_tokens;
         self.total_tokens += finish.prompt_tokens + finish.generated_tokens;
         self.prompt_tokens_details.cached_tokens += finish.cached_tokens;
+        if sparse.receipt {
+            let receipt = self.sparse.get_or_insert_with(|| Receipt {
+                policy: sparse.policy(),
+                budget: sparse.budget_tokens(finish.prompt_tokens as usize),
+                ..Receipt::default()
+            });
+            receipt.add(finish.attended.unwrap_or_default());
+        }
+    }
+}
+
+impl Receipt {
+    fn add(&mut self, attended: Attended) {
+        let sum = &mut self.sum;
+        sum.steps += attended.steps;
+        sum.tokens += attended.tokens;
+        sum.context_tokens += attended.context_tokens;
+        sum.raised_steps += attended.raised_steps;
+        let per_step = |count: u64| count as f64 / f64::from(sum.steps.max(1));
+        self.attended_tokens_per_step = per_step(sum.tokens);
+        self.context_tokens_per_step = per_step(sum.context_tokens);
+        (self.steps, self.raised_steps) = (sum.steps, sum.raised_steps);
     }
 }
 

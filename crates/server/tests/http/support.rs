@@ -67,6 +67,8 @@ pub struct Options {
     pub drain_timeout: Duration,
     /// Source of the chat template.
     pub template: Option<String>,
+    /// Sparse policies, the default first.
+    pub policies: Vec<&'static str>,
 }
 
 impl Default for Options {
@@ -79,6 +81,7 @@ impl Default for Options {
             cors_origins: Vec::new(),
             limits: Limits::default(),
             drain_timeout: Duration::from_secs(20),
+            policies: vec!["dense"],
             template: ChatTemplate::find_source(None, Some(&model_file("tokenizer_config.json"))),
         }
     }
@@ -134,6 +137,8 @@ pub async fn start(options: Options) -> Server {
         max_context: 2048,
         vocab_size: VOCAB,
         defaults,
+        policies: sparse::Served::new(options.policies, &Default::default()).unwrap(),
+        budget: sparse::Budget::Tokens(64),
         limits: options.limits,
         api_keys: options.api_keys,
         cors_origins: options.cors_origins,

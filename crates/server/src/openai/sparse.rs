@@ -1,0 +1,86 @@
+//! `sparse` in a request body: what its generated tokens attend to.
+
+use std::collections::BTreeMap;
+
+use engine::Sparse;
+use ops::sparse::Method;
+use serde_json::{Map, Value};
+use sparse::{Budget, Options};
+
+use super::{ApiError, Fields};
+use crate::app::App;
+
+/// Options that a request may give at most.
+const OPTIONS_MAX: usize = 32;
+
+/// How the tokens of an answer attend.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SparseParams {
+    /// `None` attends to everything.
+    method: Option<Method>,
+    budget: Budget,
+    /// The policy's name.
+    policy: &'static str,
+    /// Whether the answer's usage tells what was attended to.
+    pub receipt: bool,
+}
+
+impl SparseParams {
+    /// Takes the field out of a request body.
+    ///
+    /// # Errors
+    /// 400 for a policy, option or budget that there is not, 422 for a wrong type.
+    pub fn take(fields: &mut Fields, app: &App) -> Result<Self, ApiError> {
+        let given: Option<Map<String, Value>> = fields.take("sparse")?;
+        let mut own = Fields::nested(given.unwrap_or_default(), "sparse");
+        let policy: Option<String> = own.take("policy")?;
+        let options = take_options(&mut own)?;
+        let budget = match own.take::<Value>("budget")? {
+            None => app.budget,
+            Some(Value::String(text)) => text.parse().map_err(|e| refused("sparse.budget", e))?,
+            Some(value) => value.to_string().parse().map_err(|e| refused("sparse.budget", e))?,
+        };
+        let dense = own.take("dense")?.unwrap_or(false);
+        let receipt = own.take("receipt")?.unwrap_or(false);
+        own.finish()?;
+        let (name, method) =
+            app.policies.method(policy.as_deref(), &options).map_err(|e| refused("sparse", e))?;
+        let (policy, method) = if dense { ("dense", None) } else { (name, method) };
+        Ok(SparseParams { method, budget, policy, receipt })
+    }
+
+    /// What the engine is told for a prompt of `prompt_tokens`.
+    pub fn request(&self, prompt_tokens: usize) -> Option<Sparse> {
+        self.method.map(|method| Sparse { method, budget: self.budget.tokens(prompt_tokens) })
+    }
+
+    /// The budget in tokens for such a prompt.
+    pub fn budget_tokens(&self, prompt_tokens: usize) -> u32 {
+        self.budget.tokens(prompt_tokens)
+    }
+
+    /// The policy's name.
+    pub fn policy(&self) -> &'static str {
+        self.policy
+    }
+}
+
+/// `options`: an object of strings, numbers and booleans.
+fn take_options(fields: &mut Fields) -> Result<Options, ApiError> {
+    let param = "sparse.options";
+    let given: BTreeMap<String, Value> = fields.take("options")?.unwrap_or_default();
+    super::params::check_count(param, given.len(), OPTIONS_MAX)?;
+    let option = |(name, value): (String, Value)| match value {
+        Value::String(text) => Ok((name, text)),
+        Value::Number(_) | Value::Bool(_) => Ok((name, value.to_string())),
+        _ => {
+            let message = format!("`{param}.{name}` must be a string, a number or a boolean");
+            Err(ApiError::mistyped(param, message))
+        }
+    };
+    given.into_iter().map(option).collect()
+}
+
+fn refused(param: &str, error: sparse::Error) -> ApiError {
+    ApiError::invalid(param, error.to_string())
+}
