@@ -10,7 +10,11 @@ pub const ARKVALE: Policy = Policy {
     summary: "partitions by their keys' mean box (cuboid-mean), with sinks and a window",
     source: "Chen et al. 2024, ArkVale: Efficient Generative LLM Inference with Recallable Key-Value Eviction (pure top-k)",
     options: &[
-        OptionDoc { name: "partition", default: "32", help: "tokens per partition: 16, 32 or 64" },
+        OptionDoc {
+            name: "partition",
+            default: "32",
+            help: "tokens per partition; divides the page or is a multiple of it",
+        },
         OptionDoc {
             name: "sinks",
             default: "32",
@@ -28,7 +32,7 @@ pub const ARKVALE: Policy = Policy {
 };
 
 fn build(options: &mut Options) -> Result<Setup, Error> {
-    let partition_tokens = options.choice("partition", &[("32", 32), ("16", 16), ("64", 64)])?;
+    let partition_tokens = options.number("partition", 32, 1, 1024)?;
     let method = Method {
         dense_layers: options.number("dense-layers", 0, 0, 1024)?,
         partition_tokens,
@@ -38,7 +42,7 @@ fn build(options: &mut Options) -> Result<Setup, Error> {
         scope: options.choice("scope", &[("kv-head", Scope::KvHead), ("layer", Scope::Layer)])?,
         always: Always {
             sink_tokens: options.number("sinks", 32, 0, 1 << 20)?,
-            recent_tokens: options.number("window", 64, 1, 1 << 20)?,
+            recent_tokens: options.number("window", 64, 0, 1 << 20)?,
         },
         open_competes: false,
         take_min: 1,

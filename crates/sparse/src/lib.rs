@@ -24,7 +24,7 @@ use ops::sparse::{DigestSpec, Method};
 
 pub use budget::Budget;
 pub use options::{OptionDoc, Options};
-pub use served::Served;
+pub use served::{Served, Variant};
 
 /// A sparse method that users can name.
 #[derive(Debug)]
@@ -78,6 +78,12 @@ pub enum Error {
         policy: &'static str,
         /// As asked for.
         option: String,
+    },
+    /// An option without a value.
+    #[error("the option {text:?} is not of the form name=value")]
+    NoPair {
+        /// As given.
+        text: String,
     },
     /// A value that the option cannot have.
     #[error("the option {option} is {value:?}; it must be {allowed}")]

@@ -21,6 +21,19 @@ pub struct OptionDoc {
 pub struct Options(BTreeMap<String, String>);
 
 impl Options {
+    /// Reads `name=value` pairs, separated by commas.
+    ///
+    /// # Errors
+    /// What is no pair.
+    pub fn parse(text: &str) -> Result<Self, Error> {
+        let pairs = text.split(',').map(str::trim).filter(|pair| !pair.is_empty());
+        let pair = |pair: &str| match pair.split_once('=') {
+            Some((name, value)) => Ok((name.trim().to_owned(), value.trim().to_owned())),
+            None => Err(Error::NoPair { text: pair.into() }),
+        };
+        pairs.map(pair).collect()
+    }
+
     /// Adds or replaces one.
     pub fn set(&mut self, name: impl Into<String>, value: impl Into<String>) {
         self.0.insert(name.into(), value.into());

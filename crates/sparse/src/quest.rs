@@ -10,7 +10,11 @@ pub const QUEST: Policy = Policy {
     summary: "partitions by an upper bound of their tokens' scores (min and max of keys)",
     source: "Tang et al. 2024, Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference",
     options: &[
-        OptionDoc { name: "partition", default: "16", help: "tokens per partition: 16 or 32" },
+        OptionDoc {
+            name: "partition",
+            default: "16",
+            help: "tokens per partition; divides the page or is a multiple of it",
+        },
         OptionDoc {
             name: "group",
             default: "mean",
@@ -29,7 +33,7 @@ pub const QUEST: Policy = Policy {
 };
 
 fn build(options: &mut Options) -> Result<Setup, Error> {
-    let partition_tokens = options.choice("partition", &[("16", 16), ("32", 32)])?;
+    let partition_tokens = options.number("partition", 16, 1, 1024)?;
     let competes = options.choice("last", &[("always", false), ("compete", true)])?;
     let method = Method {
         dense_layers: options.number("dense-layers", 0, 0, 1024)?,

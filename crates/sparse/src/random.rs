@@ -36,7 +36,7 @@ fn build(options: &mut Options) -> Result<Setup, Error> {
         scope: Scope::KvHead,
         always: Always {
             sink_tokens: options.number("sinks", 4, 0, 1 << 20)?,
-            recent_tokens: options.number("window", 64, 1, 1 << 20)?,
+            recent_tokens: options.number("window", 64, 0, 1 << 20)?,
         },
         open_competes: false,
         take_min: 1,

@@ -4,6 +4,15 @@ use ops::sparse::{DigestSpec, Method, Score};
 
 use crate::{Error, Options, Policy, Setup};
 
+/// A policy with options, as somebody compares it with others.
+#[derive(Clone, Debug)]
+pub struct Variant {
+    /// As it was asked for.
+    pub name: String,
+    /// How it selects; `None` attends to everything.
+    pub method: Option<Method>,
+}
+
 /// Policies with the server's options, the first of them for requests that name none.
 ///
 /// The digests of all of them are made for every request, so a cached prompt serves whatever the next request asks for.
@@ -35,6 +44,30 @@ impl Served {
             served.policies.push((policy, options));
         }
         Ok(served)
+    }
+
+    /// Policies with options of their own, `name:option=value:option=value` each, side by side for a comparison.
+    ///
+    /// # Errors
+    /// Names and options that do not exist.
+    pub fn variants(specs: &[String]) -> Result<(Self, Vec<Variant>), Error> {
+        let mut served = Served { policies: Vec::new(), digests: Vec::new() };
+        let mut setups = Vec::new();
+        for spec in specs {
+            let (name, options) = spec.split_once(':').unwrap_or((spec, ""));
+            let (policy, options) = (Policy::named(name)?, Options::parse(&options.replace(':', ","))?);
+            let setup = policy.setup(&options)?;
+            if let Some(digest) = setup.digest
+                && !served.digests.contains(&digest)
+            {
+                served.digests.push(digest);
+            }
+            served.policies.push((policy, options));
+            setups.push((spec.clone(), setup));
+        }
+        let variant = |(name, setup)| Ok(Variant { name, method: served.place(setup)? });
+        let variants = setups.into_iter().map(variant).collect::<Result<_, _>>()?;
+        Ok((served, variants))
     }
 
     /// Nothing but dense attention.
@@ -125,8 +158,8 @@ mod tests {
             "the option group is \"sum\"; it must be mean or max or query-mean"
         );
         assert_eq!(
-            refused("arkvale", &[("window", "0")]),
-            "the option window is \"0\"; it must be a number from 1 to 1048576"
+            refused("arkvale", &[("window", "-1")]),
+            "the option window is \"-1\"; it must be a number from 0 to 1048576"
         );
     }
 

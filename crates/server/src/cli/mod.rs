@@ -4,6 +4,7 @@
 mod bench;
 mod cgroup;
 mod demo;
+mod eval;
 mod failure;
 mod hub;
 mod inspect;
@@ -40,6 +41,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Eval(args) => eval::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

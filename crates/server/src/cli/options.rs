@@ -9,6 +9,7 @@ use clap::builder::FalseyValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
 
+use super::eval::Task;
 use super::failure::Failure;
 use super::size::Size;
 
@@ -32,6 +33,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Measure this machine
     Bench(BenchArgs),
+    /// Measure how well sparse policies answer, and what they select
+    Eval(EvalArgs),
 }
 
 const MODEL_HELP: &str =
@@ -152,6 +155,87 @@ pub struct BenchEngineArgs {
     pub engine: EngineOptions,
     #[command(flatten)]
     pub common: CommonOptions,
+}
+
+/// `sparseserve eval`
+#[derive(Debug, Args)]
+pub struct EvalArgs {
+    /// What to evaluate.
+    #[command(subcommand)]
+    pub what: Eval,
+}
+
+/// What `eval` evaluates.
+#[derive(Debug, Subcommand)]
+pub enum Eval {
+    /// Answers to questions about facts in long texts, under policies and budgets
+    Retrieval(Box<EvalRetrievalArgs>),
+    /// What a policy selects from tensors in a file, and what attention makes of it
+    Selection(EvalSelectionArgs),
+}
+
+/// `sparseserve eval retrieval`
+#[derive(Debug, Args)]
+pub struct EvalRetrievalArgs {
+    #[arg(help = MODEL_HELP, env = "SPARSESERVE_MODEL")]
+    pub model: Option<String>,
+    /// Policies to compare, separated by commas; options follow after colons: quest:partition=32:dense-layers=1
+    #[arg(
+        long,
+        value_name = "POLICY",
+        value_delimiter = ',',
+        default_value = "dense,streaming,random,quest,arkvale"
+    )]
+    pub compare: Vec<String>,
+    /// Budgets to try, in tokens or as shares of the prompt
+    #[arg(long, value_name = "TOKENS|%", value_delimiter = ',', default_value = "64,128,256,512,1024")]
+    pub budgets: Vec<String>,
+    /// Tokens of text
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "8192")]
+    pub lengths: Vec<usize>,
+    /// Kinds of questions [default: all]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    pub tasks: Vec<Task>,
+    /// Texts per kind and length
+    #[arg(long, default_value_t = 10)]
+    pub contexts: usize,
+    /// Questions per text
+    #[arg(long, default_value_t = 10)]
+    pub questions: usize,
+    /// Of texts and questions
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Accept an answer that contains the right one
+    #[arg(long)]
+    pub contains: bool,
+    /// Also write the results to this file
+    #[arg(long, value_name = "FILE.json")]
+    pub json: Option<PathBuf>,
+    #[command(flatten)]
+    pub engine: EngineOptions,
+    #[command(flatten)]
+    pub common: CommonOptions,
+}
+
+/// `sparseserve eval selection`
+#[derive(Debug, Args)]
+pub struct EvalSelectionArgs {
+    /// Tensors k and v [tokens, kv_heads, head_dim] after RoPE and q [q_heads, head_dim], f32; metadata prompt_tokens, and
+    /// policy, budget and options where no flag gives them
+    #[arg(value_name = "IN.safetensors")]
+    pub input: PathBuf,
+    /// Where indptr, indices, out, out_dense, lse and lse_dense go
+    #[arg(long, value_name = "OUT.safetensors")]
+    pub out: PathBuf,
+    /// The policy
+    #[arg(long, value_name = "NAME")]
+    pub policy: Option<String>,
+    /// Tokens to attend to at most, or a share of the prompt
+    #[arg(long, value_name = "TOKENS|%")]
+    pub budget: Option<String>,
+    /// An option of the policy, repeatable or separated by commas
+    #[arg(long, value_name = "NAME=VALUE", value_delimiter = ',')]
+    pub policy_opt: Option<Vec<String>>,
 }
 
 /// Where to look for more options, and how to tell what happens.

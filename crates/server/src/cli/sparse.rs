@@ -26,12 +26,7 @@ impl SparseSettings {
     pub fn resolve(options: SparseOptions) -> Result<Self, Failure> {
         let SparseOptions { policy, policies, budget, policy_opt } = options;
         let default = policy.unwrap_or_else(|| "dense".into());
-        let own = policy_opt.unwrap_or_default();
-        let own = own.iter().map(|option| match option.split_once('=') {
-            Some((name, value)) => Ok((name.trim(), value.trim())),
-            None => Err(Failure::input(format!("--policy-opt {option:?} is not of the form name=value"))),
-        });
-        let own = own.collect::<Result<Options, _>>()?;
+        let own = Options::parse(&policy_opt.unwrap_or_default().join(",")).map_err(Failure::input)?;
         let others = policies.unwrap_or_default();
         let names = std::iter::once(default.as_str()).chain(others.iter().map(String::as_str));
         let served = Served::new(names, &own).map_err(Failure::input)?;

@@ -4,4 +4,5 @@ mod answers;
 mod errors;
 mod hub;
 mod process;
+mod selection;
 mod server;

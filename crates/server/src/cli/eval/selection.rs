@@ -1,0 +1,216 @@
+//! `sparseserve eval selection`: what a policy selects from given keys and queries, and what attention makes of it.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use ops::sparse::{Attention, Method, SelectionLimits};
+use ops::{Backend, Batch, BlockIndex, DType, HeadShape, KvGeometry, SequenceRows};
+use ops_cpu::{CpuBackend, CpuOptions};
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use sparse::{Budget, Options, Served};
+
+use crate::cli::failure::Failure;
+use crate::cli::options::EvalSelectionArgs;
+
+/// Slots per page.
+const PAGE_TOKENS: usize = 16;
+
+/// A decode step of one layer.
+struct Step {
+    heads: HeadShape,
+    tokens: usize,
+    /// `[tokens, kv_heads, head_dim]`.
+    k: Vec<f32>,
+    v: Vec<f32>,
+    /// `[q_heads, head_dim]`.
+    q: Vec<f32>,
+}
+
+/// Runs the command.
+pub fn run(args: &EvalSelectionArgs) -> Result<(), Failure> {
+    let bad = |what: String| Failure::input(format!("{}: {what}", args.input.display()));
+    let bytes = std::fs::read(&args.input).map_err(|e| bad(e.to_string()))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| bad(e.to_string()))?;
+    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| bad(e.to_string()))?;
+    let metadata = header.metadata().clone().unwrap_or_default();
+    let step = Step::read(&file).map_err(bad)?;
+    let told = |flag: &Option<String>, key: &str| flag.clone().or_else(|| metadata.get(key).cloned());
+    let policy =
+        told(&args.policy, "policy").ok_or_else(|| bad("no --policy, nor one in its metadata".into()))?;
+    let budget =
+        told(&args.budget, "budget").ok_or_else(|| bad("no --budget, nor one in its metadata".into()))?;
+    let budget: Budget = budget.parse().map_err(Failure::input)?;
+    let prompt_tokens = match metadata.get("prompt_tokens") {
+        None => step.tokens - 1,
+        Some(text) => text.parse().map_err(|_| bad(format!("prompt_tokens is {text:?}")))?,
+    };
+    let options = match &args.policy_opt {
+        Some(given) => given.join(","),
+        None => metadata.get("options").cloned().unwrap_or_default(),
+    };
+    let options = Options::parse(&options).map_err(Failure::input)?;
+    let served = Served::new([policy.as_str()], &options).map_err(Failure::input)?;
+    let (_, method) = served.method(None, &Options::default()).map_err(Failure::input)?;
+    let found = step.attend(&served, method, budget.tokens(prompt_tokens))?;
+    found.write(&args.out, &step)
+}
+
+impl Step {
+    fn read(file: &SafeTensors) -> Result<Self, String> {
+        let tensor = |name: &str, rank: usize| {
+            let tensor = file.tensor(name).map_err(|e| format!("{name}: {e}"))?;
+            if tensor.dtype() != Dtype::F32 || tensor.shape().len() != rank {
+                return Err(format!("{name} must be f32 with {rank} dimensions"));
+            }
+            let values = tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+            Ok((values.collect::<Vec<f32>>(), tensor.shape().to_vec()))
+        };
+        let ((k, shape), (v, shape_v), (q, shape_q)) = (tensor("k", 3)?, tensor("v", 3)?, tensor("q", 2)?);
+        let (tokens, kv_heads, head_dim) = (shape[0], shape[1], shape[2]);
+        let q_heads = shape_q[0];
+        let fits = shape == shape_v && shape_q[1] == head_dim && tokens > 0 && kv_heads > 0;
+        if !fits || q_heads == 0 || !q_heads.is_multiple_of(kv_heads) {
+            return Err(format!("k {shape:?}, v {shape_v:?} and q {shape_q:?} do not fit each other"));
+        }
+        Ok(Step { heads: HeadShape { q_heads, kv_heads, head_dim }, tokens, k, v, q })
+    }
+
+    /// Runs the operations of a decode step on the CPU backend in f32.
+    fn attend(&self, served: &Served, method: Option<Method>, budget: u32) -> Result<Found, Failure> {
+        let Step { heads, tokens, .. } = *self;
+        let HeadShape { kv_heads, head_dim, .. } = heads;
+        let geometry =
+            KvGeometry { num_layers: 1, kv_heads, head_dim, page_tokens: PAGE_TOKENS, dtype: DType::F32 };
+        let num_blocks = geometry.blocks(tokens);
+        let mut backend = CpuBackend::new(CpuOptions::default())?;
+        backend.reserve(heads, 1, 1, tokens, heads.qkv_cols())?;
+        let mut kv = backend.kv(geometry, num_blocks)?;
+        let table: Vec<BlockIndex> = (0..num_blocks as u32).map(BlockIndex).collect();
+        for (i, &block) in table.iter().enumerate() {
+            for head in 0..kv_heads {
+                let page = |values: &[f32]| -> Vec<f32> {
+                    let slot = |p: usize| {
+                        (p < tokens).then(|| &values[(p * kv_heads + head) * head_dim..][..head_dim])
+                    };
+                    let zeros = vec![0.0; head_dim];
+                    let positions = i * PAGE_TOKENS..(i + 1) * PAGE_TOKENS;
+                    positions.flat_map(|p| slot(p).unwrap_or(&zeros).to_vec()).collect()
+                };
+                backend.write_page(&mut kv, 0, block, head, &page(&self.k), &page(&self.v));
+            }
+        }
+        let position = tokens as u32 - 1;
+        let positions = [position];
+        let (mut digests, methods) = (Vec::new(), Vec::from_iter(method));
+        for &spec in served.digests() {
+            let mut made = backend.digests(spec, geometry, num_blocks)?;
+            let positions: Vec<u32> = (0..=position).collect();
+            let prompt = rows(0, tokens, Attention::Dense);
+            let batch = batch(&positions, &positions, std::slice::from_ref(&prompt), &table, &methods);
+            backend.digest(&mut made, &kv, 0, &batch);
+            digests.push(made);
+        }
+        let mut qkv = backend.tensor(1, heads.qkv_cols())?;
+        let mut values = self.q.clone();
+        values.resize(heads.qkv_cols(), 0.0);
+        backend.upload(&mut qkv, &values);
+        let mut out = backend.tensor(1, heads.q_cols())?;
+        let dense = rows(position, 1, Attention::Dense);
+        let dense = batch(&[0], &positions, std::slice::from_ref(&dense), &table, &methods);
+        backend.attend(&mut out, &kv, 0, &qkv, heads, None, &dense, None);
+        let out_dense = backend.row(&out, 0).to_vec();
+        let everything = || (0..tokens).collect::<Vec<usize>>();
+        let all = vec![everything(); kv_heads];
+        let Some(method) = method else {
+            return Ok(Found { indices: all, out: out_dense.clone(), out_dense });
+        };
+        let limits = SelectionLimits::new(&[method], heads, PAGE_TOKENS, 1, tokens);
+        let (mut selection, _) = backend.selection(limits)?;
+        let sparse = rows(position, 1, Attention::Sparse { method: 0, budget });
+        let sparse = batch(&[0], &positions, std::slice::from_ref(&sparse), &table, &methods);
+        backend.score(&mut selection, &digests, &kv, 0, &qkv, heads, &sparse);
+        backend.select(&mut selection, 0, heads, &sparse);
+        backend.attend(&mut out, &kv, 0, &qkv, heads, None, &sparse, Some(&selection));
+        let indices = (0..kv_heads).map(|head| match backend.read_selection(&selection, 0, head) {
+            None => everything(),
+            Some(bits) => (0..tokens).filter(|p| bits[p / 64] >> (p % 64) & 1 == 1).collect(),
+        });
+        Ok(Found { indices: indices.collect(), out: backend.row(&out, 0).to_vec(), out_dense })
+    }
+
+    /// `ln sum exp(q . k / sqrt(head_dim))` of a query head over positions.
+    fn lse(&self, q_head: usize, positions: impl Iterator<Item = usize>) -> f32 {
+        let HeadShape { kv_heads, head_dim, .. } = self.heads;
+        let head = q_head / self.heads.group();
+        let query = &self.q[q_head * head_dim..][..head_dim];
+        let score = |p: usize| {
+            let key = &self.k[(p * kv_heads + head) * head_dim..][..head_dim];
+            let dot: f64 = query.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum();
+            dot / (head_dim as f64).sqrt()
+        };
+        let scores: Vec<f64> = positions.map(score).collect();
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        (max + scores.iter().map(|s| (s - max).exp()).sum::<f64>().ln()) as f32
+    }
+}
+
+fn rows(first_position: u32, count: usize, attention: Attention) -> SequenceRows {
+    // Sparse rows are those after the prompt.
+    let prompt_len = if attention == Attention::Dense { u32::MAX } else { first_position };
+    let blocks = 0..(first_position + count as u32).div_ceil(PAGE_TOKENS as u32);
+    SequenceRows { rows: 0..count as u32, first_position, prompt_len, blocks, attention }
+}
+
+fn batch<'a>(
+    tokens: &'a [u32],
+    positions: &'a [u32],
+    sequences: &'a [SequenceRows],
+    block_tables: &'a [BlockIndex],
+    methods: &'a [Method],
+) -> Batch<'a> {
+    Batch { tokens, positions, sequences, block_tables, methods }
+}
+
+/// What came out.
+struct Found {
+    /// Attended positions of each KV head, ascending.
+    indices: Vec<Vec<usize>>,
+    out: Vec<f32>,
+    out_dense: Vec<f32>,
+}
+
+impl Found {
+    fn write(&self, path: &Path, step: &Step) -> Result<(), Failure> {
+        let HeadShape { q_heads, head_dim, .. } = step.heads;
+        let mut indptr = vec![0i64];
+        for indices in &self.indices {
+            indptr.push(indptr[indptr.len() - 1] + indices.len() as i64);
+        }
+        let indices: Vec<i64> = self.indices.iter().flatten().map(|&p| p as i64).collect();
+        let of = |head: usize| self.indices[head / step.heads.group()].iter().copied();
+        let lse: Vec<f32> = (0..q_heads).map(|head| step.lse(head, of(head))).collect();
+        let lse_dense: Vec<f32> = (0..q_heads).map(|head| step.lse(head, 0..step.tokens)).collect();
+        let floats = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+        let ints = |values: &[i64]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+        let (indptr_bytes, indices_bytes) = (ints(&indptr), ints(&indices));
+        let (out, out_dense) = (floats(&self.out), floats(&self.out_dense));
+        let (lse, lse_dense) = (floats(&lse), floats(&lse_dense));
+        let view = |dtype, shape: &[usize], bytes| TensorView::new(dtype, shape.to_vec(), bytes);
+        let heads = [q_heads, head_dim];
+        let tensors = [
+            ("indptr", view(Dtype::I64, &[indptr.len()], &indptr_bytes)),
+            ("indices", view(Dtype::I64, &[indices.len()], &indices_bytes)),
+            ("out", view(Dtype::F32, &heads, &out)),
+            ("out_dense", view(Dtype::F32, &heads, &out_dense)),
+            ("lse", view(Dtype::F32, &[q_heads], &lse)),
+            ("lse_dense", view(Dtype::F32, &[q_heads], &lse_dense)),
+        ];
+        let mut views = HashMap::new();
+        for (name, tensor) in tensors {
+            views.insert(name, tensor.map_err(Failure::runtime)?);
+        }
+        safetensors::serialize_to_file(views, None, path)
+            .map_err(|e| Failure::input(format!("{}: {e}", path.display())))
+    }
+}
