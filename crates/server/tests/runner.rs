@@ -1,13 +1,15 @@
-//! The runner of a server on the CPU backend, with whole models: what is in a batch changes no bit of it, and a warm
-//! step allocates nothing.
+//! The runner of a server on the CPU backend, with whole models: what is in a batch changes no bit of it, a budget that
+//! holds the context gives the bits of dense attention, and a warm step allocates nothing.
 
 use std::path::PathBuf;
 
 use engine::{ModelRunner, Runner};
 use model::{DeviceKv, Limits, Model, Source, Workspace, kv_geometry};
 use ops::sample::{SampleOutput, SampleRow, SamplingParams};
+use ops::sparse::{Attention, Method, SelectionLimits};
 use ops::{Batch, BlockIndex, DType, Random, SequenceRows};
 use ops_cpu::{CpuBackend, CpuOptions};
+use sparse::Served;
 
 const PAGE_TOKENS: usize = 16;
 const TOP: u32 = 8;
@@ -15,9 +17,15 @@ const TOP: u32 = 8;
 const CONTEXT: usize = 700;
 const SEQUENCES: usize = 3;
 
+/// Policies of the sequences, one each. The sequences before them are the same, dense.
+const POLICIES: [&str; SEQUENCES] = ["quest", "arkvale:sinks=16:window=16", "random:partition=4"];
+/// Tokens of the prompts of sequences that attend sparsely.
+const PROMPT: usize = 150;
+
 struct Device {
     runner: ModelRunner<CpuBackend>,
     vocab: usize,
+    methods: Vec<Method>,
 }
 
 fn load(folder: &str, dtype: DType, threads: usize) -> Device {
@@ -27,25 +35,32 @@ fn load(folder: &str, dtype: DType, threads: usize) -> Device {
     let limits = Limits { rows_max: 256, logits_rows_max: 2, sequences_max: SEQUENCES, context_max: CONTEXT };
     let workspace = Workspace::new(&mut backend, model.config(), limits).expect("memory");
     let geometry = kv_geometry(model.config(), PAGE_TOKENS, model.dtype());
-    let kv = DeviceKv::new(&mut backend, geometry, SEQUENCES * geometry.blocks(CONTEXT)).expect("memory");
+    let num_blocks = SEQUENCES * geometry.blocks(CONTEXT);
+    let (served, variants) = Served::variants(&POLICIES.map(str::to_owned)).expect("policies");
+    let methods: Vec<Method> = variants.iter().filter_map(|v| v.method).collect();
+    let limits = SelectionLimits::new(&methods, model.config().heads, PAGE_TOKENS, 256, CONTEXT);
+    let kv = DeviceKv::with_selections(&mut backend, geometry, num_blocks, served.digests(), limits);
+    let kv = kv.expect("memory");
     let vocab = model.config().vocab_size;
-    Device { runner: ModelRunner::new(backend, model, workspace, kv), vocab }
+    Device { runner: ModelRunner::new(backend, model, workspace, kv), vocab, methods }
 }
 
 /// A sequence of given tokens, part of which has run.
 struct Fed {
     tokens: Vec<u32>,
     place: usize,
+    /// Budget of its policy; `None` attends to everything.
+    budget: Option<u32>,
     done: usize,
     /// (token drawn, bits of its log-probability, bits of the likeliest) after each step that it was in.
     seen: Vec<(u32, u32, Vec<(u32, u32)>)>,
 }
 
 impl Fed {
-    fn new(place: usize, length: usize, vocab: usize) -> Self {
+    fn new(place: usize, budget: Option<u32>, length: usize, vocab: usize) -> Self {
         let mut random = Random::new(7 + place as u64);
         let tokens = (0..length).map(|_| random.below(vocab) as u32).collect();
-        Fed { tokens, place, done: 0, seen: Vec::new() }
+        Fed { tokens, place, budget, done: 0, seen: Vec::new() }
     }
 }
 
@@ -75,9 +90,12 @@ impl Step {
             sequences.push(SequenceRows {
                 rows: row..row + count as u32,
                 first_position: position,
-                prompt_len: CONTEXT as u32,
+                prompt_len: PROMPT as u32,
                 blocks: table..table + blocks as u32,
-                attention: Default::default(),
+                attention: match fed.budget {
+                    None => Attention::Dense,
+                    Some(budget) => Attention::Sparse { method: fed.place as u16, budget },
+                },
             });
             fed.done += count;
             samples.push(SampleRow {
@@ -91,7 +109,7 @@ impl Step {
                 forced: None,
             });
         }
-        let batch = Batch { tokens, positions, sequences, block_tables: tables, methods: &[] };
+        let batch = Batch { tokens, positions, sequences, block_tables: tables, methods: &device.methods };
         let info = allocation_counter::measure(|| device.runner.run(&batch, &samples, out));
         for (fed, sampled) in fed.iter_mut().zip(&out.sampled) {
             let top = &out.top[sampled.top.start as usize..sampled.top.end as usize];
@@ -104,10 +122,10 @@ impl Step {
 
 /// Rows of the three sequences in each step: prompts in chunks beside decodes, each alone and all together.
 const MIXED: [[usize; SEQUENCES]; 8] =
-    [[200, 0, 0], [1, 40, 0], [1, 160, 3], [1, 1, 90], [90, 1, 1], [1, 1, 1], [0, 100, 1], [1, 1, 1]];
+    [[200, 0, 0], [1, 40, 0], [1, 160, 3], [1, 1, 150], [90, 1, 1], [1, 1, 20], [0, 100, 1], [1, 1, 1]];
 
-fn run_mixed(device: &mut Device) -> Vec<Fed> {
-    let mut all: Vec<Fed> = (0..SEQUENCES).map(|i| Fed::new(i, CONTEXT, device.vocab)).collect();
+fn run_mixed(device: &mut Device, budget: Option<u32>) -> Vec<Fed> {
+    let mut all: Vec<Fed> = (0..SEQUENCES).map(|i| Fed::new(i, budget, CONTEXT, device.vocab)).collect();
     let mut step = Step::default();
     for counts in MIXED {
         let (mut fed, mut some): (Vec<&mut Fed>, Vec<usize>) = (Vec::new(), Vec::new());
@@ -131,16 +149,21 @@ fn a_mixed_batch_equals_one_by_one() {
         "xtask/golden/models/qwen3-qknorm",
     ] {
         for dtype in [DType::F32, DType::Bf16] {
-            let mixed = run_mixed(&mut load(folder, dtype, 3));
-            // Alone, on another number of threads, where the sequence ends in the same places.
-            let mut device = load(folder, dtype, 1);
-            for (place, expected) in mixed.iter().enumerate() {
-                let mut alone = Fed::new(place, CONTEXT, device.vocab);
-                let mut step = Step::default();
-                for counts in MIXED.iter().filter(|counts| counts[place] > 0) {
-                    step.run(&mut device, &mut [&mut alone], &[counts[place]]);
+            for budget in [None, Some(64)] {
+                let mixed = run_mixed(&mut load(folder, dtype, 3), budget);
+                // Alone, on another number of threads, where the sequence ends in the same places.
+                let mut device = load(folder, dtype, 1);
+                for (place, expected) in mixed.iter().enumerate() {
+                    let mut alone = Fed::new(place, budget, CONTEXT, device.vocab);
+                    let mut step = Step::default();
+                    for counts in MIXED.iter().filter(|counts| counts[place] > 0) {
+                        step.run(&mut device, &mut [&mut alone], &[counts[place]]);
+                    }
+                    assert_eq!(
+                        alone.seen, expected.seen,
+                        "{folder} in {dtype}, {budget:?}, sequence {place}"
+                    );
                 }
-                assert_eq!(alone.seen, expected.seen, "{folder} in {dtype}, sequence {place}");
             }
         }
     }
@@ -149,12 +172,33 @@ fn a_mixed_batch_equals_one_by_one() {
 #[test]
 fn a_warm_step_allocates_nothing() {
     let mut device = load("demo-model", DType::Bf16, 2);
-    run_mixed(&mut device);
-    let mut all: Vec<Fed> = (0..SEQUENCES).map(|i| Fed::new(i, CONTEXT, device.vocab)).collect();
-    let mut step = Step::default();
-    let mut fed: Vec<&mut Fed> = all.iter_mut().collect();
-    step.run(&mut device, &mut fed, &[200, 30, 1]);
-    for counts in [[1, 1, 1], [50, 1, 1], [1, 100, 100], [1, 1, 1]] {
-        assert_eq!(step.run(&mut device, &mut fed, &counts), 0, "rows {counts:?}");
+    for budget in [None, Some(48)] {
+        run_mixed(&mut device, budget);
+        let mut all: Vec<Fed> = (0..SEQUENCES).map(|i| Fed::new(i, budget, CONTEXT, device.vocab)).collect();
+        let mut step = Step::default();
+        let mut fed: Vec<&mut Fed> = all.iter_mut().collect();
+        step.run(&mut device, &mut fed, &[200, 30, 1]);
+        for counts in [[1, 1, 1], [50, 1, 1], [1, 100, 100], [1, 1, 1]] {
+            assert_eq!(step.run(&mut device, &mut fed, &counts), 0, "{budget:?}, rows {counts:?}");
+        }
+    }
+}
+
+/// What an answer says, whatever the order of splits and rows behind it.
+fn draws(fed: &[Fed]) -> Vec<&Vec<(u32, u32, Vec<(u32, u32)>)>> {
+    fed.iter().map(|fed| &fed.seen).collect()
+}
+
+#[test]
+fn a_budget_that_holds_the_context_is_dense_and_a_smaller_one_is_not() {
+    for dtype in [DType::F32, DType::F16, DType::Bf16] {
+        let device = || load("demo-model", dtype, 2);
+        let dense = run_mixed(&mut device(), None);
+        let full = run_mixed(&mut device(), Some(CONTEXT as u32));
+        assert_eq!(draws(&full), draws(&dense), "{dtype}");
+        let small = run_mixed(&mut device(), Some(32));
+        for place in 0..SEQUENCES {
+            assert_ne!(small[place].seen, dense[place].seen, "{dtype}: {}", POLICIES[place]);
+        }
     }
 }

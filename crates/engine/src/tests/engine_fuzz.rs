@@ -3,8 +3,8 @@
 
 use ops::Random;
 
-use super::fake_runner::{Fault, Prediction, expected_answer, expected_prompt_logprobs};
-use super::support::{Bench, Listener, config, prompt, request};
+use super::fake_runner::{Fault, Prediction, expected_answer, expected_prompt_logprobs, known_kv};
+use super::support::{Bench, Listener, config, prompt, request, sparse};
 use crate::config::Config;
 use crate::engine::Event;
 use crate::request::{FinishReason, Request, RequestId, TokenLogprobs, Update};
@@ -45,17 +45,27 @@ fn random_config(random: &mut Random) -> Config {
     config
 }
 
-fn random_request(random: &mut Random, config: &Config) -> Request {
+fn random_request(random: &mut Random, config: &Config, live: &[Live]) -> Request {
     // Families share prefixes; a tail of its own makes most prompts differ somewhere.
     let mut tokens = prompt(random.below(3) as u32, 1 + random.below(config.max_context));
     let tail = random.below(tokens.len() + 1);
     for token in &mut tokens[tail..] {
         *token = random.below(40) as u32;
     }
+    // The next turn of a conversation: what was asked before, what was answered, and something new.
+    if random.below(3) == 0 && !live.is_empty() {
+        let before = &live[random.below(live.len())].request;
+        let (mut answer, _) = expected_answer(before, config.max_context);
+        answer.truncate(random.below(answer.len() + 1));
+        tokens.truncate(random.below(9));
+        tokens = [before.prompt.as_slice(), &answer, &tokens].concat();
+        tokens.truncate(config.max_context);
+    }
     let mut request = request(tokens, random.below(50) as u32);
     request.sampling.seed = random.below(3) as u64;
     request.stopping.end_tokens = (0..random.below(3)).map(|_| random.below(48) as u32).collect();
     request.stopping.min_tokens = random.below(8) as u32;
+    request.sparse = (random.below(2) == 0).then(|| sparse(1 + random.below(2), random.below(60) as u32));
     request.logprobs = (random.below(5) == 0).then(|| random.below(6) as u32);
     let max_tokens = &mut request.stopping.max_tokens;
     if random.below(6) == 0 {
@@ -69,7 +79,10 @@ fn random_request(random: &mut Random, config: &Config) -> Request {
 
 fn draw(random: &mut Random, config: &Config, live: &[Live]) -> Op {
     match random.below(20) {
-        0..6 => Op::Submit(random_request(random, config), (random.below(12) == 0).then(|| random.below(12))),
+        0..6 => Op::Submit(
+            random_request(random, config, live),
+            (random.below(12) == 0).then(|| random.below(12)),
+        ),
         6 if !live.is_empty() => Op::Abort(live[random.below(live.len())].id),
         7 if !live.is_empty() => Op::Stop(live[random.below(live.len())].id),
         _ => Op::Step,
@@ -98,6 +111,17 @@ fn check_answer(live: &Live, config: &Config, seen: &mut Seen) {
     assert_eq!(usage.generated_tokens as usize, answer.len());
     assert_eq!(usage.prompt_tokens as usize, request.prompt.len());
     assert!(usage.cached_tokens < usage.prompt_tokens);
+    assert_eq!(usage.attended.is_some(), request.sparse.is_some());
+    if let (Some(attended), Some(sparse)) = (usage.attended, request.sparse) {
+        // The last token of an answer is never run.
+        let steps = answer.len().saturating_sub(1);
+        assert_eq!(attended.steps as usize, steps, "{request:?}");
+        let contexts: usize = (0..steps).map(|i| request.prompt.len() + i + 1).sum();
+        assert_eq!(attended.context_tokens as usize, contexts);
+        assert!(attended.tokens <= attended.context_tokens);
+        let within = steps as u64 * u64::from(sparse.budget);
+        assert!(attended.raised_steps > 0 || attended.tokens <= within, "{request:?} {attended:?}");
+    }
     if config.prefix_limit.is_some_and(|limit| request.prompt.len() > limit) || !config.prefix_cache {
         assert_eq!(usage.cached_tokens, 0);
     }
@@ -124,7 +148,8 @@ fn check_logprobs(request: &Request, heard: &[Update], answer: &[u32]) {
     }
     for (i, actual) in of_answer.into_iter().enumerate() {
         let context: Vec<u32> = request.prompt.iter().chain(&answer[..i]).copied().collect();
-        let expected = request.logprobs.map(|n| Prediction::after(&context).logprobs(answer[i], n));
+        let expected =
+            request.logprobs.map(|n| Prediction::after(&known_kv(request, &context)).logprobs(answer[i], n));
         assert_eq!(actual, expected);
     }
 }
@@ -172,6 +197,8 @@ fn fuzz(seed: u64, num_ops: usize, fault: Option<Fault>) -> Seen {
         });
     }
     bench.finish();
+    let sparse_rows_max = bench.engine.runner.sparse_rows_max;
+    assert!(sparse_rows_max <= config.max_num_seqs + crate::REPLAY_ROWS, "{sparse_rows_max} rows");
     for l in &live {
         check_answer(l, &config, &mut seen);
     }

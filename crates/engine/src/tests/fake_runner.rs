@@ -1,12 +1,13 @@
-//! A runner whose "KV" is the token itself and whose next token is a hash of the whole context, read back through the
+//! A runner whose "KV" is the token itself with how it attended, and whose next token is a hash of the whole context, read back through the
 //! block table. A wrong table, a missing or shared block, or a chunk out of place therefore changes an answer.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use ops::Batch;
 use ops::sample::{SampleOutput, SampleRow, Sampled};
+use ops::sparse::Attention;
+use ops::{Batch, SequenceRows};
 
-use crate::request::{FinishReason, Request, TokenLogprobs};
+use crate::request::{FinishReason, Request, Sparse, TokenLogprobs};
 use crate::run::Runner;
 
 pub const VOCAB: usize = 50;
@@ -15,6 +16,31 @@ pub const NAN_TOKEN: u32 = 49;
 /// A step that runs this token panics.
 pub const PANIC_TOKEN: u32 = 48;
 
+/// What is kept of a token: itself, and a tag that tells how it attended, 0 for everything.
+pub type Kv = (u32, u64);
+
+/// The tag of a token at `position`: KV of tokens that attend sparsely belongs to their method, budget and prompt.
+fn tag(attention: Attention, sparse: Option<Sparse>, prompt_len: usize, position: usize) -> u64 {
+    let (Attention::Sparse { budget, .. }, Some(sparse)) = (attention, sparse) else { return 0 };
+    if position < prompt_len {
+        return 0;
+    }
+    let mut hasher = DefaultHasher::new();
+    (budget, sparse.method.partition_tokens, prompt_len).hash(&mut hasher);
+    hasher.finish() | 1
+}
+
+/// The KV of a sequence that is known from its request.
+pub fn known_kv(request: &Request, tokens: &[u32]) -> Vec<Kv> {
+    let attention = match request.sparse {
+        None => Attention::Dense,
+        Some(Sparse { budget, .. }) => Attention::Sparse { method: 0, budget },
+    };
+    let prompt_len = request.prompt.len();
+    let kv = |(i, &token): (usize, &u32)| (token, tag(attention, request.sparse, prompt_len, i));
+    tokens.iter().enumerate().map(kv).collect()
+}
+
 /// What the fake model says after `context`.
 pub struct Prediction {
     hash: u64,
@@ -22,10 +48,10 @@ pub struct Prediction {
 }
 
 impl Prediction {
-    pub fn after(context: &[u32]) -> Self {
+    pub fn after(context: &[Kv]) -> Self {
         let mut hasher = DefaultHasher::new();
         context.hash(&mut hasher);
-        Prediction { hash: hasher.finish(), valid: !context.contains(&NAN_TOKEN) }
+        Prediction { hash: hasher.finish(), valid: !context.iter().any(|kv| kv.0 == NAN_TOKEN) }
     }
 
     /// Never draws the two special tokens.
@@ -57,7 +83,11 @@ pub fn expected_answer(request: &Request, max_context: usize) -> (Vec<u32>, Fini
     while answer.len() < request.stopping.max_tokens as usize && context.len() < max_context {
         let too_short = answer.len() < request.stopping.min_tokens as usize;
         let banned: &[u32] = if too_short { &request.stopping.end_tokens } else { &[] };
-        let token = Prediction::after(&context).draw(request.sampling.seed, context.len() as u64, banned);
+        let token = Prediction::after(&known_kv(request, &context)).draw(
+            request.sampling.seed,
+            context.len() as u64,
+            banned,
+        );
         answer.push(token);
         context.push(token);
         if request.stopping.end_tokens.contains(&token) {
@@ -69,7 +99,8 @@ pub fn expected_answer(request: &Request, max_context: usize) -> (Vec<u32>, Fini
 
 /// Log-probabilities of the prompt by definition.
 pub fn expected_prompt_logprobs(prompt: &[u32], count: u32) -> Vec<TokenLogprobs> {
-    (1..prompt.len()).map(|i| Prediction::after(&prompt[..i]).logprobs(prompt[i], count)).collect()
+    let kv: Vec<Kv> = prompt.iter().map(|&token| (token, 0)).collect();
+    (1..prompt.len()).map(|i| Prediction::after(&kv[..i]).logprobs(prompt[i], count)).collect()
 }
 
 /// What the runner does wrong on purpose, to show that tests notice.
@@ -84,12 +115,14 @@ pub enum Fault {
 pub struct FakeRunner {
     pub fault: Option<Fault>,
     page_tokens: usize,
-    /// Token of each slot of each block; `None` before it is first written.
-    kv: Vec<Option<u32>>,
-    context: Vec<u32>,
+    /// What is in each slot of each block; `None` before it is first written.
+    kv: Vec<Option<Kv>>,
+    context: Vec<Kv>,
     /// Rows of each sequence in the last step, as (first position, rows).
     pub last_step: Vec<(u32, usize)>,
     pub num_steps: usize,
+    /// Most rows of a step that attended to a selection.
+    pub sparse_rows_max: usize,
 }
 
 impl FakeRunner {
@@ -101,6 +134,17 @@ impl FakeRunner {
             context: Vec::with_capacity(num_blocks * page_tokens),
             last_step: Vec::with_capacity(64),
             num_steps: 0,
+            sparse_rows_max: 0,
+        }
+    }
+}
+
+/// How the rows of `sequence` after its prompt attend.
+fn sparse_of(batch: &Batch, sequence: &SequenceRows) -> Option<Sparse> {
+    match sequence.attention {
+        Attention::Dense => None,
+        Attention::Sparse { method, budget } => {
+            Some(Sparse { method: batch.methods[method as usize], budget })
         }
     }
 }
@@ -113,6 +157,7 @@ impl Runner for FakeRunner {
             table[position / self.page_tokens].at() * self.page_tokens + position % self.page_tokens
         };
         self.num_steps += 1;
+        self.sparse_rows_max = self.sparse_rows_max.max(batch.sparse_rows().count());
         self.last_step.clear();
         for (i, sequence) in batch.sequences.iter().enumerate() {
             let written = &batch.block_table(sequence)[sequence.first_position as usize / self.page_tokens..];
@@ -128,7 +173,10 @@ impl Runner for FakeRunner {
                 let position = batch.positions[row as usize] as usize;
                 let to = &mut self.kv[slot(batch.block_table(sequence), position)];
                 if to.is_none() || self.fault != Some(Fault::LosesWrites) {
-                    *to = Some(batch.tokens[row as usize]);
+                    let sparse = sparse_of(batch, sequence);
+                    let prompt_len = sequence.prompt_len as usize;
+                    let tag = tag(sequence.attention, sparse, prompt_len, position);
+                    *to = Some((batch.tokens[row as usize], tag));
                 }
             }
         }
@@ -152,7 +200,10 @@ impl Runner for FakeRunner {
                 Some(token) => token,
                 None => {
                     let known = sample.prompt.iter().chain(sample.generated);
-                    assert!(self.context.iter().eq(known), "a new token is drawn after all known ones");
+                    assert!(
+                        self.context.iter().map(|kv| &kv.0).eq(known),
+                        "a new token is drawn after all known ones"
+                    );
                     prediction.draw(sample.params.seed, sample.position, sample.banned)
                 }
             };

@@ -5,13 +5,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ops::sample::SamplingParams;
+use ops::sparse::{Always, Method, Reduce, Scope, Score};
 use prometheus::Registry;
 
 use super::fake_runner::{FakeRunner, VOCAB};
 use crate::config::Config;
 use crate::engine::{Engine, Event};
 use crate::metrics::Metrics;
-use crate::request::{Disconnected, Refusal, Request, RequestId, Sink, Stopping, Update};
+use crate::request::{Disconnected, Refusal, Request, RequestId, Sink, Sparse, Stopping, Update};
 use crate::sequence::Submission;
 
 pub fn config(num_blocks: usize) -> Config {
@@ -43,6 +44,22 @@ pub fn request(prompt: Vec<u32>, max_tokens: u32) -> Request {
         prompt_logprobs: None,
         sparse: None,
     }
+}
+
+/// Attention to the best partitions of so many tokens.
+pub fn sparse(partition_tokens: usize, budget: u32) -> Sparse {
+    let method = Method {
+        dense_layers: 0,
+        partition_tokens,
+        score: Score::Random { seed: 1 },
+        reduce: Reduce::Mean,
+        softmax: false,
+        scope: Scope::KvHead,
+        always: Always { sink_tokens: 1, recent_tokens: 2 },
+        open_competes: false,
+        take_min: 1,
+    };
+    Sparse { method, budget }
 }
 
 /// What a client has heard.
