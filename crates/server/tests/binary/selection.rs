@@ -78,3 +78,43 @@ fn flags_come_before_the_file() {
         assert!(text(&run.stderr).contains(part), "{}", text(&run.stderr));
     }
 }
+
+/// Accuracy by policy and budget, of a few hard questions.
+#[test]
+fn selection_finds_what_the_floor_does_not() {
+    let scratch = tempfile::tempdir().unwrap();
+    let report = scratch.path().join("report.json");
+    let run = output(&[
+        "eval",
+        "retrieval",
+        "--contexts",
+        "2",
+        "--questions",
+        "8",
+        "--lengths",
+        "2048",
+        "--tasks",
+        "hard,hop",
+        "--budgets",
+        "128",
+        "--compare",
+        "dense,streaming,random,quest,arkvale:partition=16:sinks=16:window=16",
+        "--json",
+        report.to_str().unwrap(),
+    ]);
+    assert!(run.status.success(), "{}", text(&run.stderr));
+    assert!(text(&run.stdout).contains("| quest |"), "{}", text(&run.stdout));
+    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(&report).unwrap()).unwrap();
+    let cells = report["cells"].as_array().unwrap();
+    assert_eq!(cells.len(), 10, "{report}");
+    for cell in cells {
+        let (asked, accuracy) = (cell["asked"].as_u64().unwrap(), cell["accuracy"].as_f64().unwrap());
+        let attended = cell["attended_tokens_per_step"].as_f64().unwrap();
+        assert_eq!(asked, 16, "{cell}");
+        match cell["policy"].as_str().unwrap() {
+            "dense" => assert_eq!((accuracy, attended), (1.0, 0.0), "{cell}"),
+            "streaming" | "random" => assert!(accuracy < 0.5 && attended <= 128.0, "{cell}"),
+            _ => assert!(accuracy > 0.8 && attended <= 128.0, "{cell}"),
+        }
+    }
+}

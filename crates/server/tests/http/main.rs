@@ -5,5 +5,6 @@ mod completions;
 mod faults;
 mod lifecycle;
 mod sdk;
+mod sparse;
 mod support;
 mod templates;
