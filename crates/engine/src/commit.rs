@@ -16,7 +16,7 @@ impl<R: Runner> Engine<R> {
                 if part.draws {
                     let last = part.positions.end - 1;
                     if let Some(sparse) = sequence.sparse.filter(|_| last >= sequence.prompt_len) {
-                        sequence.attended.add(&sparse, last + 1);
+                        sequence.attended.add(&sparse, last + 1, sequence.prompt_len);
                     }
                     let token = sampled.last().expect("a drawn token is sampled").token;
                     assert!(

@@ -99,8 +99,8 @@ pub struct Attended {
 
 impl Attended {
     /// Adds a step of `sparse` whose context, itself included, has `context` tokens.
-    pub(crate) fn add(&mut self, sparse: &Sparse, context: usize) {
-        let plan = sparse.method.plan(context, sparse.budget as usize);
+    pub(crate) fn add(&mut self, sparse: &Sparse, context: usize, prompt_tokens: usize) {
+        let plan = sparse.method.plan(context, prompt_tokens, sparse.budget as usize);
         let tokens =
             if plan.is_dense() { context } else { plan.attended(context, sparse.method.partition_tokens) };
         self.steps += 1;

@@ -174,10 +174,13 @@ fn summarise_as<const BYTES: usize>(
     let keys = Keys { kv, layer, table, head, positions };
     let (high, rest) = to.split_at_mut(d);
     let low = &mut rest[..d];
-    if kind == DigestKind::Mean {
+    if let DigestKind::Mean | DigestKind::Landmark = kind {
         high.fill(0.0);
         keys.each(decode, |c, k| high[c] += k);
         high.iter_mut().for_each(|sum| *sum /= count);
+        if kind == DigestKind::Landmark {
+            low[0] = least_cosine(&keys, high, decode);
+        }
         return;
     }
     high.fill(f32::NEG_INFINITY);
@@ -196,6 +199,26 @@ fn summarise_as<const BYTES: usize>(
             (*h, *l) = (*h + r / count, *h - r / count);
         }
     }
+}
+
+/// `min_j cos(k_j, mean)`, with sums over channels in ascending order.
+fn least_cosine<const BYTES: usize>(
+    keys: &Keys,
+    mean: &[f32],
+    decode: impl Fn(&[u8; BYTES]) -> f32 + Copy,
+) -> f32 {
+    let mean_square: f32 = mean.iter().map(|m| m * m).sum();
+    let mut least = f32::INFINITY;
+    for position in keys.positions.clone() {
+        let (mut dot, mut square) = (0.0, 0.0);
+        let key = Keys { positions: position..position + 1, ..*keys };
+        key.each(decode, |c, k| {
+            dot += k * mean[c];
+            square += k * k;
+        });
+        least = least.min(dot / (square * mean_square).sqrt().max(f32::MIN_POSITIVE));
+    }
+    least
 }
 
 /// Keys of a head at some positions.

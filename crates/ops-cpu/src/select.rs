@@ -72,12 +72,21 @@ struct Scratch {
     lifted: Vec<u32>,
     /// One value per candidate.
     reduced: Vec<f32>,
+    /// Scores of a line, without those of outliers.
+    masked: Vec<f32>,
     keys: Vec<u32>,
+    /// Partitions, ascending.
+    outliers: Vec<u32>,
 }
 
 impl Scratch {
     fn bytes(&self) -> usize {
-        size_of::<u32>() * (self.lifted.len() + self.reduced.len() + self.keys.len())
+        size_of::<u32>()
+            * (self.lifted.len()
+                + self.reduced.len()
+                + self.masked.len()
+                + self.keys.len()
+                + self.outliers.capacity())
     }
 }
 
@@ -95,7 +104,9 @@ impl Selections {
             threads: PerThread::new(threads, || Scratch {
                 lifted: vec![0; limits.heads.kv_heads * limits.lines_max * LIFTED_MAX],
                 reduced: vec![0.0; partitions],
+                masked: vec![0.0; partitions],
                 keys: vec![0; partitions],
+                outliers: Vec::with_capacity(partitions),
             }),
         })
     }
@@ -128,6 +139,11 @@ impl Selections {
         self.rows.get(place).is_some_and(|r| r.row == row)
     }
 
+    /// The scores of a line.
+    fn line_of(&self, place: usize, head: usize, line: usize) -> &[f32] {
+        &self.scores.as_slice()[self.line(place, head, line)..][..self.limits.partitions_max()]
+    }
+
     fn line(&self, place: usize, head: usize, line: usize) -> usize {
         ((place * self.limits.heads.kv_heads + head) * self.limits.lines_max + line)
             * self.limits.partitions_max()
@@ -156,17 +172,20 @@ impl Selections {
     fn plan(&mut self, layer: usize, batch: &Batch) {
         self.rows.clear();
         let mut sequence = 0;
-        for SparseRow { row, position, method, budget, .. } in batch.sparse_rows() {
+        for sparse_row in batch.sparse_rows() {
+            let SparseRow { row, position, method, .. } = sparse_row;
+            let plan = sparse_row.plan();
             while batch.sequences[sequence].rows.end as usize <= row {
                 sequence += 1;
             }
             assert!(
-                self.rows.len() < self.limits.rows_max && position < self.limits.context_max,
+                self.rows.len() < self.limits.rows_max
+                    && position < self.limits.context_max
+                    && self.limits.hold(method),
                 "selections for {} rows of {} tokens",
                 self.limits.rows_max,
                 self.limits.context_max
             );
-            let plan = method.plan(position + 1, budget);
             let plan = (layer >= method.dense_layers && !plan.is_dense()).then_some(plan);
             let tasks = plan.as_ref().map_or(0, |p| p.candidates.len().div_ceil(RUN));
             let tasks_end = self.rows.last().map_or(0, |r| r.tasks_end) + tasks;
@@ -391,9 +410,15 @@ impl ScoreRun<'_> {
 #[inline(always)]
 fn lift(w: &ScoreRun, kind: DigestKind, head: usize, line: usize, to: &mut [f32; LIFTED_MAX]) {
     let (group, d) = (w.heads.group(), w.heads.head_dim);
-    let one_line = w.method.lines(w.heads) == 1;
+    let query_lines = w.method.query_lines(w.heads);
+    if line == query_lines {
+        // The last value of the digest, as it is.
+        to[kind.width(d) - 1] = 1.0;
+        return;
+    }
+    let one_line = query_lines == 1;
     let of = if one_line { 0..group } else { line..line + 1 };
-    let two_sided = kind != DigestKind::Mean;
+    let two_sided = matches!(kind, DigestKind::MinMax | DigestKind::CuboidMean);
     let mean_first = w.method.reduce == Reduce::MeanQuery;
     let share = 1.0 / of.len() as f32;
     for g in of {
@@ -537,16 +562,29 @@ impl Kernel for SelectRow<'_> {
             return;
         }
         let count = plan.candidates.len();
-        let reduced = &mut scratch.reduced[..count];
+        let Scratch { reduced, keys, masked, outliers, .. } = scratch;
+        let (reduced, masked) = (&mut reduced[..count], &mut masked[..count]);
         let of = if method.scope == Scope::Layer { 0..heads.kv_heads } else { head..head + 1 };
-        let lines = method.lines(heads);
+        let lines = method.query_lines(heads);
         let num_lines = of.len() * lines;
+        outliers.clear();
+        let (among, num_outliers) = plan.outliers.clone();
+        if num_outliers > 0 {
+            let keys = &mut keys[..among.len()];
+            for (key, &cosine) in keys.iter_mut().zip(&selection.line_of(place, head, lines)[among.clone()]) {
+                *key = !order_key(cosine);
+            }
+            each_best(keys, num_outliers, |i| outliers.push((among.start + i) as u32));
+        }
+        let first = plan.candidates.start;
         for (i, head) in of.enumerate() {
             for line in 0..lines {
-                let at = selection.line(place, head, line) + plan.candidates.start;
-                let scores = &selection.scores.as_slice()[at..at + count];
-                let scale = if method.softmax { softmax_scale(s, scores, heads.head_dim) } else { None };
-                reduce(s, reduced, scores, scale, method.reduce, i + line == 0);
+                masked.copy_from_slice(&selection.line_of(place, head, line)[plan.candidates.clone()]);
+                for &outlier in &*outliers {
+                    masked[outlier as usize - first] = f32::NEG_INFINITY;
+                }
+                let softmax = method.softmax.then(|| Softmax::over(s, masked, heads.head_dim));
+                reduce(s, reduced, masked, softmax, method.reduce, i + line == 0);
             }
         }
         if method.reduce != Reduce::Max {
@@ -554,19 +592,20 @@ impl Kernel for SelectRow<'_> {
                 *score /= num_lines as f32;
             }
         }
-        let keys = &mut scratch.keys[..count];
+        let keys = &mut keys[..count];
         for (key, &score) in keys.iter_mut().zip(&*reduced) {
             *key = order_key(score);
         }
-        let (least, mut ties) = threshold(keys, plan.take);
-        for (i, &key) in keys.iter().enumerate() {
-            let tie = key == least && ties > 0;
-            ties -= usize::from(tie);
-            if key > least || tie {
-                let start = (plan.candidates.start + i) * method.partition_tokens;
-                mark(bits, start..(start + method.partition_tokens).min(context));
-            }
+        let mut take_in = |partition: usize| {
+            let start = partition * method.partition_tokens;
+            mark(bits, start..(start + method.partition_tokens).min(context));
+        };
+        for &outlier in &*outliers {
+            take_in(outlier as usize);
+            // Below every score.
+            keys[outlier as usize - first] = 0;
         }
+        each_best(keys, plan.take, |i| take_in(first + i));
     }
 }
 
@@ -578,23 +617,26 @@ struct Softmax {
     sum: f32,
 }
 
-#[inline(always)]
-fn softmax_scale<S: Simd>(s: S, scores: &[f32], head_dim: usize) -> Option<Softmax> {
-    let factor = std::f32::consts::LOG2_E / (head_dim as f32).sqrt();
-    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut softmax = Softmax { max, factor, sum: 1.0 };
-    let mut sum = 0.0;
-    let mut i = 0;
-    while i < scores.len() {
-        let mut weights = [0.0; LANES];
-        let n = probabilities(s, &scores[i..], softmax, &mut weights);
-        for weight in &weights[..n] {
-            sum += weight;
+impl Softmax {
+    /// Over `scores / sqrt(head_dim)`.
+    #[inline(always)]
+    fn over<S: Simd>(s: S, scores: &[f32], head_dim: usize) -> Self {
+        let factor = std::f32::consts::LOG2_E / (head_dim as f32).sqrt();
+        let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let mut softmax = Softmax { max, factor, sum: 1.0 };
+        let mut sum = 0.0;
+        let mut i = 0;
+        while i < scores.len() {
+            let mut weights = [0.0; LANES];
+            let n = probabilities(s, &scores[i..], softmax, &mut weights);
+            for weight in &weights[..n] {
+                sum += weight;
+            }
+            i += n;
         }
-        i += n;
+        softmax.sum = sum;
+        softmax
     }
-    softmax.sum = sum;
-    Some(softmax)
 }
 
 /// Up to 16 probabilities; returns how many.
@@ -639,6 +681,19 @@ fn reduce<S: Simd>(
             };
         }
         i += n;
+    }
+}
+
+/// Visits the places of the `take` largest keys in ascending order; of equal keys the first.
+#[inline(always)]
+fn each_best(keys: &[u32], take: usize, mut visit: impl FnMut(usize)) {
+    let (least, mut ties) = threshold(keys, take);
+    for (i, &key) in keys.iter().enumerate() {
+        let tie = key == least && ties > 0;
+        ties -= usize::from(tie);
+        if key > least || tie {
+            visit(i);
+        }
     }
 }
 

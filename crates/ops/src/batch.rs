@@ -1,7 +1,7 @@
 //! The batch of one step, as flat arrays.
 
 use crate::BlockIndex;
-use crate::sparse::{Attention, Method};
+use crate::sparse::{Attention, Method, RowPlan};
 
 /// The rows of one sequence in a step: `rows.len()` consecutive tokens that start at position `first_position`.
 ///
@@ -46,6 +46,13 @@ impl SequenceRows {
     /// Tokens in context after the last row: the number of slots that it attends to.
     pub fn context_tokens(&self) -> usize {
         self.first_position as usize + self.num_rows()
+    }
+}
+
+impl SparseRow<'_> {
+    /// What the row attends to.
+    pub fn plan(&self) -> RowPlan {
+        self.method.plan(self.position + 1, self.sequence.prompt_len as usize, self.budget)
     }
 }
 

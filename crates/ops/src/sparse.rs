@@ -32,8 +32,11 @@ pub enum DigestKind {
     /// `[c + r | c - r]` with `c = (min_j k_j + max_j k_j) / 2` and `r = mean_j |c - k_j|` (ArkVale, Chen et al. 2024,
     /// "cuboid-mean").
     CuboidMean,
-    /// `mean_j k_j` (ShadowKV's landmarks, Sun et al. 2024).
+    /// `mean_j k_j`.
     Mean,
+    /// `[mean_j k_j | min_j cos(k_j, mean)]`: ShadowKV's landmark (Sun et al. 2024), and how well it stands for the worst of
+    /// its keys.
+    Landmark,
 }
 
 impl DigestKind {
@@ -42,6 +45,7 @@ impl DigestKind {
         match self {
             DigestKind::MinMax | DigestKind::CuboidMean => 2 * head_dim,
             DigestKind::Mean => head_dim,
+            DigestKind::Landmark => head_dim + 1,
         }
     }
 }
@@ -126,6 +130,11 @@ pub struct Always {
     /// The last tokens, the row's own included, in whole partitions. At least 1 makes the row's own partition part of
     /// the always-set; 0 lets it compete once it is full.
     pub recent_tokens: u32,
+    /// Up to so many generated tokens are attended in addition to `recent_tokens`, which then are those before them.
+    pub generated_tokens: u32,
+    /// So many partitions of the prompt, those whose digests stand worst for their keys: [`DigestKind::Landmark`] tells.
+    /// They are attended by all generated tokens alike, and count as part of the budget.
+    pub outliers: u32,
 }
 
 /// A sparse method as the operations of a device see it.
@@ -164,9 +173,16 @@ pub struct RowPlan {
     pub candidates: Range<usize>,
     /// How many of them are selected.
     pub take: usize,
+    /// Those among which outliers are, and how many; the others are what `take` counts.
+    pub outliers: (Range<usize>, usize),
 }
 
 impl RowPlan {
+    /// Everything.
+    fn all() -> Self {
+        RowPlan { sink_end: 0, tail_start: 0, candidates: 0..0, take: 0, outliers: (0..0, 0) }
+    }
+
     /// Whether the row attends to everything.
     pub fn is_dense(&self) -> bool {
         self.candidates.is_empty() && self.tail_start <= self.sink_end
@@ -175,65 +191,75 @@ impl RowPlan {
     /// Slots that the row attends to, if every partition taken has `partition_tokens`.
     pub fn attended(&self, context: usize, partition_tokens: usize) -> usize {
         let tail = context - self.tail_start.max(self.sink_end);
-        (self.sink_end + tail + self.take * partition_tokens).min(context)
+        (self.sink_end + tail + (self.take + self.outliers.1) * partition_tokens).min(context)
     }
 }
 
 impl Method {
-    /// What a row attends to whose context, itself included, has `context` tokens, with `budget` tokens at most.
+    /// What a row attends to whose context, itself included, has `context` tokens, the first `prompt_tokens` of them its
+    /// prompt, with `budget` tokens at most.
     ///
     /// A budget of the context or more gives everything. One too small for the always-set and `take_min` partitions is
     /// raised to that.
     ///
     /// # Panics
     /// When the context is empty.
-    pub fn plan(&self, context: usize, budget: usize) -> RowPlan {
+    pub fn plan(&self, context: usize, prompt_tokens: usize, budget: usize) -> RowPlan {
         assert!(context > 0, "a row attends to itself");
-        let all = RowPlan { sink_end: 0, tail_start: 0, candidates: 0..0, take: 0 };
+        let all = RowPlan::all();
         if budget >= context {
             return all;
         }
         let length = self.partition_tokens;
-        let Always { sink_tokens, recent_tokens } = self.always;
+        let Always { sink_tokens, recent_tokens, generated_tokens, outliers } = self.always;
+        let generated = context.saturating_sub(prompt_tokens).min(generated_tokens as usize);
+        let recent_tokens = recent_tokens as usize + generated;
         let complete = context / length;
         let sinks = (sink_tokens as usize).div_ceil(length).min(complete);
         let sink_end = sinks * length;
         if self.score == Score::Recency {
-            let recent = budget.saturating_sub(sink_end).max(recent_tokens as usize).max(1);
+            let recent = budget.saturating_sub(sink_end).max(recent_tokens).max(1);
             let tail_start = context.saturating_sub(recent);
-            return if tail_start <= sink_end {
-                all
-            } else {
-                RowPlan { sink_end, tail_start, candidates: 0..0, take: 0 }
-            };
+            return if tail_start <= sink_end { all } else { RowPlan { sink_end, tail_start, ..all } };
         }
         // The partition that is open, or where there is none the one after the last.
         let competing = if self.open_competes { context.div_ceil(length) } else { complete };
-        let recent = context.saturating_sub(recent_tokens as usize) / length;
+        let recent = context.saturating_sub(recent_tokens) / length;
         let candidates_end = if recent_tokens == 0 { competing } else { recent.min(competing) };
         if candidates_end <= sinks {
             return all;
         }
         let tail_start = (candidates_end * length).min(context);
-        let always = sink_end + context - tail_start;
         let candidates = sinks..candidates_end;
+        // The same ones for every generated token.
+        let of_prompt =
+            sinks..(prompt_tokens.saturating_sub(self.always.recent_tokens as usize) / length).max(sinks);
+        let of_prompt = of_prompt.start..of_prompt.end.min(candidates_end);
+        let outliers = (outliers as usize).min(of_prompt.len());
+        let always = sink_end + context - tail_start + outliers * length;
         let take = (budget.saturating_sub(always) / length).max(self.take_min);
-        if take >= candidates.len() {
+        if take + outliers >= candidates.len() {
             return all;
         }
-        RowPlan { sink_end, tail_start, candidates, take }
+        let among = if outliers == 0 { 0..0 } else { of_prompt };
+        RowPlan { sink_end, tail_start, candidates, take, outliers: (among, outliers) }
     }
 
-    /// Most lines, whatever the reduction.
+    /// Most lines, whatever the reduction and whether there are outliers.
     const fn lines_max(&self, heads: HeadShape) -> usize {
         match self.score {
-            Score::Digest { .. } => heads.group(),
+            Score::Digest { .. } => heads.group() + 1,
             _ => 1,
         }
     }
 
-    /// Scores per KV head that are kept apart until selection: one per query head where they cannot be merged before.
+    /// Lines, with one more for what tells outliers.
     pub const fn lines(&self, heads: HeadShape) -> usize {
+        self.query_lines(heads) + (self.always.outliers > 0) as usize
+    }
+
+    /// Scores per KV head that are kept apart until selection: one per query head where they cannot be merged before.
+    pub const fn query_lines(&self, heads: HeadShape) -> usize {
         match (self.score, self.reduce, self.softmax) {
             (Score::Digest { .. }, Reduce::Max, _) | (Score::Digest { .. }, _, true) => heads.group(),
             _ => 1,
@@ -244,7 +270,9 @@ impl Method {
 /// The score of [`Score::Random`]; `head` is 0 where a layer shares its selection.
 pub fn random_score(seed: u64, layer: usize, head: usize, position: usize, partition: usize) -> f32 {
     let place = (layer as u64) << 48 | (head as u64) << 32 | position as u64;
-    Random::keyed(Random::keyed(seed, place).next_u64(), partition as u64).unit() as f32
+    // 24 bits, which f32 holds exactly.
+    let bits = Random::keyed(Random::keyed(seed, place).next_u64(), partition as u64).next_u64() >> 40;
+    bits as f32 / (1 << 24) as f32
 }
 
 /// `score` as an integer of the same order, so that the order is total and 0 equals -0. A NaN has the place that its
@@ -321,6 +349,14 @@ impl SelectionLimits {
         (self.rows_max as u64).saturating_mul((self.heads.kv_heads * (scores + bits)) as u64)
     }
 
+    /// Whether there is memory for selections of `method`.
+    pub fn hold(&self, method: &Method) -> bool {
+        let scored = method.score != Score::Recency;
+        !scored
+            || method.partition_tokens >= self.partition_tokens_min
+                && method.lines(self.heads) <= self.lines_max
+    }
+
     /// Scores per line.
     pub const fn partitions_max(&self) -> usize {
         self.context_max.div_ceil(self.partition_tokens_min)
@@ -339,7 +375,7 @@ mod tests {
             reduce: Reduce::Mean,
             softmax: false,
             scope: Scope::KvHead,
-            always: Always { sink_tokens: 0, recent_tokens: 1 },
+            always: Always { sink_tokens: 0, recent_tokens: 1, generated_tokens: 0, outliers: 0 },
             open_competes: false,
             take_min: 1,
         }
@@ -347,11 +383,11 @@ mod tests {
 
     #[test]
     fn the_page_of_the_row_is_attended_and_does_not_compete() {
-        let plan = |context, budget| method().plan(context, budget);
+        let plan = |context, budget| method().plan(context, context, budget);
         // 100 tokens: six whole partitions and four tokens.
-        assert_eq!(plan(100, 64), RowPlan { sink_end: 0, tail_start: 96, candidates: 0..6, take: 3 });
+        assert_eq!(plan(100, 64), RowPlan { tail_start: 96, candidates: 0..6, take: 3, ..RowPlan::all() });
         // 96 tokens: the sixth is whole, and still the row's own.
-        assert_eq!(plan(96, 64), RowPlan { sink_end: 0, tail_start: 80, candidates: 0..5, take: 3 });
+        assert_eq!(plan(96, 64), RowPlan { tail_start: 80, candidates: 0..5, take: 3, ..RowPlan::all() });
         assert_eq!(plan(96, 1).take, 1, "raised to one partition");
         assert!(plan(96, 96).is_dense() && plan(96, 100).is_dense() && plan(10, 1).is_dense());
         assert!(plan(100, 99).take == 5 && plan(99, 98).take == 5, "rounded down to whole partitions");
@@ -359,36 +395,40 @@ mod tests {
 
     #[test]
     fn sinks_and_window_take_whole_partitions() {
-        let always = Always { sink_tokens: 20, recent_tokens: 40 };
-        let plan = Method { always, ..method() }.plan(200, 128);
+        let always = Always { sink_tokens: 20, recent_tokens: 40, ..method().always };
+        let plan = Method { always, ..method() }.plan(200, 200, 128);
         // The window begins at 160, the sinks end at 32.
-        assert_eq!(plan, RowPlan { sink_end: 32, tail_start: 160, candidates: 2..10, take: 3 });
+        assert_eq!(
+            plan,
+            RowPlan { sink_end: 32, tail_start: 160, candidates: 2..10, take: 3, outliers: (0..0, 0) }
+        );
         assert_eq!(plan.attended(200, 16), 32 + 40 + 48);
-        let all = Method { always: Always { sink_tokens: 90, recent_tokens: 90 }, ..method() };
-        assert!(all.plan(170, 3).is_dense(), "sinks and window meet");
+        let always = Always { sink_tokens: 90, recent_tokens: 90, ..always };
+        let all = Method { always, ..method() };
+        assert!(all.plan(170, 170, 3).is_dense(), "sinks and window meet");
     }
 
     #[test]
     fn an_open_partition_may_compete() {
-        let always = Always { sink_tokens: 0, recent_tokens: 0 };
+        let always = Always { recent_tokens: 0, ..method().always };
         let competing = Method { always, open_competes: true, take_min: 3, ..method() };
         assert_eq!(
-            competing.plan(100, 64),
-            RowPlan { sink_end: 0, tail_start: 100, candidates: 0..7, take: 4 }
+            competing.plan(100, 100, 64),
+            RowPlan { tail_start: 100, candidates: 0..7, take: 4, ..RowPlan::all() }
         );
-        assert_eq!(competing.plan(100, 5).take, 3);
-        assert_eq!(Method { open_competes: false, ..competing }.plan(100, 64).tail_start, 96);
+        assert_eq!(competing.plan(100, 100, 5).take, 3);
+        assert_eq!(Method { open_competes: false, ..competing }.plan(100, 100, 64).tail_start, 96);
     }
 
     #[test]
     fn recency_spends_the_whole_budget() {
-        let always = Always { sink_tokens: 4, recent_tokens: 1 };
+        let always = Always { sink_tokens: 4, ..method().always };
         let streaming = Method { partition_tokens: 1, score: Score::Recency, always, ..method() };
-        let plan = streaming.plan(100, 30);
-        assert_eq!(plan, RowPlan { sink_end: 4, tail_start: 74, candidates: 0..0, take: 0 });
+        let plan = streaming.plan(100, 100, 30);
+        assert_eq!(plan, RowPlan { sink_end: 4, tail_start: 74, ..RowPlan::all() });
         assert_eq!(plan.attended(100, 1), 30);
-        assert_eq!(streaming.plan(100, 0).attended(100, 1), 5, "sinks and the row itself");
-        assert!(streaming.plan(3, 2).is_dense());
+        assert_eq!(streaming.plan(100, 100, 0).attended(100, 1), 5, "sinks and the row itself");
+        assert!(streaming.plan(3, 3, 2).is_dense());
     }
 
     /// For all small cases: parts do not overlap, lie in the context, and hold to the budget if that suffices for the
@@ -399,11 +439,11 @@ mod tests {
             for sink_tokens in [0, 5] {
                 for recent_tokens in [0, 1, 9] {
                     for open_competes in [false, true] {
-                        let always = Always { sink_tokens, recent_tokens };
+                        let always = Always { sink_tokens, recent_tokens, ..method().always };
                         let method = Method { partition_tokens, always, open_competes, ..method() };
                         for context in 1..60 {
                             for budget in 0..=context {
-                                let plan = method.plan(context, budget);
+                                let plan = method.plan(context, context, budget);
                                 let what = format!("{method:?} context {context} budget {budget}: {plan:?}");
                                 if plan.is_dense() {
                                     continue;
@@ -421,6 +461,23 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn generated_tokens_and_outliers_are_attended() {
+        let always = Always { sink_tokens: 0, recent_tokens: 32, generated_tokens: 40, outliers: 4 };
+        let shadow = Method { partition_tokens: 8, always, ..method() };
+        let plan = |context| shadow.plan(context, 200, 160);
+        // 21 partitions before the last 32 tokens of the prompt.
+        let outliers = (0..21, 4);
+        let first = RowPlan { sink_end: 0, tail_start: 168, candidates: 0..21, take: 12, outliers };
+        assert_eq!(plan(200), first);
+        // 30 generated tokens more, at the expense of what is selected.
+        assert_eq!(plan(230), RowPlan { take: 8, ..first.clone() });
+        // Only 40 are always attended; those before them compete. The outliers stay what they were.
+        assert_eq!(plan(260), RowPlan { tail_start: 184, candidates: 0..23, take: 6, ..first });
+        assert_eq!(plan(230).attended(230, 8), 62 + 12 * 8);
+        assert!(shadow.plan(100, 60, 90).is_dense() || shadow.plan(100, 60, 90).outliers.0.end <= 3);
     }
 
     #[test]

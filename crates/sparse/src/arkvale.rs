@@ -1,4 +1,5 @@
-//! `arkvale`: Quest's score on a tighter box around each partition's keys, with sinks and a window. SparseServe's default.
+//! `arkvale`: Quest's score on a tighter box around each partition's keys, with sinks and a window. What the paper
+//! SparseServe (2025) runs on.
 
 use ops::sparse::{Always, DigestKind, DigestSpec, Method, Reduce, Scope, Score};
 
@@ -43,6 +44,8 @@ fn build(options: &mut Options) -> Result<Setup, Error> {
         always: Always {
             sink_tokens: options.number("sinks", 32, 0, 1 << 20)?,
             recent_tokens: options.number("window", 64, 0, 1 << 20)?,
+            generated_tokens: 0,
+            outliers: 0,
         },
         open_competes: false,
         take_min: 1,

@@ -3,7 +3,7 @@
 //! A policy is one file that turns its options into a [`Method`], which is data: what a digest keeps of a partition, how
 //! digests are scored, how scores of query heads become one, what is always attended, how many layers stay dense. The
 //! operations of a device (`ops`) do the rest. So a policy knows nothing of pages, memory or threads, and adding one is
-//! adding one file and one line to [`POLICIES`].
+//! adding one file and its name to [`POLICIES`].
 //!
 //! * `options.rs`: option values as users write them. `budget.rs`: how many tokens. `served.rs`: what a server offers.
 //!
@@ -18,6 +18,7 @@ mod options;
 mod quest;
 mod random;
 mod served;
+mod shadowkv;
 mod streaming;
 
 use ops::sparse::{DigestSpec, Method};
@@ -42,8 +43,14 @@ pub struct Policy {
 }
 
 /// All policies.
-pub const POLICIES: [&Policy; 5] =
-    [&dense::DENSE, &streaming::STREAMING, &random::RANDOM, &quest::QUEST, &arkvale::ARKVALE];
+pub const POLICIES: [&Policy; 6] = [
+    &dense::DENSE,
+    &streaming::STREAMING,
+    &random::RANDOM,
+    &quest::QUEST,
+    &arkvale::ARKVALE,
+    &shadowkv::SHADOWKV,
+];
 
 /// What a policy needs of a server and asks of a device.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -95,8 +102,8 @@ pub enum Error {
         /// What it may be.
         allowed: String,
     },
-    /// Options that need digests which the server does not keep.
-    #[error("{what} is fixed when the server starts (--policy-opt): digests are made for all requests alike")]
+    /// Options that need digests or memory which the server does not have.
+    #[error("{what} is fixed when the server starts (--policy-opt): memory is laid out for it")]
     Fixed {
         /// The option.
         what: &'static str,

@@ -45,7 +45,12 @@ fn build(options: &mut Options) -> Result<Setup, Error> {
         )?,
         softmax: false,
         scope: options.choice("scope", &[("kv-head", Scope::KvHead), ("layer", Scope::Layer)])?,
-        always: Always { sink_tokens: 0, recent_tokens: u32::from(!competes) },
+        always: Always {
+            sink_tokens: 0,
+            recent_tokens: u32::from(!competes),
+            generated_tokens: 0,
+            outliers: 0,
+        },
         open_competes: competes,
         // The authors' evaluation never selects fewer than three pages, their kernels force the current one.
         take_min: if competes { 3 } else { 1 },

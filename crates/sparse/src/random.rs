@@ -37,6 +37,8 @@ fn build(options: &mut Options) -> Result<Setup, Error> {
         always: Always {
             sink_tokens: options.number("sinks", 4, 0, 1 << 20)?,
             recent_tokens: options.number("window", 64, 0, 1 << 20)?,
+            generated_tokens: 0,
+            outliers: 0,
         },
         open_competes: false,
         take_min: 1,

@@ -113,7 +113,13 @@ impl Served {
             let offered = self.names().collect::<Vec<_>>().join(", ");
             return Err(Error::NotServed { name, offered });
         };
-        Ok((policy.name, self.place(policy.setup(&own.overridden_by(options))?)?))
+        let asked = self.place(policy.setup(&own.overridden_by(options))?)?;
+        // Memory was sized for the server's options.
+        let served = policy.setup(own)?.method;
+        if asked.map(|m| m.partition_tokens) != served.map(|m| m.partition_tokens) {
+            return Err(Error::Fixed { what: "the option partition" });
+        }
+        Ok((policy.name, asked))
     }
 
     /// The method with its digests by their number on this server.
@@ -151,6 +157,9 @@ mod tests {
             "this server does not offer the policy \"streaming\"; it offers arkvale, quest, dense (--policies)"
         );
         assert!(refused("que", &[]).starts_with("there is no policy \"que\"; there are dense, streaming"));
+        let random = Served::new(["random"], &Options::default()).unwrap();
+        let finer = random.method(None, &options(&[("partition", "8")])).unwrap_err();
+        assert!(finer.to_string().starts_with("the option partition is fixed"), "{finer}");
         assert!(refused("quest", &[("partition", "32")]).starts_with("the option partition is fixed"));
         assert_eq!(refused("dense", &[("a", "1")]), "the policy dense has no option \"a\"; it has none");
         assert_eq!(

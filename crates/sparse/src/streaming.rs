@@ -22,7 +22,7 @@ fn build(options: &mut Options) -> Result<Setup, Error> {
         reduce: Reduce::Mean,
         softmax: false,
         scope: Scope::KvHead,
-        always: Always { sink_tokens, recent_tokens: 1 },
+        always: Always { sink_tokens, recent_tokens: 1, generated_tokens: 0, outliers: 0 },
         open_competes: false,
         take_min: 0,
     };

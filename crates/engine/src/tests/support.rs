@@ -55,7 +55,7 @@ pub fn sparse(partition_tokens: usize, budget: u32) -> Sparse {
         reduce: Reduce::Mean,
         softmax: false,
         scope: Scope::KvHead,
-        always: Always { sink_tokens: 1, recent_tokens: 2 },
+        always: Always { sink_tokens: 1, recent_tokens: 2, generated_tokens: 0, outliers: 0 },
         open_competes: false,
         take_min: 1,
     };

@@ -44,7 +44,7 @@ fn method(partition_tokens: usize, score: Score) -> Method {
         reduce: Reduce::Mean,
         softmax: false,
         scope: Scope::KvHead,
-        always: Always { sink_tokens: 0, recent_tokens: 1 },
+        always: Always { sink_tokens: 0, recent_tokens: 1, generated_tokens: 0, outliers: 0 },
         open_competes: false,
         take_min: 1,
     }
@@ -53,8 +53,9 @@ fn method(partition_tokens: usize, score: Score) -> Method {
 fn cases() -> Vec<Case> {
     let spec = |kind, partition_tokens| DigestSpec { kind, partition_tokens };
     let by = |digests| Score::Digest { digests };
-    let sinks = Always { sink_tokens: 20, recent_tokens: 33 };
-    let none = Always { sink_tokens: 0, recent_tokens: 0 };
+    let sinks = Always { sink_tokens: 20, recent_tokens: 33, generated_tokens: 0, outliers: 0 };
+    let none = Always { sink_tokens: 0, recent_tokens: 0, generated_tokens: 0, outliers: 0 };
+    let shadow = Always { sink_tokens: 0, recent_tokens: 32, generated_tokens: 20, outliers: 9 };
     vec![
         Case {
             heads: heads_of(8, 2, 64),
@@ -70,9 +71,11 @@ fn cases() -> Vec<Case> {
         Case {
             heads: heads_of(3, 3, 80),
             page_tokens: 32,
-            digests: vec![spec(DigestKind::Mean, 8)],
+            digests: vec![spec(DigestKind::Mean, 8), spec(DigestKind::Landmark, 8)],
             methods: vec![
                 Method { always: sinks, reduce: Reduce::Max, softmax: true, ..method(8, by(0)) },
+                Method { always: shadow, reduce: Reduce::Max, softmax: true, ..method(8, by(1)) },
+                Method { always: shadow, ..method(8, by(1)) },
                 method(4, Score::Random { seed: 3 }),
                 Method { scope: Scope::Layer, reduce: Reduce::Max, ..method(8, by(0)) },
             ],
@@ -325,7 +328,7 @@ fn check_scores<B: Backend>(
 ) {
     for (place, row) in work.batch().sparse_rows().enumerate() {
         let method = row.method;
-        let plan = method.plan(row.position + 1, row.budget);
+        let plan = row.plan();
         if plan.is_dense() || LAYER < method.dense_layers || plan.candidates.is_empty() {
             continue;
         }
@@ -359,7 +362,7 @@ fn check_selections<B: Backend>(
 ) {
     for (place, row) in work.batch().sparse_rows().enumerate() {
         let method = row.method;
-        let plan = method.plan(row.position + 1, row.budget);
+        let plan = row.plan();
         for head in 0..case.heads.kv_heads {
             let what = format!("{what}: selection of sparse row {place} head {head}");
             let found = backend.read_selection(&got.selection, place, head);

@@ -96,7 +96,13 @@ fn digest(
             let high = (0..d).map(|c| center(c) + radius(c));
             high.chain((0..d).map(|c| center(c) - radius(c))).collect()
         }
-        DigestKind::Mean => (0..d).map(|c| channel(c).sum::<f32>() / keys.len() as f32).collect(),
+        DigestKind::Mean | DigestKind::Landmark => {
+            let mean: Vec<f32> = (0..d).map(|c| channel(c).sum::<f32>() / keys.len() as f32).collect();
+            let cosine =
+                |k: &&[f32]| dot(k, &mean) / (dot(k, k) * dot(&mean, &mean)).sqrt().max(f32::MIN_POSITIVE);
+            let least = keys.iter().map(cosine).fold(f32::INFINITY, f32::min);
+            mean.into_iter().chain((kind == DigestKind::Landmark).then_some(least)).collect()
+        }
     };
     values.into_iter().map(|v| kv.geometry.dtype.round(v)).collect()
 }
@@ -178,11 +184,32 @@ impl Selections {
             for head in 0..heads.kv_heads {
                 let at = self.at(place, head);
                 self.bits[at] = plan.as_ref().map(|plan| {
-                    let scores = self.reduced(method, plan, heads, place, head);
-                    bitmap(method, plan, row.position + 1, &scores)
+                    let outliers = self.outliers(method, plan, heads, place, head);
+                    let scores = self.reduced(method, plan, heads, place, head, &outliers);
+                    bitmap(method, plan, row.position + 1, &scores, &outliers)
                 });
             }
         }
+    }
+
+    /// The partitions of the prompt whose digests stand worst for their keys, the first of equals.
+    fn outliers(
+        &self,
+        method: &Method,
+        plan: &RowPlan,
+        heads: HeadShape,
+        place: usize,
+        head: usize,
+    ) -> Vec<usize> {
+        let (among, count) = plan.outliers.clone();
+        if count == 0 {
+            return Vec::new();
+        }
+        let cosines = &self.scores[self.line(place, head, method.query_lines(heads))];
+        let mut order: Vec<usize> = among.collect();
+        order.sort_by_key(|&p| (order_key(cosines[p]), p));
+        order.truncate(count);
+        order
     }
 
     /// One score per candidate: lines and, where a layer shares its selection, heads made one.
@@ -193,16 +220,18 @@ impl Selections {
         heads: HeadShape,
         place: usize,
         head: usize,
+        outliers: &[usize],
     ) -> Vec<f32> {
         let of = match method.scope {
             Scope::KvHead => head..head + 1,
             Scope::Layer => 0..heads.kv_heads,
         };
         let lines: Vec<Vec<f32>> = of
-            .flat_map(|head| (0..method.lines(heads)).map(move |line| (head, line)))
+            .flat_map(|head| (0..method.query_lines(heads)).map(move |line| (head, line)))
             .map(|(head, line)| {
-                let raw = &self.scores[self.line(place, head, line)][plan.candidates.clone()];
-                if method.softmax { softmax(raw, heads.head_dim) } else { raw.to_vec() }
+                let mut raw = self.scores[self.line(place, head, line)][plan.candidates.clone()].to_vec();
+                outliers.iter().for_each(|p| raw[p - plan.candidates.start] = f32::NEG_INFINITY);
+                if method.softmax { softmax(&raw, heads.head_dim) } else { raw }
             })
             .collect();
         (0..plan.candidates.len())
@@ -219,7 +248,7 @@ impl Selections {
 
 /// What `row` attends to in `layer`; `None` if everything.
 pub(super) fn plan_in(layer: usize, row: &SparseRow) -> Option<RowPlan> {
-    let plan = row.method.plan(row.position + 1, row.budget);
+    let plan = row.plan();
     (layer >= row.method.dense_layers && !plan.is_dense()).then_some(plan)
 }
 
@@ -256,17 +285,20 @@ fn score_line(
     let (group, d) = (heads.group(), heads.head_dim);
     let query = |g: usize| &qkv[(head * group + g) * d..][..d];
     let raw = |q: &[f32]| match kind {
-        DigestKind::Mean => dot(q, digest),
+        DigestKind::Mean | DigestKind::Landmark => dot(q, &digest[..d]),
         DigestKind::MinMax | DigestKind::CuboidMean => {
             let (high, low) = digest.split_at(d);
             q.iter().zip(high).zip(low).map(|((q, h), l)| (q * h).max(q * l)).sum()
         }
     };
-    if method.reduce == Reduce::MeanQuery {
+    if line == method.query_lines(heads) {
+        // How well the digest stands for its keys.
+        digest[d]
+    } else if method.reduce == Reduce::MeanQuery {
         let mean: Vec<f32> =
             (0..d).map(|c| (0..group).map(|g| query(g)[c]).sum::<f32>() / group as f32).collect();
         raw(&mean)
-    } else if method.lines(heads) == 1 {
+    } else if method.query_lines(heads) == 1 {
         (0..group).map(|g| raw(query(g))).sum::<f32>() / group as f32
     } else {
         raw(query(line))
@@ -282,14 +314,16 @@ fn softmax(raw: &[f32], head_dim: usize) -> Vec<f32> {
 }
 
 /// The always-set and the `take` best candidates, of which `scores` holds one each.
-fn bitmap(method: &Method, plan: &RowPlan, context: usize, scores: &[f32]) -> Vec<u64> {
+fn bitmap(method: &Method, plan: &RowPlan, context: usize, scores: &[f32], outliers: &[usize]) -> Vec<u64> {
     let mut bits = vec![0; bitmap_words(context)];
     mark(&mut bits, 0..plan.sink_end);
     mark(&mut bits, plan.tail_start..context);
-    let mut order: Vec<usize> = (0..scores.len()).collect();
+    let taken = |i: &usize| !outliers.contains(&(plan.candidates.start + i));
+    let mut order: Vec<usize> = (0..scores.len()).filter(taken).collect();
     order.sort_by_key(|&i| (std::cmp::Reverse(order_key(scores[i])), i));
-    for &i in &order[..plan.take] {
-        let start = (plan.candidates.start + i) * method.partition_tokens;
+    let best = order[..plan.take].iter().map(|i| plan.candidates.start + i);
+    for partition in best.chain(outliers.iter().copied()) {
+        let start = partition * method.partition_tokens;
         mark(&mut bits, start..(start + method.partition_tokens).min(context));
     }
     bits

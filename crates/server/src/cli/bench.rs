@@ -308,10 +308,10 @@ impl Work {
     }
 
     /// Bytes of KV and digests that a token at `position` has read, and positions that it attends to, over all layers.
-    fn attended(&self, position: usize) -> (f64, f64) {
+    fn attended(&self, position: usize, prompt: usize) -> (f64, f64) {
         let (context, layers) = (position + 1, self.num_layers as f64);
         let dense = context as f64;
-        let plan = self.sparse.map(|s| (s.method, s.method.plan(context, s.budget as usize)));
+        let plan = self.sparse.map(|s| (s.method, s.method.plan(context, prompt, s.budget as usize)));
         let Some((method, plan)) = plan.filter(|(_, plan)| !plan.is_dense()) else {
             return (dense * self.kv_token_bytes, dense * layers);
         };
@@ -359,7 +359,7 @@ impl Work {
             }
             if (step - 1).is_multiple_of(STEPS_PER_CEILING) {
                 let rows = self.batch as f64;
-                let (bytes, tokens) = self.attended(position);
+                let (bytes, tokens) = self.attended(position, context);
                 let kv = rows * bytes;
                 let operations = 2.0 * rows * (self.layer_parameters + self.head_parameters)
                     + rows * tokens * self.pair_operations;

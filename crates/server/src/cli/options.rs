@@ -184,7 +184,7 @@ pub struct EvalRetrievalArgs {
         long,
         value_name = "POLICY",
         value_delimiter = ',',
-        default_value = "dense,streaming,random,quest,arkvale"
+        default_value = "dense,streaming,random,quest,arkvale,shadowkv"
     )]
     pub compare: Vec<String>,
     /// Budgets to try, in tokens or as shares of the prompt
@@ -311,8 +311,8 @@ pub struct EngineOptions {
 #[serde(default, rename_all = "kebab-case")]
 #[command(next_help_heading = "Sparse attention")]
 pub struct SparseOptions {
-    /// What generated tokens attend to unless a request says otherwise: dense, streaming, random, quest or arkvale
-    /// [default: dense]
+    /// What generated tokens attend to unless a request says otherwise: dense, streaming, random, quest, arkvale or
+    /// shadowkv [default: dense]
     #[arg(long, value_name = "NAME", env = "SPARSESERVE_POLICY")]
     pub policy: Option<String>,
     /// More policies that requests may ask for, repeatable or separated by commas [default: none]

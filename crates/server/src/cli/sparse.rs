@@ -81,7 +81,7 @@ mod tests {
         for (options, part) in [
             (policy("qest"), "there is no policy \"qest\""),
             (option("partition"), "not of the form name=value"),
-            (option("partition=7"), "must be 16 or 32"),
+            (option("partition=0"), "must be a number from 1 to 1024"),
             (SparseOptions { budget: Some("-3".into()), ..Default::default() }, "the budget is \"-3\""),
         ] {
             let error = resolve(options).expect_err(part);

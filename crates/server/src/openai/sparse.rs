@@ -43,9 +43,10 @@ impl SparseParams {
         let dense = own.take("dense")?.unwrap_or(false);
         let receipt = own.take("receipt")?.unwrap_or(false);
         own.finish()?;
-        let (name, method) =
-            app.policies.method(policy.as_deref(), &options).map_err(|e| refused("sparse", e))?;
-        let (policy, method) = if dense { ("dense", None) } else { (name, method) };
+        let (policy, method) = match dense {
+            true => ("dense", None),
+            false => app.policies.method(policy.as_deref(), &options).map_err(|e| refused("sparse", e))?,
+        };
         Ok(SparseParams { method, budget, policy, receipt })
     }
 
