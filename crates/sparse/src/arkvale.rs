@@ -1,5 +1,5 @@
-//! `arkvale`: Quest's score on a tighter box around each partition's keys, with sinks and a window. What the paper
-//! SparseServe (2025) runs on.
+//! `arkvale`: Quest's score on a tighter box around each partition's keys, with sinks and a window. The method that the
+//! SparseServe paper builds on.
 
 use ops::sparse::{Always, DigestKind, DigestSpec, Method, Reduce, Scope, Score};
 
