@@ -105,6 +105,7 @@ async fn answer(
     let (max_context, vocab_size) = (prepared.max_context, prepared.config.vocab_size);
     let engine = EngineThread::start(prepared, &settings, server.max_waiting)?;
     let sandbox = text.template.map(Sandbox::of_this_program).transpose()?;
+    let limits = Limits { top_logprobs: MAX_LOGPROBS, ..Limits::for_context(max_context) };
     let app = App {
         engine: engine.handle.clone(),
         registry: engine.registry.clone(),
@@ -114,12 +115,14 @@ async fn answer(
         max_context,
         vocab_size,
         defaults: text.defaults,
-        limits: Limits { top_logprobs: MAX_LOGPROBS, ..Limits::default() },
+        body_memory: limits.body_memory(),
+        limits,
         api_keys: server.api_keys.into_iter().map(|key| key.0).collect(),
         cors_origins: server.cors_origins,
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         lifecycle: Arc::new(Lifecycle::default()),
-        text_workers: Semaphore::new((settings.compute.threads / 2).max(1)),
+        // Two at least: one long text must not hold up all the others.
+        text_workers: Semaphore::new((settings.compute.threads / 2).max(2)),
     };
     let mut end = tokio::task::spawn_blocking(|| engine.join());
     let ended = |result: Result<Result<(), Failure>, tokio::task::JoinError>| {

@@ -77,9 +77,10 @@ pub async fn chat_completions(
     let params = Params::take(&mut fields, &app)?;
     let chat = ChatParams::take(&mut fields, &app)?;
     let prompt = ChatPrompt::take(&mut fields, &app)?;
-    fields.finish()?;
+    let memory = fields.finish()?;
 
     let prompt = prompt.tokens(&app).await?;
+    drop(memory);
     let default = app.defaults.max_new_tokens;
     let max_tokens = params.check_length(&app, prompt.len(), chat.max_tokens, default, "messages")?;
     let prompt_token_ids = params.return_token_ids.then(|| prompt.clone());

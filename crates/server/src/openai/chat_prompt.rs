@@ -3,7 +3,7 @@
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::params::check_count;
+use super::params::{check_count, check_text};
 use super::{ApiError, Fields};
 use crate::app::App;
 use crate::text::RenderInput;
@@ -97,10 +97,13 @@ impl ChatPrompt {
             let message = "This model has no chat template; use /v1/completions.";
             return Err(ApiError::invalid("messages", message));
         };
+        let most = app.text_bytes_max();
+        check_text("messages", self.input.text_bytes(), most, app)?;
         let mut prompt = template.render(&self.input).await?;
         if let Some(continued) = self.continued {
             cut_after(&mut prompt, &continued)?;
         }
+        check_text("messages", prompt.len(), most, app)?;
         let (tokenizer, prompt_bytes) = (app.tokenizer.clone(), prompt.len());
         let encode = move || tokenizer.encode(&prompt, self.add_special_tokens);
         Ok(app.text_work(prompt_bytes, encode).await?)
@@ -150,8 +153,7 @@ fn take_message(
             taken.insert(optional.into(), text.into());
         }
     }
-    fields.finish()?;
-    Ok(taken)
+    fields.finish().map(|_| taken)
 }
 
 /// Text parts are lines of one text.

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::generation::{Delta, Event, Finish, Generation};
 use super::logprobs::{CompletionLogprobs, TokenNames};
-use super::params::{check_count, check_token};
+use super::params::{check_count, check_text, check_token};
 use super::stream::{Chunks, collect, respond};
 use super::usage::{StopReason, Usage, answer_id, finish_reason, unix_seconds};
 use super::{ApiError, Fields, Params};
@@ -39,7 +39,7 @@ enum RawPrompt {
 /// A prompt that is ready to run.
 struct Prompt {
     tokens: Vec<u32>,
-    /// What `echo` shows of it.
+    /// What `echo` shows of it; empty without.
     text: String,
     /// Whether `text` leaves special tokens out, as a client's own text does.
     hides_special: bool,
@@ -99,12 +99,18 @@ pub async fn completions(
     let params = Params::take(&mut fields, &app)?;
     let own = CompletionParams::take(&mut fields, &app)?;
     let prompts = take_prompts(&mut fields, &app)?;
-    fields.finish()?;
+    let memory = fields.finish()?;
 
-    let prompts = tokenize(prompts, &app, own.add_special_tokens).await?;
-    for prompt in &prompts {
-        params.check_length(&app, prompt.tokens.len(), Some(own.max_tokens), None, "prompt")?;
-    }
+    let check_length =
+        |tokens: usize| params.check_length(&app, tokens, Some(own.max_tokens), None, "prompt").map(drop);
+    // What is certainly too long is refused before it costs anything.
+    prompts.iter().try_for_each(|prompt| match prompt {
+        RawPrompt::Text(text) => check_text("prompt", text.len(), app.text_bytes_max(), &app),
+        RawPrompt::Ids(ids) => check_length(ids.len()),
+    })?;
+    let prompts = tokenize(prompts, &app, &own).await?;
+    prompts.iter().try_for_each(|prompt| check_length(prompt.tokens.len()))?;
+    drop(memory);
     let generations = prompts
         .iter()
         .map(|prompt| start(&app, &params, &own, prompt.tokens.clone()))
@@ -164,8 +170,9 @@ fn take_prompts(fields: &mut Fields, app: &App) -> Result<Vec<RawPrompt>, ApiErr
 async fn tokenize(
     prompts: Vec<RawPrompt>,
     app: &App,
-    add_special_tokens: bool,
+    own: &CompletionParams,
 ) -> Result<Vec<Prompt>, ApiError> {
+    let (echo, add_special_tokens) = (own.echo, own.add_special_tokens);
     let bytes = |prompt: &RawPrompt| match prompt {
         RawPrompt::Text(text) => text.len(),
         RawPrompt::Ids(ids) => ids.len() * size_of::<u32>(),
@@ -175,9 +182,12 @@ async fn tokenize(
     app.text_work(total_bytes, move || {
         let prompts = prompts.into_iter().map(|prompt| {
             let (tokens, text, hides_special) = match prompt {
-                RawPrompt::Text(text) => (tokenizer.encode(&text, add_special_tokens)?, text, true),
+                RawPrompt::Text(text) => {
+                    let tokens = tokenizer.encode(&text, add_special_tokens)?;
+                    (tokens, if echo { text } else { String::new() }, true)
+                }
                 RawPrompt::Ids(ids) => {
-                    let text = tokenizer.decode(&ids, false)?;
+                    let text = if echo { tokenizer.decode(&ids, false)? } else { String::new() };
                     (ids, text, false)
                 }
             };

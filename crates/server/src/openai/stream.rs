@@ -2,7 +2,6 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
@@ -56,8 +55,7 @@ pub fn respond(
     let data = chunks.map(|chunk| sse::Event::default().data(chunk.to_string()));
     let done = stream::iter([sse::Event::default().data("[DONE]")]);
     let body = data.chain(done).map(Ok::<_, Infallible>);
-    let keep_alive = Duration::from_secs(app.limits.keep_alive_seconds);
-    Sse::new(body).keep_alive(KeepAlive::new().interval(keep_alive)).into_response()
+    Sse::new(body).keep_alive(KeepAlive::new().interval(app.limits.keep_alive)).into_response()
 }
 
 /// Waits for a whole answer.

@@ -33,6 +33,22 @@ enum Spelling {
     Other,
 }
 
+impl Spelling {
+    /// Bytes of text behind a token, at most.
+    fn text_bytes(self, token: &str) -> usize {
+        match self {
+            // One character per byte, or plain text.
+            Spelling::ByteLevel => byte_level(token).map_or(token.len(), |bytes| bytes.len()),
+            // A word that the vocabulary lacks is one token, whatever its length; such vocabularies end at a hundred
+            // characters.
+            Spelling::Metaspace | Spelling::Other => token.len().max(UNKNOWN_BYTES_MAX),
+        }
+    }
+}
+
+/// Bytes of a word that is one unknown token.
+const UNKNOWN_BYTES_MAX: usize = 100;
+
 /// A Hugging Face tokenizer with its special tokens.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
@@ -42,6 +58,7 @@ pub struct Tokenizer {
     eos_token: Option<String>,
     eos_id: Option<u32>,
     vocab_size: usize,
+    token_bytes_max: usize,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -76,14 +93,17 @@ impl Tokenizer {
         let eos_token = special_token(&config, "eos_token");
         let added = inner.get_added_tokens_decoder();
         let special = added.iter().filter(|(_, token)| token.special).map(|(&id, _)| id).collect();
-        let largest_id = inner.get_vocab(true).into_values().max();
+        let vocab = inner.get_vocab(true);
+        let largest_id = vocab.values().max();
+        let spelling = spelling(&layout["decoder"]);
         Ok(Tokenizer {
-            spelling: spelling(&layout["decoder"]),
+            token_bytes_max: vocab.keys().map(|token| spelling.text_bytes(token)).max().unwrap_or(1),
+            spelling,
             special,
             bos_token: special_token(&config, "bos_token"),
             eos_id: eos_token.as_deref().and_then(|token| inner.token_to_id(token)),
             eos_token,
-            vocab_size: largest_id.map_or(0, |id| id as usize + 1),
+            vocab_size: largest_id.map_or(0, |&id| id as usize + 1),
             inner,
         })
     }
@@ -160,6 +180,11 @@ impl Tokenizer {
     /// One more than the largest id.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
+    }
+
+    /// Bytes of text that a token stands for, at most.
+    pub fn token_bytes_max(&self) -> usize {
+        self.token_bytes_max
     }
 
     /// The begin token as `tokenizer_config.json` spells it.

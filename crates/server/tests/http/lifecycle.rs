@@ -152,7 +152,7 @@ async fn a_client_that_leaves_frees_its_blocks() {
 
 #[tokio::test]
 async fn a_silent_stream_is_kept_alive() {
-    let limits = Limits { keep_alive_seconds: 1, ..Limits::default() };
+    let limits = Limits { keep_alive: Duration::from_secs(1), ..Limits::default() };
     let server = start(Options { limits, ..Options::default() }).await;
     server.held.store(true, Ordering::Release);
     let response = server.post(CHAT, &with(chat("hi"), json!({"stream": true}))).await;
