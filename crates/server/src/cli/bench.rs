@@ -126,7 +126,7 @@ impl std::fmt::Display for Phase {
 
 fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
     let file = ConfigFile::read(args.common.config.as_deref())?;
-    log::start(&LogSettings::resolve(args.common.clone().or(file.common), "warn"))?;
+    let _log = log::start(&LogSettings::resolve(args.common.clone().or(file.common), "warn"))?;
     let choice = ModelChoice::resolve(args.model.as_deref().or(file.model.as_deref()))?;
     let mut settings = EngineSettings::resolve(args.engine.clone().or(file.engine), args.batch)?;
     if args.context == 0 || args.batch == 0 || args.steps == 0 || args.prefill == Some(0) {
@@ -153,7 +153,7 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
     let (dtype, geometry, num_blocks) = (prepared.dtype, prepared.geometry, blocks * args.batch);
     let mut runner =
         prepared.load_filled(&mut |backend, kv| fill(backend, kv, geometry, num_blocks, args.filled))?;
-    let mut limits = Limits { ceiling: Ceiling::new(isa, threads)?, pool: Pool::new(threads), dtype };
+    let mut limits = Limits { ceiling: Ceiling::new(isa, threads)?, pool: Pool::new(threads)?, dtype };
 
     let prefill = args.prefill.map(|tokens| work.prefill(&mut runner, &mut limits, tokens));
     let decode = work.decode(&mut runner, &mut limits, args.context, args.steps);

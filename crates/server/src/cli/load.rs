@@ -177,6 +177,23 @@ impl<B: Backend> Prepared<B> {
         }
     }
 
+    /// The same, checked: to be called before anything is shown or loaded.
+    ///
+    /// # Errors
+    /// Limits that cannot work together.
+    pub fn check_engine(&self, settings: &EngineSettings, max_waiting: usize) -> Result<Config, Failure> {
+        let config = self.engine_config(settings, max_waiting);
+        config.check().map_err(|error| {
+            // The engine calls its limits as we do, without the dashes of a flag.
+            let flags = ["max_num_seqs", "max_inject_tokens", "max_waiting", "max_context", "page_tokens"];
+            let named = flags.iter().fold(error.to_string(), |text, name| {
+                text.replace(name, &format!("--{}", name.replace('_', "-")))
+            });
+            Failure::input(named)
+        })?;
+        Ok(config)
+    }
+
     /// Reads and packs the weights and makes the KV pool.
     ///
     /// # Errors
@@ -223,8 +240,7 @@ impl EngineThread {
     /// # Errors
     /// Limits that cannot work together, a thread that cannot be started.
     pub fn start(prepared: Prepared, settings: &EngineSettings, max_waiting: usize) -> Result<Self, Failure> {
-        let config = prepared.engine_config(settings, max_waiting);
-        config.check().map_err(Failure::input)?;
+        let config = prepared.check_engine(settings, max_waiting)?;
         let registry = Registry::new();
         let metrics = Metrics::new(&registry).map_err(Failure::runtime)?;
         let (handle, thread) =

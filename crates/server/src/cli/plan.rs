@@ -88,8 +88,8 @@ impl MemoryPlan {
             };
             return Err(Failure::input(message));
         }
-        // Block indices are u32.
-        let num_blocks = (kv_bytes / block_bytes).min(u64::from(u32::MAX)) as usize;
+        // Block indices are u32, and the last of them is none.
+        let num_blocks = (kv_bytes / block_bytes).min(u64::from(u32::MAX) - 1) as usize;
         Ok(MemoryPlan {
             limit,
             weights_bytes: demand.weights_bytes,
