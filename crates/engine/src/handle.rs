@@ -153,10 +153,19 @@ impl Handle {
 /// What is done with the dump of an engine whose invariants are broken. Called on the engine thread, once.
 pub type OnBroken = Box<dyn FnOnce(&str) + Send>;
 
+/// Time that a dump has to be printed.
+const DUMP_TIME: Duration = Duration::from_secs(2);
+
 /// The way to end after a broken invariant outside tests: prints the dump to standard error and aborts.
 pub fn abort_process() -> OnBroken {
     Box::new(|dump| {
-        eprintln!("{dump}");
+        let dump = dump.to_owned();
+        // If nobody reads standard error, printing never ends, and the process must.
+        let printing = std::thread::Builder::new().spawn(move || eprintln!("{dump}"));
+        let start = Instant::now();
+        while printing.as_ref().is_ok_and(|thread| !thread.is_finished()) && start.elapsed() < DUMP_TIME {
+            std::thread::sleep(Duration::from_millis(10));
+        }
         std::process::abort();
     })
 }

@@ -28,13 +28,14 @@ const END_TIMEOUT: Duration = Duration::from_secs(2);
 pub fn run(args: ServeArgs) -> Result<(), Failure> {
     let file = ConfigFile::read(args.common.config.as_deref())?;
     let log_settings = LogSettings::resolve(args.common.or(file.common), "info");
-    log::start(&log_settings)?;
+    let _log = log::start(&log_settings)?;
     let model = ModelChoice::resolve(args.model.as_deref().or(file.model.as_deref()))?;
     let settings = EngineSettings::resolve(args.engine.or(file.engine), MAX_NUM_SEQS)?;
     let server = ServerSettings::resolve(args.server.or(file.server), &model)?;
     let source = load::source(&model)?;
     let text = TextSide::read(&source)?;
     let prepared = Prepared::new(source, &settings)?;
+    prepared.check_engine(&settings, server.max_waiting)?;
 
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(async {

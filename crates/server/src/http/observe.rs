@@ -12,6 +12,9 @@ use crate::openai::ApiError;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
+/// What machines ask every few seconds, which would bury the rest of the log.
+const PROBES: [&str; 3] = ["/health", "/ready", "/metrics"];
+
 /// Bytes of a request id that a client may bring.
 const REQUEST_ID_BYTES_MAX: usize = 128;
 
@@ -21,12 +24,16 @@ pub async fn observe(request: Request, next: Next) -> Response {
     let id = brought.or_else(new_id).unwrap_or(HeaderValue::from_static("none"));
     // The route, not the path: paths are the client's to invent.
     let route = request.extensions().get::<MatchedPath>().map_or("unknown", |path| path.as_str()).to_owned();
+    let is_probe = PROBES.contains(&route.as_str());
     let span = tracing::info_span!("request", id = ?id, method = %request.method(), route);
     let start = Instant::now();
     let mut response = next.run(request).instrument(span.clone()).await;
     span.in_scope(|| {
         let (status, ms) = (response.status().as_u16(), start.elapsed().as_secs_f64() * 1e3);
-        tracing::info!(status, ms, "answered");
+        match is_probe {
+            true => tracing::debug!(status, ms, "answered"),
+            false => tracing::info!(status, ms, "answered"),
+        }
     });
     response.headers_mut().insert(REQUEST_ID, id);
     response

@@ -149,7 +149,7 @@ pub async fn start(options: Options) -> Server {
     let (signals, receiver) = mpsc::unbounded_channel();
     let shutdown = Shutdown { signals: receiver, drain_timeout: options.drain_timeout };
     let served = tokio::spawn(serve(Arc::clone(&app), listener, shutdown));
-    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(120)).build().unwrap();
     Server { url, client, app, held, signals, served }
 }
 
