@@ -183,14 +183,7 @@ impl<B: Backend> Prepared<B> {
     /// Limits that cannot work together.
     pub fn check_engine(&self, settings: &EngineSettings, max_waiting: usize) -> Result<Config, Failure> {
         let config = self.engine_config(settings, max_waiting);
-        config.check().map_err(|error| {
-            // The engine calls its limits as we do, without the dashes of a flag.
-            let flags = ["max_num_seqs", "max_inject_tokens", "max_waiting", "max_context", "page_tokens"];
-            let named = flags.iter().fold(error.to_string(), |text, name| {
-                text.replace(name, &format!("--{}", name.replace('_', "-")))
-            });
-            Failure::input(named)
-        })?;
+        config.check().map_err(|error| Failure::input(in_flags(&error.to_string())))?;
         Ok(config)
     }
 
@@ -287,6 +280,14 @@ fn memory_limit(dram: Option<Size>) -> Result<MemoryLimit, Failure> {
     }
 }
 
+/// What the engine says about its limits, which it calls like the flags but for the dashes.
+fn in_flags(text: &str) -> String {
+    let fields = ["max_num_seqs", "max_inject_tokens", "max_waiting", "max_context", "page_tokens"];
+    fields
+        .iter()
+        .fold(text.to_owned(), |text, field| text.replace(field, &format!("--{}", field.replace('_', "-"))))
+}
+
 /// On a terminal; hidden elsewhere.
 fn progress_bar() -> ProgressBar {
     if !std::io::stderr().is_terminal() {
@@ -297,4 +298,13 @@ fn progress_bar() -> ProgressBar {
         bar.set_style(style.progress_chars("=> "));
     }
     bar
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn limits_are_called_like_their_flags() {
+        let shown = super::in_flags("max_num_seqs times the blocks: 3, and page_tokens");
+        assert_eq!(shown, "--max-num-seqs times the blocks: 3, and --page-tokens");
+    }
 }

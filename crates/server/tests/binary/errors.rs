@@ -55,9 +55,6 @@ fn flags_and_files() {
     says(&["serve", "--port", "0", "--threads", "5000"], &["--threads 5000", "1024"]);
     says(&["serve", "--port", "0", "--max-waiting", "99999999999999"], &["--max-waiting", "1000000"]);
     says(&["serve", "--port", "0", "--max-context", "1"], &["--max-context 1"]);
-    // Together they are too many entries of block tables, though each would do.
-    let seqs = ["serve", "--port", "0", "--max-num-seqs", "1000000", "--page-tokens", "8"];
-    says(&seqs, &["--max-num-seqs"]);
     says(&["serve", "--port", "0", "--config", "no-such-file.toml"], &["no-such-file.toml"]);
     let config = tempfile::NamedTempFile::new().unwrap();
     fs::write(config.path(), "prot = 8000\n").unwrap();
