@@ -11,7 +11,7 @@ use axum::routing::{get, post};
 use prometheus::TextEncoder;
 use serde_json::json;
 use tower_http::catch_panic::CatchPanicLayer;
-use tower_http::cors::{AllowOrigin, Any, CorsLayer};
+use tower_http::cors::{AllowHeaders, AllowOrigin, Any, CorsLayer};
 
 use super::{auth, observe};
 use crate::app::App;
@@ -57,7 +57,8 @@ fn cors(origins: &[String]) -> CorsLayer {
     CorsLayer::new()
         .allow_origin(allowed)
         .allow_methods(Any)
-        .allow_headers([header::AUTHORIZATION, header::CONTENT_TYPE])
+        // Keys come in a header that pages must name anyway; official clients add a dozen of their own.
+        .allow_headers(AllowHeaders::mirror_request())
         .expose_headers(Any)
 }
 

@@ -56,7 +56,12 @@ async fn pages_of_allowed_origins_may_ask() {
     let preflight = async |origin: &str| {
         let request = server.client.request(reqwest::Method::OPTIONS, format!("{}{CHAT}", server.url));
         let request = request.header("origin", origin).header("access-control-request-method", "POST");
-        request.send().await.unwrap().headers().get("access-control-allow-origin").cloned()
+        // As the official client for JavaScript asks.
+        let wanted = "authorization,content-type,x-stainless-lang,x-stainless-retry-count";
+        let answer = request.header("access-control-request-headers", wanted).send().await.unwrap();
+        let header = |name: &str| Some(answer.headers().get(name)?.to_str().unwrap().to_owned());
+        assert_eq!(header("access-control-allow-headers").as_deref(), Some(wanted));
+        header("access-control-allow-origin")
     };
     assert_eq!(preflight("https://chat.example").await.unwrap(), "https://chat.example");
     assert_eq!(preflight("https://evil.example").await, None);
