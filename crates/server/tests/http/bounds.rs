@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use sparseserve::app::Limits;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::support::*;
 
@@ -71,6 +72,37 @@ async fn large_bodies_wait_for_memory_and_small_ones_do_not() {
     server.ok("/tokenize", &large).await;
     assert_eq!(server.app.body_memory.available_permits(), all, "it is given back");
     server.refused("/tokenize", &json!({"prompt": "word ".repeat(400_000)}), 413, None).await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn headers_must_come_in_time() {
+    let limits = Limits { header_time: Duration::from_millis(200), ..Limits::default() };
+    let server = start(Options { limits, ..Options::default() }).await;
+    let address = server.url.trim_start_matches("http://");
+    for sent in ["", "GET", "GET /health HTTP/1.1\r\nHost: x\r\nX-Slow"] {
+        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        stream.write_all(sent.as_bytes()).await.unwrap();
+        let mut told = Vec::new();
+        let closed = tokio::time::timeout(Duration::from_secs(60), stream.read_to_end(&mut told)).await;
+        assert!(closed.is_ok(), "{sent:?} keeps the connection open");
+    }
+    assert_eq!(server.get("/health").await.status(), 200);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn connections_wait_for_a_place() {
+    let limits = Limits { connections: 2, ..Limits::default() };
+    let server = start(Options { limits, ..Options::default() }).await;
+    let address = server.url.trim_start_matches("http://");
+    let first = tokio::net::TcpStream::connect(address).await.unwrap();
+    let second = tokio::net::TcpStream::connect(address).await.unwrap();
+    let request = || server.client.get(format!("{}/health", server.url));
+    let waiting = request().timeout(Duration::from_millis(300)).send().await;
+    assert!(waiting.unwrap_err().is_timeout());
+    drop((first, second));
+    assert_eq!(request().send().await.unwrap().status(), 200);
     server.stop().await;
 }
 
