@@ -111,10 +111,16 @@ pub async fn completions(
     let prompts = tokenize(prompts, &app, &own).await?;
     prompts.iter().try_for_each(|prompt| check_length(prompt.tokens.len()))?;
     drop(memory);
-    let generations = prompts
-        .iter()
-        .map(|prompt| start(&app, &params, &own, prompt.tokens.clone()))
-        .collect::<Result<Vec<_>, _>>()?;
+    let mut generations = Vec::with_capacity(prompts.len());
+    for prompt in &prompts {
+        match start(&app, &params, &own, prompt.tokens.clone()) {
+            Ok(generation) => generations.push(generation),
+            Err(refusal) => {
+                generations.into_iter().for_each(Generation::withdraw);
+                return Err(refusal);
+            }
+        }
+    }
     let (id, created) = (answer_id("cmpl"), unix_seconds());
     let stream = params.stream;
     let frame = Frame { app, params, own, prompts, id, created };
@@ -158,7 +164,8 @@ fn take_prompts(fields: &mut Fields, app: &App) -> Result<Vec<RawPrompt>, ApiErr
         PromptField::Texts(texts) => texts.into_iter().map(RawPrompt::Text).collect(),
         PromptField::IdLists(lists) => lists.into_iter().map(RawPrompt::Ids).collect(),
     };
-    check_count("prompt", prompts.len(), app.limits.prompts)?;
+    // They wait together, so more than may run and wait would be refused for ever.
+    check_count("prompt", prompts.len(), app.limits.prompts.min(app.engine.config().requests_max()))?;
     for prompt in &prompts {
         if let RawPrompt::Ids(ids) = prompt {
             ids.iter().try_for_each(|&id| check_token("prompt", id, app))?;

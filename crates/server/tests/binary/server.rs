@@ -32,6 +32,21 @@ fn a_second_signal_stops_at_once() {
 }
 
 #[test]
+fn a_refused_batch_is_no_client_that_left() {
+    let mut server = Serving::start(&["--max-num-seqs", "1", "--max-waiting", "1"]);
+    let path = format!("{}/v1/completions", server.url);
+    let mut running = client().post(&path).json(&endless()).send().unwrap();
+    std::io::Read::read_exact(&mut running, &mut [0; 64]).unwrap();
+    let refused = client().post(&path).json(&json!({"prompt": ["a", "b"]})).send().unwrap();
+    assert_eq!(refused.status(), 429);
+    drop(running);
+    server.wait_for("client left");
+    server.signal("-TERM");
+    let (_, said) = server.end();
+    assert_eq!(said.matches("client left").count(), 1, "{said}");
+}
+
+#[test]
 fn nobody_need_read_the_log() {
     let server = Serving::start_deaf(&["--log-level", "debug"]);
     // A pipe holds 64 KiB, and each request is a line of a hundred bytes and more.

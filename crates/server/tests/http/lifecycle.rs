@@ -139,6 +139,17 @@ async fn one_refused_prompt_takes_the_others_back() {
 }
 
 #[tokio::test]
+async fn an_idle_server_takes_as_many_prompts_as_may_run() {
+    let options = Options { max_waiting: 1, max_num_seqs: 8, ..Options::default() };
+    let server = start(options).await;
+    let answer = server.ok("/v1/completions", &completion(vec!["a"; 9])).await;
+    assert_eq!(answer["choices"].as_array().unwrap().len(), 9);
+    // Ten would have to wait for each other.
+    server.refused("/v1/completions", &completion(vec!["a"; 10]), 400, Some("prompt")).await;
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn a_client_that_leaves_frees_its_blocks() {
     let server = start(Options { step: Duration::from_millis(5), ..Options::default() }).await;
     let streamed = server.post(CHAT, &with(endless(), json!({"stream": true}))).await;
