@@ -44,9 +44,8 @@ fn new_id() -> Option<HeaderValue> {
     HeaderValue::from_str(&format!("{random:016x}")).ok()
 }
 
-/// The answer to a request whose handler panicked. The panic itself has been printed with its place.
+/// The answer to a request whose handler panicked. The panic itself has been logged with its place.
 pub fn answer_panic(panic: Box<dyn std::any::Any + Send + 'static>) -> Response {
     use axum::response::IntoResponse;
-    tracing::error!(panic = crate::text::panic_message(panic.as_ref()), "a request panicked");
-    ApiError::internal("The server failed on this request; it is logged.").into_response()
+    ApiError::panicked(panic.as_ref()).into_response()
 }

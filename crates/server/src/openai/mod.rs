@@ -24,4 +24,5 @@ pub use fields::Fields;
 pub use generation::{Delta, Event, Finish, Generation, Reason};
 pub use models::{model, models};
 pub use params::Params;
+pub use stream::{Chunks, respond};
 pub use tokens::{detokenize, tokenize};
