@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
+use crate::http::HttpMetrics;
 use crate::text::{Sandbox, Tokenizer};
 
 /// Everything the routes share. Built once at start, never changed but for [`Lifecycle`].
@@ -14,6 +15,8 @@ pub struct App {
     pub engine: engine::Handle,
     /// What `/metrics` shows; the engine's metrics are registered here.
     pub registry: prometheus::Registry,
+    /// What of it the routes count.
+    pub http_metrics: HttpMetrics,
     /// The model's tokenizer.
     pub tokenizer: Arc<Tokenizer>,
     /// The model's chat template; without one there are no chat completions.

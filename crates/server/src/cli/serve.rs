@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use sparseserve::app::{App, Lifecycle, Limits};
-use sparseserve::http::{Shutdown, serve, stop_signals};
+use sparseserve::http::{HttpMetrics, Shutdown, serve, stop_signals};
 use sparseserve::text::Sandbox;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
@@ -109,6 +109,7 @@ async fn answer(
     let limits = Limits { top_logprobs: MAX_LOGPROBS, ..Limits::for_context(max_context) };
     let app = App {
         engine: engine.handle.clone(),
+        http_metrics: HttpMetrics::new(&engine.registry).map_err(Failure::runtime)?,
         registry: engine.registry.clone(),
         tokenizer: text.tokenizer,
         template: sandbox,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{HeaderValue, StatusCode, header};
-use axum::middleware::{from_fn, from_fn_with_state};
+use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use prometheus::TextEncoder;
@@ -43,7 +43,7 @@ pub fn router(app: Arc<App>) -> Router {
         .layer(DefaultBodyLimit::max(app.limits.body_bytes))
         .layer(from_fn_with_state(Arc::clone(&app), auth::require_key))
         .layer(cors(&app.cors_origins))
-        .layer(from_fn(observe::observe))
+        .layer(from_fn_with_state(Arc::clone(&app), observe::observe))
         .with_state(app)
 }
 
@@ -116,7 +116,7 @@ mod tests {
 
     use super::*;
     use crate::app::{GenerationDefaults, InFlight, Lifecycle, Limits};
-    use crate::http::{Shutdown, serve};
+    use crate::http::{HttpMetrics, Shutdown, serve};
     use crate::openai::{Chunks, Event, Fields, Generation, Params, respond};
     use crate::text::tests::demo;
 
@@ -178,6 +178,7 @@ mod tests {
         let limits = Limits::default();
         Arc::new(App {
             engine,
+            http_metrics: HttpMetrics::new(&registry).unwrap(),
             registry,
             tokenizer: demo(),
             template: None,

@@ -92,6 +92,35 @@ async fn bodies_must_be_json_and_small() {
 }
 
 #[tokio::test]
+async fn answers_are_counted_by_route_and_class() {
+    let options = Options { api_keys: vec!["key".into()], ..Options::default() };
+    let server = start(options).await;
+    let send = async |path: &str, key: &str, body: &str| {
+        let request = server.client.post(format!("{}{path}", server.url)).bearer_auth(key);
+        request.body(body.to_owned()).send().await.unwrap().status().as_u16()
+    };
+    let good = chat("hi").to_string();
+    let answers = [(CHAT, "key", good.as_str(), 200), (CHAT, "no", &good, 401), (CHAT, "key", "{", 400)];
+    let strange = [(CHAT, "key", "[]", 422), ("/nothing", "key", "", 404), ("/nothing/2", "key", "", 404)];
+    for (path, key, body, status) in answers.into_iter().chain(strange) {
+        assert_eq!(send(path, key, body).await, status);
+    }
+    server.client.get(format!("{}/v1/models/none", server.url)).bearer_auth("key").send().await.unwrap();
+    let count = |route: &str, class: &str| {
+        let name = "sparseserve_http_requests_total";
+        let families = server.app.registry.gather();
+        let family = families.iter().find(|family| family.name() == name).unwrap();
+        let wanted = |m: &&prometheus::proto::Metric| {
+            [route, class].iter().all(|value| m.get_label().iter().any(|label| label.value() == *value))
+        };
+        family.get_metric().iter().find(wanted).unwrap().get_counter().get_value()
+    };
+    assert_eq!([count(CHAT, "2xx"), count(CHAT, "4xx"), count(CHAT, "5xx")], [1.0, 3.0, 0.0]);
+    assert_eq!([count("unknown", "4xx"), count("/v1/models/{*name}", "4xx")], [2.0, 1.0]);
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn answers_carry_the_id_of_their_request() {
     let server = start(Options::default()).await;
     let ask = async |id: &str| {

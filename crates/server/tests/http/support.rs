@@ -11,7 +11,7 @@ use ops::sample::{SampleOutput, SampleRow, SampleScratch, sample};
 use prometheus::Registry;
 use serde_json::{Value, json};
 use sparseserve::app::{App, GenerationDefaults, Lifecycle, Limits};
-use sparseserve::http::{Shutdown, serve};
+use sparseserve::http::{HttpMetrics, Shutdown, serve};
 use sparseserve::text::{ChatTemplate, Sandbox, Tokenizer};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
@@ -129,6 +129,7 @@ pub async fn start(options: Options) -> Server {
     let defaults = GenerationDefaults { temperature: None, max_new_tokens: None, ..defaults(&tokenizer) };
     let app = Arc::new(App {
         engine,
+        http_metrics: HttpMetrics::new(&registry).unwrap(),
         registry,
         tokenizer: Arc::new(tokenizer),
         template: options.template.map(|source| sandbox(&source)),
