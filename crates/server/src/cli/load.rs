@@ -135,6 +135,7 @@ impl<B: Backend> Prepared<B> {
             kv: geometry,
             max_context,
             max_num_seqs: settings.max_num_seqs,
+            max_inject_tokens: settings.max_inject_tokens,
         };
         // Once before anything is allocated, once with what the device needs besides.
         MemoryPlan::new(limit.clone(), &demand, settings.dram)?;
