@@ -23,7 +23,7 @@ const HARMLESS: &[(&str, &str)] = &[
 /// Fields that are not supported, with the values that ask for nothing and are accepted. `null` and absence always are.
 fn neutral_values(name: &str) -> Vec<Value> {
     match name {
-        "n" | "best_of" => vec![json!(1)],
+        "n" | "best_of" => vec![json!(1), json!(1.0)],
         "tools" | "functions" | "bad_words" | "documents" | "logits_processors" => vec![json!([])],
         // In messages: what an answer of OpenAI's carries when a client sends it back.
         "tool_calls" | "annotations" => vec![json!([])],
@@ -153,7 +153,7 @@ mod tests {
 
     #[test]
     fn what_asks_for_nothing_is_accepted() {
-        finish(json!({"user": "u", "n": 1, "tools": [], "response_format": {"type": "text"}, "logit_bias": null}))
+        finish(json!({"user": "u", "n": 1, "best_of": 1.0, "tools": [], "response_format": {"type": "text"}, "logit_bias": null}))
             .unwrap();
     }
 
