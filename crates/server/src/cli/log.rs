@@ -25,6 +25,11 @@ pub struct Log(#[allow(dead_code, reason = "held for its drop")] WorkerGuard);
 /// A filter that is none.
 pub fn start(settings: &LogSettings) -> Result<Log, Failure> {
     let wrong = |why: &str| Failure::input(format!("--log-level {:?}: {why}", settings.filter));
+    // The filter would take a word that is no level for a crate, all of whose lines it then shows, and no others.
+    let words = settings.filter.split(',').map(str::trim);
+    if let Some(word) = words.into_iter().find(|word| !word.contains(['=', '[']) && !is_level(word)) {
+        return Err(wrong(&format!("{word:?} is none of off, error, warn, info, debug and trace")));
+    }
     let filter = EnvFilter::builder().parse(&settings.filter).map_err(|e| wrong(&e.to_string()))?;
     let colours =
         std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
@@ -38,6 +43,10 @@ pub fn start(settings: &LogSettings) -> Result<Log, Failure> {
     started.map_err(|e| Failure::runtime(format!("cannot start logging: {e}")))?;
     std::panic::set_hook(Box::new(log_panic));
     Ok(Log(guard))
+}
+
+fn is_level(word: &str) -> bool {
+    ["off", "error", "warn", "info", "debug", "trace"].iter().any(|level| word.eq_ignore_ascii_case(level))
 }
 
 /// A panic is a line of the log: the usual hook would wait for standard error.

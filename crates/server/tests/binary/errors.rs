@@ -52,6 +52,15 @@ fn flags_and_files() {
     says(&["serve", "--port", "0", "--device", "cuda"], &["CUDA"]);
     says(&["serve", "--port", "0", "--isa", "sse9"], &["sse9", "avx2"]);
     says(&["serve", "--port", "0", "--max-context", "40000"], &["40000", "32768"]);
+    says(&["serve", "--port", "0", "--log-level", "nonsense"], &["--log-level", "nonsense", "debug"]);
+    says(&["serve", "--port", "0", "--log-level", "warn,engine=loud"], &["--log-level", "warn,engine=loud"]);
+    says(&["serve", "--port", "0", "--dram", "100%"], &["headroom", "would fit"]);
+    says(&["run", "-p", "x", "--temperature", "-1"], &["--temperature", "between 0 and 100"]);
+    says(&["run", "-p", "x", "--top-p", "-1"], &["--top-p", "above 0"]);
+    let mut command = sparseserve(&["serve", "--port", "0"]);
+    let output = output_within(command.env("SPARSESERVE_NO_PREFIX_CACHE", "maybe"), SOON);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("maybe"), "{}", text(&output.stderr));
     says(&["serve", "--port", "0", "--threads", "5000"], &["--threads 5000", "1024"]);
     says(&["serve", "--port", "0", "--max-waiting", "99999999999999"], &["--max-waiting", "1000000"]);
     says(&["serve", "--port", "0", "--max-context", "1"], &["--max-context 1"]);
