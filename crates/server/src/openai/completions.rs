@@ -7,18 +7,21 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use futures_util::future::try_join_all;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::generation::{Delta, Event, Finish, Generation};
-use super::logprobs::{CompletionLogprobs, TokenNames};
+use super::frame::{Answer, Frame, Names};
+use super::generation::{Delta, Event, Generation};
+use super::logprobs::CompletionLogprobs;
 use super::params::{check_count, check_text, check_token};
 use super::stream::{Chunks, collect, respond};
-use super::usage::{StopReason, Usage, answer_id, finish_reason, unix_seconds};
+use super::usage::StopReason;
 use super::{ApiError, Fields, Params};
 use crate::app::{App, InFlight};
 
 /// What OpenAI generates where a request doesn't say.
 const DEFAULT_MAX_TOKENS: u32 = 16;
+
+const NAMES: Names = Names { prefix: "cmpl", answer: "text_completion", chunk: "text_completion" };
 
 /// `prompt`: one or several, as text or as ids.
 #[derive(Deserialize)]
@@ -77,14 +80,11 @@ impl CompletionParams {
     }
 }
 
-/// What answer and chunks of one request share.
-struct Frame {
-    app: Arc<App>,
-    params: Params,
-    own: CompletionParams,
+/// Completions being made.
+struct Completions {
+    frame: Frame,
+    echo: bool,
     prompts: Vec<Prompt>,
-    id: String,
-    created: u64,
 }
 
 /// Continues one or several prompts, each a choice; they run at the same time.
@@ -121,20 +121,13 @@ pub async fn completions(
             }
         }
     }
-    let (id, created) = (answer_id("cmpl"), unix_seconds());
-    let stream = params.stream;
-    let frame = Frame { app, params, own, prompts, id, created };
-    if stream {
-        let app = Arc::clone(&frame.app);
-        return Ok(respond(
-            &app,
-            generations,
-            CompletionStream { frame, usage: Usage::default() },
-            in_flight,
-        ));
+    let frame = Frame::new(Arc::clone(&app), params, own.logprobs, NAMES);
+    let completions = Completions { frame, echo: own.echo, prompts };
+    if completions.frame.params.stream {
+        return Ok(respond(&app, generations, completions, in_flight));
     }
     let events = try_join_all(generations.into_iter().map(collect)).await?;
-    Ok(Json(frame.answer(events)).into_response())
+    Ok(Json(completions.answer(events)).into_response())
 }
 
 fn start(
@@ -205,16 +198,6 @@ async fn tokenize(
     .await
 }
 
-#[derive(Serialize)]
-struct Answer {
-    id: String,
-    object: &'static str,
-    created: u64,
-    model: String,
-    choices: Vec<Choice>,
-    usage: Usage,
-}
-
 /// A choice, or what a chunk adds to it.
 #[derive(Serialize)]
 struct Choice {
@@ -259,9 +242,8 @@ impl Choice {
     }
 }
 
-impl Frame {
-    fn answer(mut self, events: Vec<Vec<Event>>) -> Answer {
-        let mut usage = Usage::default();
+impl Completions {
+    fn answer(mut self, events: Vec<Vec<Event>>) -> Answer<Choice> {
         let mut choices = Vec::with_capacity(events.len());
         for (index, events) in events.into_iter().enumerate() {
             let mut choice = Choice::new(index);
@@ -269,40 +251,31 @@ impl Frame {
                 choice.extend(start);
             }
             for event in events {
-                if let Event::Finished(finish) = &event {
-                    usage.add(finish);
-                }
                 if let Some(more) = self.choice_of(index, event) {
                     choice.extend(more);
                 }
             }
-            if self.own.logprobs.is_some() {
+            if self.frame.logprobs.is_some() {
                 choice.logprobs.get_or_insert_default();
             }
             choices.push(choice);
         }
-        Answer {
-            id: self.id,
-            object: "text_completion",
-            created: self.created,
-            model: self.app.names[0].clone(),
-            choices,
-            usage,
-        }
+        self.frame.answer(choices)
     }
 
     /// What is known of a choice before its first event; the echo waits for the prompt's log-probabilities if they were
     /// asked for.
     fn start_of(&self, index: usize) -> Option<Choice> {
         let prompt = &self.prompts[index];
-        let echo = self.own.echo && self.own.logprobs.is_none();
-        if !echo && !self.params.return_token_ids {
+        let echo = self.echo && self.frame.logprobs.is_none();
+        let return_token_ids = self.frame.params.return_token_ids;
+        if !echo && !return_token_ids {
             return None;
         }
         Some(Choice {
             text: if echo { prompt.text.clone() } else { String::new() },
-            prompt_token_ids: self.params.return_token_ids.then(|| prompt.tokens.clone()),
-            token_ids: self.params.return_token_ids.then(Vec::new),
+            prompt_token_ids: return_token_ids.then(|| prompt.tokens.clone()),
+            token_ids: return_token_ids.then(Vec::new),
             ..Choice::new(index)
         })
     }
@@ -314,30 +287,22 @@ impl Frame {
                 self.prompts[index].logprobs = logprobs;
                 let prompt = &self.prompts[index];
                 let logprobs = CompletionLogprobs::of_prompt(
-                    &self.token_names(),
+                    &self.frame.token_names(),
                     &prompt.tokens,
                     &prompt.logprobs,
                     prompt.hides_special,
                 );
                 Choice { text: prompt.text.clone(), logprobs: Some(logprobs), ..Choice::new(index) }
             }
-            // An end token has no text; who asked for no tokens need not hear of it.
-            Event::Delta(delta)
-                if delta.text.is_empty() && self.own.logprobs.is_none() && !self.params.return_token_ids =>
-            {
-                return None;
-            }
+            Event::Delta(delta) if self.frame.hides(&delta) => return None,
             Event::Delta(delta) => Choice {
                 logprobs: self.logprobs_of(index, &delta),
-                token_ids: self
-                    .params
-                    .return_token_ids
-                    .then(|| delta.tokens.iter().map(|token| token.id).collect()),
+                token_ids: self.frame.token_ids(&delta),
                 text: delta.text,
                 ..Choice::new(index)
             },
-            Event::Finished(Finish { reason, .. }) => {
-                let (finish_reason, stop_reason) = finish_reason(&reason, &self.app.defaults.end_tokens);
+            Event::Finished(finish) => {
+                let (finish_reason, stop_reason) = self.frame.finished(&finish);
                 Choice { finish_reason: Some(finish_reason), stop_reason, ..Choice::new(index) }
             }
             Event::Failed(_) => return None,
@@ -345,57 +310,25 @@ impl Frame {
     }
 
     fn logprobs_of(&self, index: usize, delta: &Delta) -> Option<CompletionLogprobs> {
-        self.own.logprobs?;
-        let echoed = if self.own.echo { self.prompts[index].text.chars().count() } else { 0 };
-        Some(CompletionLogprobs::of_answer(&self.token_names(), &delta.tokens, echoed))
-    }
-
-    fn token_names(&self) -> TokenNames {
-        let as_ids = self.params.return_tokens_as_token_ids;
-        TokenNames { tokenizer: Arc::clone(&self.app.tokenizer), as_ids }
-    }
-
-    fn chunk(&self, choices: &[Choice]) -> Value {
-        let mut chunk = json!({
-            "id": self.id,
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.app.names[0],
-            "choices": choices,
-        });
-        if self.params.include_usage {
-            chunk["usage"] = Value::Null;
-        }
-        chunk
+        self.frame.logprobs?;
+        let echoed = if self.echo { self.prompts[index].text.chars().count() } else { 0 };
+        Some(CompletionLogprobs::of_answer(&self.frame.token_names(), &delta.tokens, echoed))
     }
 }
 
 /// Streamed completions: deltas of all choices as they come.
-struct CompletionStream {
-    frame: Frame,
-    usage: Usage,
-}
-
-impl Chunks for CompletionStream {
+impl Chunks for Completions {
     fn first(&mut self) -> Vec<Value> {
-        let starts = (0..self.frame.prompts.len()).filter_map(|index| self.frame.start_of(index));
-        starts.map(|choice| self.frame.chunk(&[choice])).collect()
+        let starts = (0..self.prompts.len()).filter_map(|index| self.start_of(index));
+        starts.map(|choice| self.frame.chunk(choice)).collect()
     }
 
     fn next(&mut self, index: usize, event: Event) -> Vec<Value> {
-        if let Event::Finished(finish) = &event {
-            self.usage.add(finish);
-        }
-        let choice = self.frame.choice_of(index, event);
-        choice.map(|choice| self.frame.chunk(&[choice])).into_iter().collect()
+        let choice = self.choice_of(index, event);
+        choice.map(|choice| self.frame.chunk(choice)).into_iter().collect()
     }
 
     fn last(&mut self) -> Vec<Value> {
-        if !self.frame.params.include_usage {
-            return Vec::new();
-        }
-        let mut chunk = self.frame.chunk(&[]);
-        chunk["usage"] = json!(self.usage);
-        vec![chunk]
+        self.frame.last()
     }
 }
