@@ -76,7 +76,9 @@ impl Pool {
     /// When the system gives no more threads, or `threads` is not in `1..=`[`THREADS_MAX`].
     pub fn new(threads: usize) -> Result<Self, Error> {
         if !(1..=THREADS_MAX).contains(&threads) {
-            return Err(Error::Unsupported(format!("{threads} threads: 1 to {THREADS_MAX} are possible")));
+            return Err(Error::Unsupported(format!(
+                "{threads} threads: at least one thread is needed and {THREADS_MAX} are possible"
+            )));
         }
         let fork = Arc::new(Fork {
             state: AtomicU64::new(0),
