@@ -95,7 +95,7 @@ impl App {
 
 const KIB: usize = 1 << 10;
 
-/// Bounds on single requests; beyond them a request is refused with 400, or 413 for the body.
+/// Bounds on requests, which are refused with 400 beyond them, or 413 for the body; and on connections.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Bytes of a request body.

@@ -179,7 +179,8 @@ pub fn render_main() -> ExitCode {
 }
 
 fn render_lines() -> io::Result<()> {
-    end_with_parent()?;
+    // Where the system does not do that, the limit on processor time must do.
+    let _ = end_with_parent();
     let limit = |most| Rlimit { current: Some(most), maximum: Some(most) };
     setrlimit(Resource::As, limit(MEMORY_BYTES_MAX))?;
     // Running out of memory ends in an abort, which is no reason for a core dump.
@@ -209,7 +210,8 @@ fn limit_cpu_seconds(seconds: u64) -> io::Result<()> {
     let used = u64::try_from(clock_gettime(ClockId::ProcessCPUTime).tv_sec).unwrap_or(0);
     // The hard limit stays, so that the soft one can be moved for the next prompt.
     let Rlimit { maximum, .. } = getrlimit(Resource::Cpu);
-    Ok(setrlimit(Resource::Cpu, Rlimit { current: Some(used + seconds), maximum })?)
+    let current = maximum.unwrap_or(u64::MAX).min(used + seconds);
+    Ok(setrlimit(Resource::Cpu, Rlimit { current: Some(current), maximum })?)
 }
 
 /// Has the system kill this process when the server ends, however it does.
@@ -218,7 +220,6 @@ fn end_with_parent() -> io::Result<()> {
     Ok(rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?)
 }
 
-/// Elsewhere the limit on processor time must do.
 #[cfg(not(target_os = "linux"))]
 fn end_with_parent() -> io::Result<()> {
     Ok(())
