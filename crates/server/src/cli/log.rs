@@ -15,15 +15,12 @@ use super::settings::LogSettings;
 /// Lines that wait to be written, at most.
 const LINES_MAX: usize = 8192;
 
-/// Writes what is left when it is dropped, if somebody reads it within a second.
-#[must_use]
-pub struct Log(#[allow(dead_code, reason = "held for its drop")] WorkerGuard);
-
-/// Starts logging.
+/// Starts logging. What it returns writes the lines that are left when it is dropped, if somebody reads them within a
+/// second.
 ///
 /// # Errors
 /// A filter that is none.
-pub fn start(settings: &LogSettings) -> Result<Log, Failure> {
+pub fn start(settings: &LogSettings) -> Result<WorkerGuard, Failure> {
     let wrong = |why: &str| Failure::input(format!("--log-level {:?}: {why}", settings.filter));
     // The filter would take a word that is no level for a crate, all of whose lines it then shows, and no others.
     let words = settings.filter.split(',').map(str::trim);
@@ -42,7 +39,7 @@ pub fn start(settings: &LogSettings) -> Result<Log, Failure> {
     };
     started.map_err(|e| Failure::runtime(format!("cannot start logging: {e}")))?;
     std::panic::set_hook(Box::new(log_panic));
-    Ok(Log(guard))
+    Ok(guard)
 }
 
 fn is_level(word: &str) -> bool {
