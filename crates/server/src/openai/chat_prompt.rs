@@ -105,9 +105,10 @@ impl ChatPrompt {
             prompt = cut_at(&prompt, end)?;
         }
         check_text("messages", prompt.len(), most, app)?;
-        let (tokenizer, prompt_bytes) = (app.tokenizer.clone(), prompt.len());
-        let encode = move || tokenizer.encode(&prompt, self.add_special_tokens);
-        Ok(app.text_work(prompt_bytes, encode).await?)
+        let (tokenizer, prompt_bytes, max_context) = (app.tokenizer.clone(), prompt.len(), app.max_context);
+        let encode = move || tokenizer.encode_within(&prompt, self.add_special_tokens, max_context);
+        let tokens = app.text_work(prompt_bytes, encode).await;
+        tokens.map_err(|error| ApiError::untokenizable("messages", &error))
     }
 }
 

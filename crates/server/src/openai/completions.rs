@@ -172,7 +172,7 @@ async fn tokenize(
     app: &App,
     own: &CompletionParams,
 ) -> Result<Vec<Prompt>, ApiError> {
-    let (echo, add_special_tokens) = (own.echo, own.add_special_tokens);
+    let (echo, add_special_tokens, max_context) = (own.echo, own.add_special_tokens, app.max_context);
     let bytes = |prompt: &RawPrompt| match prompt {
         RawPrompt::Text(text) => text.len(),
         RawPrompt::Ids(ids) => ids.len() * size_of::<u32>(),
@@ -183,7 +183,8 @@ async fn tokenize(
         let prompts = prompts.into_iter().map(|prompt| {
             let (tokens, text, hides_special) = match prompt {
                 RawPrompt::Text(text) => {
-                    let tokens = tokenizer.encode(&text, add_special_tokens)?;
+                    let tokens = tokenizer.encode_within(&text, add_special_tokens, max_context);
+                    let tokens = tokens.map_err(|error| ApiError::untokenizable("prompt", &error))?;
                     (tokens, if echo { text } else { String::new() }, true)
                 }
                 RawPrompt::Ids(ids) => {

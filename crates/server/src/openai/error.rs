@@ -47,6 +47,20 @@ impl ApiError {
         ApiError { code: Some("context_length_exceeded"), ..ApiError::invalid(param, message) }
     }
 
+    /// 400: the tokenizer gave up on the text of `param`, or found it too long.
+    pub fn untokenizable(param: &str, error: &TokenizerError) -> Self {
+        match error {
+            TokenizerError::TooLong(max_context) => ApiError::too_long(
+                param,
+                format!(
+                    "This model's maximum context length is {max_context} tokens. However, your text has far more. \
+                     Please reduce it."
+                ),
+            ),
+            _ => ApiError::invalid(param, error.to_string()),
+        }
+    }
+
     /// 404: no such model.
     pub fn no_such_model(name: &str) -> Self {
         ApiError {

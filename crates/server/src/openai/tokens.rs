@@ -10,6 +10,7 @@ use super::chat_prompt::ChatPrompt;
 use super::params::{check_count, check_model, check_text, check_token};
 use super::{ApiError, Fields};
 use crate::app::App;
+use crate::text::LIKELY_TOKEN_BYTES;
 
 /// Bytes of text, or tokens, that may be asked about however short the context: some want to know by how much a text
 /// is too long.
@@ -26,7 +27,8 @@ pub async fn tokenize(State(app): State<Arc<App>>, mut fields: Fields) -> Result
         Some(prompt) => {
             let add_special_tokens = fields.take("add_special_tokens")?.unwrap_or(true);
             let _memory = fields.finish()?;
-            check_text("prompt", prompt.len(), app.text_bytes_max().max(COUNTED_BYTES_MAX), &app)?;
+            let likely = app.max_context.saturating_mul(2 * LIKELY_TOKEN_BYTES);
+            check_text("prompt", prompt.len(), likely.max(COUNTED_BYTES_MAX), &app)?;
             let tokenizer = Arc::clone(&app.tokenizer);
             app.text_work(prompt.len(), move || tokenizer.encode(&prompt, add_special_tokens)).await?
         }
