@@ -1,14 +1,20 @@
 //! What routes take out of a request.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, header};
+use futures_util::StreamExt;
 
 use crate::app::{App, InFlight};
 use crate::openai::{ApiError, Fields};
+
+/// Bytes of a body beyond the limit that are read all the same, and the time for it.
+const DISCARDED_BYTES_MAX: usize = 64 << 20;
+const DISCARD_TIME: Duration = Duration::from_secs(5);
 
 impl FromRequest<Arc<App>> for Fields {
     type Rejection = ApiError;
@@ -22,6 +28,10 @@ impl FromRequest<Arc<App>> for Fields {
         let most = app.limits.body_bytes;
         let length = content_length(request.headers());
         if length.is_some_and(|length| length > most) {
+            if !request.headers().contains_key(header::EXPECT) {
+                // A failure to write would keep the client from reading why.
+                let _ = tokio::time::timeout(DISCARD_TIME, discard(request, DISCARDED_BYTES_MAX)).await;
+            }
             let message = format!("The body has more than {most} bytes.");
             return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message));
         }
@@ -47,6 +57,17 @@ impl FromRequest<Arc<App>> for Fields {
             },
         };
         parsed.map(|fields| fields.in_memory(memory))
+    }
+}
+
+/// Reads what a client sends in vain, but not for ever.
+async fn discard(request: Request, mut bytes_left: usize) {
+    let mut body = request.into_body().into_data_stream();
+    while let Some(Ok(chunk)) = body.next().await {
+        match bytes_left.checked_sub(chunk.len()) {
+            Some(left) => bytes_left = left,
+            None => return,
+        }
     }
 }
 
