@@ -12,7 +12,7 @@ pub struct Config {
     /// Token budget: rows per step of sequences that have more than one token to compute (prompts, and what a preempted
     /// sequence computes again). A sequence whose last token is to be computed gets its row beside the budget.
     pub max_inject_tokens: usize,
-    /// Requests that wait for their first admission, at most; further ones are refused.
+    /// Requests that wait when as many run as may, at most; further ones are refused.
     pub max_waiting: usize,
     /// Tokens of prompt and answer together, at most.
     pub max_context: usize,
@@ -81,6 +81,11 @@ impl Config {
             }
         }
         Ok(())
+    }
+
+    /// Requests that run and wait together, at most.
+    pub fn requests_max(&self) -> usize {
+        self.max_num_seqs.saturating_add(self.max_waiting)
     }
 
     /// Rows of a step, at most.

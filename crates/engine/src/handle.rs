@@ -31,17 +31,19 @@ struct Shared {
     metrics: Arc<Metrics>,
     /// Only ever grows.
     phase: AtomicU8,
-    num_waiting: AtomicUsize,
+    /// Requests that have not ended.
+    num_alive: AtomicUsize,
     num_submitted: AtomicU64,
     start: Instant,
 }
 
-/// Held by a request until its first admission; dropping it makes room in the queue.
+/// Held by a request until it ends. There are as many as requests may run and wait together, so who could run at once
+/// is never refused because of who waits.
 pub(crate) struct QueuePlace(Arc<Shared>);
 
 impl Drop for QueuePlace {
     fn drop(&mut self) {
-        self.0.num_waiting.fetch_sub(1, Ordering::AcqRel);
+        self.0.num_alive.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -88,11 +90,12 @@ impl Handle {
     }
 
     fn take_place(&self) -> Result<QueuePlace, Refusal> {
-        let limit = self.shared.config.max_waiting;
-        let more = |waiting| (waiting < limit).then_some(waiting + 1);
-        match self.shared.num_waiting.fetch_update(Ordering::AcqRel, Ordering::Acquire, more) {
+        let Config { max_waiting: limit, max_num_seqs, .. } = self.shared.config;
+        let most = self.shared.config.requests_max();
+        let more = |alive| (alive < most).then_some(alive + 1);
+        match self.shared.num_alive.fetch_update(Ordering::AcqRel, Ordering::Acquire, more) {
             Ok(_) => Ok(QueuePlace(Arc::clone(&self.shared))),
-            Err(waiting) => Err(Refusal::QueueFull { waiting, limit }),
+            Err(alive) => Err(Refusal::QueueFull { waiting: alive.saturating_sub(max_num_seqs), limit }),
         }
     }
 
@@ -153,10 +156,19 @@ impl Handle {
 /// What is done with the dump of an engine whose invariants are broken. Called on the engine thread, once.
 pub type OnBroken = Box<dyn FnOnce(&str) + Send>;
 
+/// Time that a dump has to be printed.
+const DUMP_TIME: Duration = Duration::from_secs(2);
+
 /// The way to end after a broken invariant outside tests: prints the dump to standard error and aborts.
 pub fn abort_process() -> OnBroken {
     Box::new(|dump| {
-        eprintln!("{dump}");
+        let dump = dump.to_owned();
+        // If nobody reads standard error, printing never ends, and the process must.
+        let printing = std::thread::Builder::new().spawn(move || eprintln!("{dump}"));
+        let start = Instant::now();
+        while printing.as_ref().is_ok_and(|thread| !thread.is_finished()) && start.elapsed() < DUMP_TIME {
+            std::thread::sleep(Duration::from_millis(10));
+        }
         std::process::abort();
     })
 }
@@ -189,7 +201,7 @@ where
         config,
         metrics: Arc::new(metrics),
         phase: AtomicU8::new(STARTING),
-        num_waiting: AtomicUsize::new(0),
+        num_alive: AtomicUsize::new(0),
         num_submitted: AtomicU64::new(0),
         start: Instant::now(),
     });

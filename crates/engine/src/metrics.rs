@@ -39,8 +39,8 @@ pub struct MetricDoc {
     pub name: &'static str,
     /// How it behaves.
     pub kind: MetricKind,
-    /// Its label with all values, if it has one.
-    pub label: Option<(&'static str, &'static [&'static str])>,
+    /// Its labels, each with all values.
+    pub labels: &'static [(&'static str, &'static [&'static str])],
     /// One sentence.
     pub help: &'static str,
 }
@@ -64,91 +64,91 @@ const PHASES: [&str; 4] = ["schedule", "run", "commit", "emit"];
 const REQUESTS: MetricDoc = MetricDoc {
     name: "sparseserve_requests_total",
     kind: MetricKind::Counter,
-    label: Some(("outcome", &OUTCOMES)),
+    labels: &[("outcome", &OUTCOMES)],
     help: "Requests by how they ended.",
 };
 const WAITING: MetricDoc = MetricDoc {
     name: "sparseserve_requests_waiting",
     kind: MetricKind::Gauge,
-    label: None,
+    labels: &[],
     help: "Requests that wait for admission, preempted ones included.",
 };
 const RUNNING: MetricDoc = MetricDoc {
     name: "sparseserve_requests_running",
     kind: MetricKind::Gauge,
-    label: None,
+    labels: &[],
     help: "Requests that take part in steps.",
 };
 const PREEMPTIONS: MetricDoc = MetricDoc {
     name: "sparseserve_preemptions_total",
     kind: MetricKind::Counter,
-    label: None,
+    labels: &[],
     help: "Times that a running request gave its KV blocks up for an older one.",
 };
 const PROMPT_TOKENS: MetricDoc = MetricDoc {
     name: "sparseserve_prompt_tokens_total",
     kind: MetricKind::Counter,
-    label: None,
+    labels: &[],
     help: "Tokens of admitted prompts.",
 };
 const CACHED_TOKENS: MetricDoc = MetricDoc {
     name: "sparseserve_prompt_tokens_cached_total",
     kind: MetricKind::Counter,
-    label: None,
+    labels: &[],
     help: "Those of them whose KV came from the prefix cache.",
 };
 const GENERATION_TOKENS: MetricDoc = MetricDoc {
     name: "sparseserve_generation_tokens_total",
     kind: MetricKind::Counter,
-    label: None,
+    labels: &[],
     help: "Tokens generated.",
 };
 const TIME_TO_FIRST_TOKEN: MetricDoc = MetricDoc {
     name: "sparseserve_time_to_first_token_seconds",
     kind: REQUEST_SECONDS,
-    label: None,
+    labels: &[],
     help: "From submission to the first token.",
 };
 const TIME_PER_OUTPUT_TOKEN: MetricDoc = MetricDoc {
     name: "sparseserve_time_per_output_token_seconds",
     kind: STEP_SECONDS,
-    label: None,
+    labels: &[],
     help: "From one token of a request to its next.",
 };
 const REQUEST_DURATION: MetricDoc = MetricDoc {
     name: "sparseserve_request_duration_seconds",
     kind: REQUEST_SECONDS,
-    label: None,
+    labels: &[],
     help: "From submission to the end, however it ended.",
 };
 const QUEUE: MetricDoc = MetricDoc {
     name: "sparseserve_queue_seconds",
     kind: REQUEST_SECONDS,
-    label: None,
+    labels: &[],
     help: "From submission to the first admission.",
 };
 const KV_BLOCKS: MetricDoc = MetricDoc {
     name: "sparseserve_kv_blocks",
     kind: MetricKind::Gauge,
-    label: Some(("state", &STATES)),
+    labels: &[("state", &STATES)],
     help: "KV blocks by state; cached ones are used by nobody and can be shared or evicted.",
 };
 const EVICTIONS: MetricDoc = MetricDoc {
     name: "sparseserve_kv_block_evictions_total",
     kind: MetricKind::Counter,
-    label: None,
+    labels: &[],
     help: "Cached KV blocks given up for new tokens.",
 };
 const STEP: MetricDoc = MetricDoc {
     name: "sparseserve_step_seconds",
     kind: STEP_SECONDS,
-    label: Some(("phase", &PHASES)),
+    labels: &[("phase", &PHASES)],
     help: "Time of a step by phase.",
 };
 const STEP_ROWS: MetricDoc = MetricDoc {
     name: "sparseserve_step_rows",
     kind: ROWS,
-    label: None,
+    labels: &[],
     help: "Rows per step: one per token that is run, of prompts and of answers.",
 };
 
@@ -285,18 +285,19 @@ fn histogram_opts(doc: &MetricDoc) -> HistogramOpts {
 
 fn check(doc: &MetricDoc, kind: MetricKind, labelled: bool) {
     assert_eq!(doc.kind, kind, "{} is documented with its kind", doc.name);
-    assert_eq!(doc.label.is_some(), labelled, "{} is documented with its label", doc.name);
+    assert_eq!(!doc.labels.is_empty(), labelled, "{} is documented with its label", doc.name);
 }
 
 /// The children of a metric by label value: looked up once, so that an update does not search.
 fn children<T, const N: usize>(doc: &MetricDoc, child: impl Fn(&str) -> T) -> [T; N] {
-    let (_, values) = doc.label.expect("a metric with children has a label");
+    let [(_, values)] = doc.labels else { panic!("{} has one label", doc.name) };
     assert_eq!(values.len(), N, "{} has a child per label value", doc.name);
     std::array::from_fn(|i| child(values[i]))
 }
 
 fn label(doc: &MetricDoc) -> [&'static str; 1] {
-    [doc.label.expect("a metric with children has a label").0]
+    let [(name, _)] = doc.labels else { panic!("{} has one label", doc.name) };
+    [name]
 }
 
 fn counter(registry: &Registry, doc: MetricDoc) -> prometheus::Result<IntCounter> {

@@ -158,7 +158,6 @@ impl Sequence {
             return;
         }
         self.admitted = Some(now);
-        self.place = None;
         self.cached_tokens = cached_tokens;
         metrics.admitted(self.prompt_len, cached_tokens, now.saturating_sub(self.submitted));
     }

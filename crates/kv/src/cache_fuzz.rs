@@ -269,7 +269,7 @@ fn agrees_with_the_model_when_hashes_collide() {
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "matched prefix")]
 fn canary_wrong_victim_is_noticed() {
     for seed in 0..24 {
         fuzz(Bug::EvictsNewest, seed, 2000, u64::MAX);
@@ -285,7 +285,7 @@ fn canary_whole_prompt_match_is_noticed() {
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "matched prefix")]
 fn canary_ignored_salt_is_noticed() {
     for seed in 0..24 {
         fuzz(Bug::IgnoresSalt, seed, 2000, u64::MAX);

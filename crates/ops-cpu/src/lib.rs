@@ -36,7 +36,7 @@ pub use digest::Digests;
 pub use isa::Isa;
 pub use pack::{Linear, Vector};
 pub use pages::Kv;
-pub use pool::Pool;
+pub use pool::{Pool, THREADS_MAX};
 pub use select::Selections;
 pub use tensor::CpuTensor;
 
@@ -63,7 +63,7 @@ impl CpuBackend {
     /// Starts the threads.
     ///
     /// # Errors
-    /// When the machine lacks the instruction set asked for, or memory.
+    /// When the machine lacks the instruction set asked for, threads or memory.
     pub fn new(options: CpuOptions) -> Result<Self, Error> {
         let isa = options.isa.unwrap_or_else(Isa::detect);
         if !isa.available() {
@@ -71,13 +71,12 @@ impl CpuBackend {
             return Err(Error::Unsupported(format!("this machine has no {isa}; the best it has is {best}")));
         }
         let threads = match options.threads {
-            Some(0) => return Err(Error::Unsupported("a backend needs at least one thread".into())),
             Some(threads) => threads,
             None => std::thread::available_parallelism().map_or(1, usize::from),
         };
         Ok(CpuBackend {
             isa,
-            pool: Pool::new(threads),
+            pool: Pool::new(threads)?,
             products: gemm::Scratch::new(threads)?,
             attention: attention::Scratch::new(threads)?,
             sampling: sampling::Scratch::new(threads),

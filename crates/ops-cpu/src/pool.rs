@@ -19,12 +19,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
+use ops::Error;
+
 /// What a fork runs: `(task, thread)`.
 type Job<'a> = dyn Fn(usize, usize) + Sync + 'a;
 
 /// How long a worker looks for the next fork before it parks. Longer than the serial parts between the operations of
 /// a step, far shorter than what an idle server would be blamed for.
 const SPIN: Duration = Duration::from_micros(60);
+
+/// Threads of a pool at most.
+pub const THREADS_MAX: usize = 1024;
 
 /// Spin-loop hints between two looks at the clock.
 const SPINS_PER_LOOK: usize = 64;
@@ -67,10 +72,14 @@ impl std::fmt::Debug for Pool {
 impl Pool {
     /// A pool of `threads` threads, the caller of [`Pool::run`] among them.
     ///
-    /// # Panics
-    /// When the system gives no more threads, or `threads` is not in `1..=1024`.
-    pub fn new(threads: usize) -> Self {
-        assert!((1..=1024).contains(&threads), "a pool has 1 to 1024 threads");
+    /// # Errors
+    /// When the system gives no more threads, or `threads` is not in `1..=`[`THREADS_MAX`].
+    pub fn new(threads: usize) -> Result<Self, Error> {
+        if !(1..=THREADS_MAX).contains(&threads) {
+            return Err(Error::Unsupported(format!(
+                "{threads} threads: at least one thread is needed and {THREADS_MAX} are possible"
+            )));
+        }
         let fork = Arc::new(Fork {
             state: AtomicU64::new(0),
             next: AtomicUsize::new(0),
@@ -79,13 +88,20 @@ impl Pool {
             parked: (1..threads).map(|_| AtomicBool::new(false)).collect(),
             stop: AtomicBool::new(false),
         });
-        let spawn = |number: usize| {
-            let fork = Arc::clone(&fork);
+        // Dropping it stops those that have started, should a later one not.
+        let mut pool = Pool { fork, threads: Vec::new(), handles: Vec::new() };
+        for number in 1..threads {
+            let fork = Arc::clone(&pool.fork);
             let builder = std::thread::Builder::new().name(format!("kernel-{number}"));
-            builder.spawn(move || fork.work(number)).expect("the system starts a thread")
-        };
-        let handles: Vec<_> = (1..threads).map(spawn).collect();
-        Pool { threads: handles.iter().map(|h| h.thread().clone()).collect(), handles, fork }
+            let handle = builder.spawn(move || fork.work(number)).map_err(|e| {
+                Error::Unsupported(format!(
+                    "cannot start thread {number} of {threads}: {e}; take fewer threads"
+                ))
+            })?;
+            pool.threads.push(handle.thread().clone());
+            pool.handles.push(handle);
+        }
+        Ok(pool)
     }
 
     /// Number of threads.
@@ -231,7 +247,7 @@ mod tests {
     #[test]
     fn every_task_runs_once() {
         for threads in [1, 2, 4, 9] {
-            let mut pool = Pool::new(threads);
+            let mut pool = Pool::new(threads).expect("threads");
             for num_tasks in [0, 1, 2, 7, 1000] {
                 let counts: Vec<AtomicUsize> = (0..num_tasks).map(|_| AtomicUsize::new(0)).collect();
                 pool.run(num_tasks, &|task, thread| {
@@ -247,8 +263,15 @@ mod tests {
     }
 
     #[test]
+    fn no_pool_without_threads_or_with_thousands() {
+        for threads in [0, THREADS_MAX + 1] {
+            assert!(matches!(Pool::new(threads), Err(Error::Unsupported(_))), "{threads}");
+        }
+    }
+
+    #[test]
     fn results_are_visible_and_forks_do_not_mix() {
-        let mut pool = Pool::new(4);
+        let mut pool = Pool::new(4).expect("threads");
         let sums: Vec<AtomicUsize> = (0..64).map(|_| AtomicUsize::new(0)).collect();
         for round in 0..5000 {
             // Now and then long enough for the workers to park.
@@ -270,7 +293,7 @@ mod tests {
 
     #[test]
     fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
-        let mut pool = Pool::new(3);
+        let mut pool = Pool::new(3).expect("threads");
         for _ in 0..20 {
             let result = catch_unwind(AssertUnwindSafe(|| {
                 pool.run(100, &|task, _| assert!(task != 50, "task {task} fails"));

@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
+use crate::http::HttpMetrics;
 use crate::text::{Sandbox, Tokenizer};
 
 /// Everything the routes share. Built once at start, never changed but for [`Lifecycle`].
@@ -13,6 +15,8 @@ pub struct App {
     pub engine: engine::Handle,
     /// What `/metrics` shows; the engine's metrics are registered here.
     pub registry: prometheus::Registry,
+    /// What of it the routes count.
+    pub http_metrics: HttpMetrics,
     /// The model's tokenizer.
     pub tokenizer: Arc<Tokenizer>,
     /// The model's chat template; without one there are no chat completions.
@@ -41,10 +45,18 @@ pub struct App {
     pub lifecycle: Arc<Lifecycle>,
     /// Permits for tokenizing and templating large texts, so that a flood of them leaves cores to the engine.
     pub text_workers: Semaphore,
+    /// Memory for large bodies, a permit per KiB; [`Limits::body_memory`] makes it.
+    pub body_memory: Arc<Semaphore>,
 }
+
+/// Memory that a body takes of [`App::body_memory`], until it has become tokens.
+pub type BodyMemory = OwnedSemaphorePermit;
 
 /// Bytes of text from which work on it leaves the threads that serve connections: some tenths of a millisecond's worth.
 const LARGE_TEXT_BYTES: usize = 16 << 10;
+
+/// Bodies of the largest size that are in memory at once.
+const LARGEST_BODIES: usize = 4;
 
 impl App {
     /// Runs `work`, which handles `bytes` of text: at once if that is little, else on a thread where it may take its
@@ -67,9 +79,27 @@ impl App {
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         }
     }
+
+    /// Waits for memory for a body of `bytes`, which are within the limit. Small ones need none: connections bound them.
+    pub async fn reserve_body(&self, bytes: usize) -> Option<BodyMemory> {
+        if bytes < LARGE_TEXT_BYTES {
+            return None;
+        }
+        let permits = u32::try_from(bytes.min(self.limits.body_bytes).div_ceil(KIB)).ok()?;
+        // The semaphore is never closed.
+        Arc::clone(&self.body_memory).acquire_many_owned(permits).await.ok()
+    }
+
+    /// Bytes beyond which no text can be as few tokens as the context holds. What is longer is refused before the
+    /// tokenizer, which takes a hundred times a text's memory, has seen it.
+    pub fn text_bytes_max(&self) -> usize {
+        self.max_context.saturating_mul(self.tokenizer.token_bytes_max())
+    }
 }
 
-/// Bounds on single requests; beyond them a request is refused with 400, or 413 for the body.
+const KIB: usize = 1 << 10;
+
+/// Bounds on requests, which are refused with 400 beyond them, or 413 for the body; and on connections.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Bytes of a request body.
@@ -88,10 +118,30 @@ pub struct Limits {
     pub logit_bias: usize,
     /// Alternatives per token in log-probabilities.
     pub top_logprobs: u32,
-    /// Seconds in which a request's body must have arrived.
-    pub body_seconds: u64,
-    /// Seconds after which a stream without news sends a comment, so that proxies keep the line open.
-    pub keep_alive_seconds: u64,
+    /// Time in which a request's headers must have arrived.
+    pub header_time: Duration,
+    /// Time in which its body must have arrived.
+    pub body_time: Duration,
+    /// Time after which a stream without news sends a comment, so that proxies keep the line open.
+    pub keep_alive: Duration,
+    /// Connections at once; further ones wait until one closes.
+    pub connections: usize,
+}
+
+impl Limits {
+    /// Limits for a model of `max_context` tokens: a body holds a prompt that fills the context, however its characters
+    /// are escaped, or many short ones.
+    pub fn for_context(max_context: usize) -> Self {
+        let most = Limits::default();
+        let body_bytes = max_context.saturating_mul(64).saturating_add(4 << 20).min(most.body_bytes);
+        Limits { body_bytes, ..most }
+    }
+
+    /// What all large bodies together may take.
+    pub fn body_memory(&self) -> Arc<Semaphore> {
+        let permits = self.body_bytes.div_ceil(KIB).saturating_mul(LARGEST_BODIES);
+        Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS)))
+    }
 }
 
 impl Default for Limits {
@@ -105,8 +155,10 @@ impl Default for Limits {
             stop_tokens: 256,
             logit_bias: 1024,
             top_logprobs: 20,
-            body_seconds: 60,
-            keep_alive_seconds: 15,
+            header_time: Duration::from_secs(30),
+            body_time: Duration::from_secs(60),
+            keep_alive: Duration::from_secs(15),
+            connections: 4096,
         }
     }
 }

@@ -45,6 +45,9 @@ fn load(folder: &str, dtype: DType, threads: usize) -> Device {
     Device { runner: ModelRunner::new(backend, model, workspace, kv), vocab, methods }
 }
 
+/// Token drawn, bits of its log-probability, bits of the likeliest.
+type Seen = (u32, u32, Vec<(u32, u32)>);
+
 /// A sequence of given tokens, part of which has run.
 struct Fed {
     tokens: Vec<u32>,
@@ -52,8 +55,8 @@ struct Fed {
     /// Budget of its policy; `None` attends to everything.
     budget: Option<u32>,
     done: usize,
-    /// (token drawn, bits of its log-probability, bits of the likeliest) after each step that it was in.
-    seen: Vec<(u32, u32, Vec<(u32, u32)>)>,
+    /// After each step that it was in.
+    seen: Vec<Seen>,
 }
 
 impl Fed {
@@ -78,7 +81,10 @@ impl Step {
     /// Runs the next `counts[i]` tokens of `fed[i]` together, and says how often `run` allocated.
     fn run(&mut self, device: &mut Device, fed: &mut [&mut Fed], counts: &[usize]) -> u64 {
         let Step { tokens, positions, sequences, tables, out } = self;
-        (tokens.clear(), positions.clear(), sequences.clear(), tables.clear());
+        tokens.clear();
+        positions.clear();
+        sequences.clear();
+        tables.clear();
         let params = SamplingParams { temperature: 1.0, seed: 3, ..Default::default() };
         let mut samples = Vec::new();
         let blocks = CONTEXT.div_ceil(PAGE_TOKENS);

@@ -227,7 +227,7 @@ fn answers_do_not_depend_on_what_else_runs() {
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "a new token is drawn after all known ones")]
 fn canary_lost_writes_are_noticed() {
     for seed in 0..120 {
         fuzz(seed, 600, Some(Fault::LosesWrites));
@@ -235,7 +235,7 @@ fn canary_lost_writes_are_noticed() {
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "a new token is drawn after all known ones")]
 fn canary_a_wrong_block_is_noticed() {
     for seed in 0..120 {
         fuzz(seed, 600, Some(Fault::ReadsNeighbour));

@@ -122,7 +122,7 @@ fn many_threads_get_their_own_answers() {
 }
 
 #[test]
-fn a_full_queue_refuses_and_admission_makes_room() {
+fn a_full_queue_refuses_and_an_end_makes_room() {
     let (handle, thread, gate) = start_gated(Config { max_waiting: 2, max_num_seqs: 1, ..config(40) });
     submit(&handle, 10, 1).unwrap();
     gate.wait_for_step();
@@ -142,6 +142,18 @@ fn a_full_queue_refuses_and_admission_makes_room() {
     drop(gate);
     handle.drain();
     thread.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_free_place_to_run_is_as_good_as_one_in_the_queue() {
+    let (handle, thread, gate) = start_gated(Config { max_waiting: 1, max_num_seqs: 3, ..config(40) });
+    // Whether the engine has got around to admitting any of them makes no difference.
+    let submitted: Vec<_> = (0..4).map(|_| submit(&handle, 10, 1).unwrap()).collect();
+    assert_eq!(submit(&handle, 10, 1).unwrap_err(), Refusal::QueueFull { waiting: 1, limit: 1 });
+    drop(gate);
+    handle.drain();
+    thread.join().unwrap().unwrap();
+    assert!(submitted.iter().all(|(_, listener)| listener.tokens().len() == 1));
 }
 
 #[test]

@@ -129,7 +129,7 @@ impl std::fmt::Display for Phase {
 
 fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
     let file = ConfigFile::read(args.common.config.as_deref())?;
-    log::start(&LogSettings::resolve(args.common.clone().or(file.common), "warn"))?;
+    let _log = log::start(&LogSettings::resolve(args.common.clone().or(file.common), "warn"))?;
     let choice = ModelChoice::resolve(args.model.as_deref().or(file.model.as_deref()))?;
     let mut settings = EngineSettings::resolve(args.engine.clone().or(file.engine), args.batch)?;
     if args.context == 0 || args.batch == 0 || args.steps == 0 || args.prefill == Some(0) {
@@ -159,7 +159,7 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
         fill(backend, kv, geometry, num_blocks, args.filled);
         work.digest(backend, kv, args.context);
     })?;
-    let mut limits = Limits { ceiling: Ceiling::new(isa, threads)?, pool: Pool::new(threads), dtype };
+    let mut limits = Limits { ceiling: Ceiling::new(isa, threads)?, pool: Pool::new(threads)?, dtype };
 
     let prefill = args.prefill.map(|tokens| work.prefill(&mut runner, &mut limits, tokens));
     let decode = work.decode(&mut runner, &mut limits, args.context, args.steps);

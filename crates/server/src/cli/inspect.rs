@@ -23,7 +23,7 @@ const PAGE_TOKENS: usize = 16;
 
 /// Runs the command.
 pub fn run(args: InspectArgs) -> Result<(), Failure> {
-    log::start(&LogSettings::resolve(CommonOptions::default(), "warn"))?;
+    let _log = log::start(&LogSettings::resolve(CommonOptions::default(), "warn"))?;
     let choice = ModelChoice::resolve(args.model.as_deref())?;
     let source = load::source(&choice)?;
     let config = ModelConfig::read(&source)?;

@@ -148,6 +148,7 @@ impl<B: Backend> Prepared<B> {
             digest_block_bytes: digests.iter().map(|d| d.block_bytes(&geometry) as u64).sum(),
             max_context,
             max_num_seqs: settings.max_num_seqs,
+            max_inject_tokens: settings.max_inject_tokens,
         };
         // Once before anything is allocated, once with what the device needs besides.
         MemoryPlan::new(limit.clone(), &demand, settings.dram)?;
@@ -190,6 +191,16 @@ impl<B: Backend> Prepared<B> {
             prefix_cache: settings.prefix_cache,
             prefix_limit: Rope::new(&self.config.rope).prefix_limit(),
         }
+    }
+
+    /// The same, checked: to be called before anything is shown or loaded.
+    ///
+    /// # Errors
+    /// Limits that cannot work together.
+    pub fn check_engine(&self, settings: &EngineSettings, max_waiting: usize) -> Result<Config, Failure> {
+        let config = self.engine_config(settings, max_waiting);
+        config.check().map_err(|error| Failure::input(in_flags(&error.to_string())))?;
+        Ok(config)
     }
 
     /// Reads and packs the weights and makes the KV pool.
@@ -242,8 +253,7 @@ impl EngineThread {
     /// # Errors
     /// Limits that cannot work together, a thread that cannot be started.
     pub fn start(prepared: Prepared, settings: &EngineSettings, max_waiting: usize) -> Result<Self, Failure> {
-        let config = prepared.engine_config(settings, max_waiting);
-        config.check().map_err(Failure::input)?;
+        let config = prepared.check_engine(settings, max_waiting)?;
         let registry = Registry::new();
         let metrics = Metrics::new(&registry).map_err(Failure::runtime)?;
         let (handle, thread) =
@@ -290,6 +300,14 @@ fn memory_limit(dram: Option<Size>) -> Result<MemoryLimit, Failure> {
     }
 }
 
+/// What the engine says about its limits, which it calls like the flags but for the dashes.
+fn in_flags(text: &str) -> String {
+    let fields = ["max_num_seqs", "max_inject_tokens", "max_waiting", "max_context", "page_tokens"];
+    fields
+        .iter()
+        .fold(text.to_owned(), |text, field| text.replace(field, &format!("--{}", field.replace('_', "-"))))
+}
+
 /// On a terminal; hidden elsewhere.
 fn progress_bar() -> ProgressBar {
     if !std::io::stderr().is_terminal() {
@@ -300,4 +318,13 @@ fn progress_bar() -> ProgressBar {
         bar.set_style(style.progress_chars("=> "));
     }
     bar
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn limits_are_called_like_their_flags() {
+        let shown = super::in_flags("max_num_seqs times the blocks: 3, and page_tokens");
+        assert_eq!(shown, "--max-num-seqs times the blocks: 3, and --page-tokens");
+    }
 }

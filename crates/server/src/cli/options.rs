@@ -5,9 +5,8 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::builder::FalseyValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use super::eval::Task;
 use super::failure::Failure;
@@ -68,10 +67,10 @@ pub struct RunArgs {
     #[arg(long)]
     pub system: Option<String>,
     /// Softness of the choice, 0 for the likeliest token [default: the model's]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub temperature: Option<f32>,
     /// Keep the likeliest tokens that hold this share of the probability [default: the model's]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub top_p: Option<f32>,
     /// Keep this many of the likeliest tokens, 0 for all [default: the model's]
     #[arg(long)]
@@ -299,7 +298,7 @@ pub struct EngineOptions {
     pub dram: Option<Size>,
     /// Compute every prompt, even where its beginning is known
     #[arg(long, env = "SPARSESERVE_NO_PREFIX_CACHE", num_args = 0..=1, require_equals = true)]
-    #[arg(default_missing_value = "true", value_parser = FalseyValueParser::new(), value_name = "BOOL")]
+    #[arg(default_missing_value = "true", value_parser = boolean, value_name = "BOOL")]
     pub no_prefix_cache: Option<bool>,
     #[command(flatten)]
     #[serde(flatten)]
@@ -340,6 +339,7 @@ pub struct ServerOptions {
     pub port: Option<u16>,
     /// Name of the model in the API, repeatable or separated by commas [default: MODEL as given]
     #[arg(long, value_name = "NAME", value_delimiter = ',', env = "SPARSESERVE_SERVED_MODEL_NAME")]
+    #[serde(deserialize_with = "one_or_many")]
     pub served_model_name: Option<Vec<String>>,
     /// Ask clients for this key, repeatable or separated by commas [default: none]
     #[arg(
@@ -349,9 +349,11 @@ pub struct ServerOptions {
         env = "SPARSESERVE_API_KEY",
         hide_env_values = true
     )]
+    #[serde(deserialize_with = "one_or_many")]
     pub api_key: Option<Vec<ApiKey>>,
     /// Let web pages of this origin call, repeatable or separated by commas, `*` for all [default: none]
     #[arg(long, value_name = "ORIGIN", value_delimiter = ',', env = "SPARSESERVE_CORS_ORIGIN")]
+    #[serde(deserialize_with = "one_or_many")]
     pub cors_origin: Option<Vec<String>>,
     /// Requests that may wait before new ones get 429 [default: 256]
     #[arg(long, value_name = "REQUESTS", env = "SPARSESERVE_MAX_WAITING")]
@@ -411,6 +413,29 @@ impl From<String> for ApiKey {
 impl std::fmt::Debug for ApiKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("ApiKey(..)")
+    }
+}
+
+/// A value in a file may stand for a list of one.
+fn one_or_many<'de, D: Deserializer<'de>, T: Deserialize<'de>>(file: D) -> Result<Option<Vec<T>>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "expected a string or a list of strings")]
+    enum OneOrMany<T> {
+        One(T),
+        Many(Vec<T>),
+    }
+    Ok(Some(match OneOrMany::deserialize(file)? {
+        OneOrMany::One(value) => vec![value],
+        OneOrMany::Many(values) => values,
+    }))
+}
+
+/// The value of a switch; an empty variable is one that is not set.
+fn boolean(text: &str) -> Result<bool, String> {
+    match text.to_ascii_lowercase().as_str() {
+        "1" | "true" | "yes" | "on" => Ok(true),
+        "" | "0" | "false" | "no" | "off" => Ok(false),
+        _ => Err("write true or false".into()),
     }
 }
 
@@ -586,12 +611,32 @@ mod tests {
     }
 
     #[test]
+    fn a_list_of_one_needs_no_brackets() {
+        let text = "api-key = \"k\"\nserved-model-name = \"a\"\ncors-origin = \"*\"\n";
+        let server = ConfigFile::parse(text).expect("valid").server;
+        assert_eq!(server.api_key, Some(vec![ApiKey("k".into())]));
+        assert_eq!(
+            (server.served_model_name, server.cors_origin),
+            (Some(vec!["a".into()]), Some(vec!["*".into()]))
+        );
+        assert_eq!(ConfigFile::parse("").expect("valid").server.api_key, None);
+    }
+
+    #[test]
+    fn switches_are_true_or_false() {
+        assert_eq!(["1", "Yes", "off", ""].map(boolean), [Ok(true), Ok(true), Ok(false), Ok(false)]);
+        assert!(boolean("maybe").is_err());
+    }
+
+    #[test]
     fn files_that_are_wrong_say_why() {
         let error = |text: &str| ConfigFile::parse(text).expect_err(text);
         let unknown = error("prot = 1\nport = 2\n[engine]\nx = 1\n");
         assert!(unknown.starts_with("unknown `engine`, `prot`; known are model, "), "{unknown}");
         assert!(error("port = 'x'").contains("port"), "{}", error("port = 'x'"));
         assert!(error("dram = '4XB'").contains("512MiB"));
+        assert!(error("dram = -1").contains("`-1` is not a size"), "{}", error("dram = -1"));
+        assert!(error("api-key = 1").contains("a string or a list of strings"), "{}", error("api-key = 1"));
         assert!(error("port = ").contains("line 1"));
         assert!(error("model = 1").contains("model"));
     }

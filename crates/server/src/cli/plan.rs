@@ -21,6 +21,15 @@ pub struct Demand {
     pub max_context: usize,
     /// Requests that run at once.
     pub max_num_seqs: usize,
+    /// Prompt tokens of one step.
+    pub max_inject_tokens: usize,
+}
+
+impl Demand {
+    /// Bytes of a block with its digests.
+    fn block_bytes(&self) -> u64 {
+        self.kv.block_bytes() as u64 + self.digest_block_bytes
+    }
 }
 
 /// Who gets how much.
@@ -47,6 +56,12 @@ fn headroom(limit_bytes: u64) -> u64 {
     (limit_bytes / 10).clamp(64 << 20, 2 << 30)
 }
 
+/// Somebody who says how much KV there shall be has judged what the rest needs; a quarter of the usual headroom remains
+/// for what nobody can judge, or the first long prompt would meet the limit.
+fn headroom_beside_chosen_pool(limit_bytes: u64) -> u64 {
+    (headroom(limit_bytes) / 4).max(64 << 20)
+}
+
 impl MemoryPlan {
     /// Divides `limit`. `dram` is the KV pool that the user wants; the default holds every running request at full
     /// length, or what the limit leaves.
@@ -55,18 +70,20 @@ impl MemoryPlan {
     /// When not even one request of full length fits; with the arithmetic, and the flag that would cure it.
     pub fn new(limit: MemoryLimit, demand: &Demand, dram: Option<Size>) -> Result<Self, Failure> {
         let geometry = &demand.kv;
-        let block_bytes = geometry.block_bytes() as u64 + demand.digest_block_bytes;
+        let block_bytes = demand.block_bytes();
         let one_request = geometry.blocks(demand.max_context) as u64 * block_bytes;
-        let fixed = demand.weights_bytes + demand.activation_bytes;
-        // Somebody who says how much KV there shall be has judged the headroom.
-        let headroom_bytes = if dram.is_some() { 0 } else { headroom(limit.bytes) };
-        let left = limit.bytes.saturating_sub(fixed + headroom_bytes);
+        let fixed = demand.weights_bytes.saturating_add(demand.activation_bytes);
+        let headroom_bytes = match dram {
+            Some(_) => headroom_beside_chosen_pool(limit.bytes),
+            None => headroom(limit.bytes),
+        };
+        let left = limit.bytes.saturating_sub(fixed.saturating_add(headroom_bytes));
         let kv_bytes = match dram {
             Some(size) => size.of(limit.bytes),
             None => left.min(one_request.saturating_mul(demand.max_num_seqs as u64)),
         };
         if kv_bytes > left {
-            let shown = sum(demand, 0, ("--dram", kv_bytes), &limit);
+            let shown = sum(demand, headroom_bytes, ("--dram", kv_bytes), &limit);
             let cure = match left >= one_request {
                 true => format!("--dram {}MiB would fit", left >> 20),
                 false => format!("without --dram, {}", too_small_cure(left, demand)),
@@ -80,7 +97,7 @@ impl MemoryPlan {
                     "--dram is too small: {what} is {}, and --dram allows {}; {}",
                     Bytes(one_request),
                     Bytes(kv_bytes),
-                    too_small_cure(kv_bytes, demand)
+                    too_short_cure(kv_bytes, demand)
                 ),
                 None => format!(
                     "the model does not fit: {}; {}",
@@ -90,8 +107,8 @@ impl MemoryPlan {
             };
             return Err(Failure::input(message));
         }
-        // Block indices are u32.
-        let num_blocks = (kv_bytes / block_bytes).min(u64::from(u32::MAX)) as usize;
+        // Block indices are u32, and the last of them is none.
+        let num_blocks = (kv_bytes / block_bytes).min(u64::from(u32::MAX) - 1) as usize;
         Ok(MemoryPlan {
             limit,
             weights_bytes: demand.weights_bytes,
@@ -110,7 +127,7 @@ fn sum(demand: &Demand, headroom_bytes: u64, kv: (&str, u64), limit: &MemoryLimi
     if headroom_bytes > 0 {
         terms.push(("headroom", headroom_bytes));
     }
-    let total = terms.iter().map(|t| t.1).sum();
+    let total = terms.iter().fold(0, |sum: u64, term| sum.saturating_add(term.1));
     let terms: Vec<String> = terms.iter().map(|(name, bytes)| format!("{name} {}", Bytes(*bytes))).collect();
     format!(
         "{} = {}, the limit is {} ({})",
@@ -121,11 +138,24 @@ fn sum(demand: &Demand, headroom_bytes: u64, kv: (&str, u64), limit: &MemoryLimi
     )
 }
 
-/// What to do where `bytes` are left for KV.
+/// What to do where the model leaves `bytes` for KV: about the largest term, for no other can make up for it.
 fn too_small_cure(bytes: u64, demand: &Demand) -> String {
+    let one_request = demand.kv.blocks(demand.max_context) as u64 * demand.block_bytes();
+    if demand.activation_bytes > demand.weights_bytes.max(one_request) {
+        // A step has a row for each running request and each prompt token.
+        let (flag, value) = match demand.max_num_seqs > demand.max_inject_tokens {
+            true => ("--max-num-seqs", demand.max_num_seqs),
+            false => ("--max-inject-tokens", demand.max_inject_tokens),
+        };
+        return format!("lower {flag}, which is {value}");
+    }
+    too_short_cure(bytes, demand)
+}
+
+/// What to do where there are `bytes` for KV.
+fn too_short_cure(bytes: u64, demand: &Demand) -> String {
     let geometry = &demand.kv;
-    let block_bytes = geometry.block_bytes() as u64 + demand.digest_block_bytes;
-    let tokens = bytes / block_bytes * geometry.page_tokens as u64;
+    let tokens = bytes / demand.block_bytes() * geometry.page_tokens as u64;
     if tokens > 0 {
         return format!("--max-context {tokens} would fit");
     }
@@ -158,6 +188,7 @@ mod tests {
             digest_block_bytes: 0,
             max_context: 131_072,
             max_num_seqs: 2,
+            max_inject_tokens: 512,
         }
     }
 
@@ -204,10 +235,29 @@ mod tests {
     }
 
     #[test]
+    fn the_cure_is_about_the_largest_term() {
+        let crowded = Demand { activation_bytes: 900 * GIB, max_num_seqs: 1_000_000, ..demand() };
+        let error = plan(64 * GIB, &crowded, None).expect_err("does not fit");
+        assert!(error.ends_with("lower --max-num-seqs, which is 1000000"), "{error}");
+        let hasty = Demand { activation_bytes: u64::MAX, max_inject_tokens: 1 << 31, ..demand() };
+        for dram in [None, Some(Size::Bytes(GIB))] {
+            let error = plan(64 * GIB, &hasty, dram).expect_err("does not fit");
+            assert!(error.ends_with("lower --max-inject-tokens, which is 2147483648"), "{error}");
+        }
+    }
+
+    #[test]
     fn a_chosen_pool_is_checked_from_both_sides() {
         assert_eq!(plan(64 * GIB, &demand(), Some(Size::Percent(50.0))).expect("fits").kv_bytes, 32 * GIB);
         let error = plan(64 * GIB, &demand(), Some(Size::Bytes(60 * GIB))).expect_err("too large");
-        assert!(error.contains("--dram 60 GiB") && error.ends_with("--dram 49664MiB would fit"), "{error}");
+        assert!(error.contains("--dram 60 GiB") && error.ends_with("--dram 49152MiB would fit"), "{error}");
+        assert!(plan(64 * GIB, &demand(), Some(Size::Bytes(48 * GIB))).is_ok(), "the cure works");
+        let error = plan(64 * GIB, &demand(), Some(Size::Percent(99.0))).expect_err("too large");
+        assert!(error.contains("headroom 512 MiB"), "{error}");
+        // The demo model in a small machine: weights of 8 MiB leave nearly all of it, and the tokenizer needs some.
+        let small = Demand { weights_bytes: 8 << 20, activation_bytes: 8 << 20, max_context: 64, ..demand() };
+        let error = plan(GIB, &small, Some(Size::Percent(99.0))).expect_err("too large");
+        assert!(error.contains("headroom 64 MiB"), "{error}");
         let error = plan(64 * GIB, &demand(), Some(Size::Bytes(GIB))).expect_err("too small");
         assert!(error.ends_with("--max-context 8192 would fit"), "{error}");
     }

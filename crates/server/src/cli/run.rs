@@ -22,7 +22,7 @@ use super::{log, screen};
 /// Runs the command.
 pub fn run(args: RunArgs) -> Result<(), Failure> {
     let file = ConfigFile::read(args.common.config.as_deref())?;
-    log::start(&LogSettings::resolve(args.common.clone().or(file.common), "warn"))?;
+    let _log = log::start(&LogSettings::resolve(args.common.clone().or(file.common), "warn"))?;
     let choice = ModelChoice::resolve(args.model.as_deref().or(file.model.as_deref()))?;
     let settings = EngineSettings::resolve(args.engine.clone().or(file.engine), 1)?;
     check_sampling(&args)?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use sparseserve::app::{App, Lifecycle, Limits};
-use sparseserve::http::{Shutdown, serve, stop_signals};
+use sparseserve::http::{HttpMetrics, Shutdown, serve, stop_signals};
 use sparseserve::text::Sandbox;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
@@ -28,13 +28,14 @@ const END_TIMEOUT: Duration = Duration::from_secs(2);
 pub fn run(args: ServeArgs) -> Result<(), Failure> {
     let file = ConfigFile::read(args.common.config.as_deref())?;
     let log_settings = LogSettings::resolve(args.common.or(file.common), "info");
-    log::start(&log_settings)?;
+    let _log = log::start(&log_settings)?;
     let model = ModelChoice::resolve(args.model.as_deref().or(file.model.as_deref()))?;
     let settings = EngineSettings::resolve(args.engine.or(file.engine), MAX_NUM_SEQS)?;
     let server = ServerSettings::resolve(args.server.or(file.server), &model)?;
     let source = load::source(&model)?;
     let text = TextSide::read(&source)?;
     let prepared = Prepared::new(source, &settings)?;
+    prepared.check_engine(&settings, server.max_waiting)?;
 
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(async {
@@ -105,8 +106,10 @@ async fn answer(
     let (max_context, vocab_size) = (prepared.max_context, prepared.config.vocab_size);
     let engine = EngineThread::start(prepared, &settings, server.max_waiting)?;
     let sandbox = text.template.map(Sandbox::of_this_program).transpose()?;
+    let limits = Limits { top_logprobs: MAX_LOGPROBS, ..Limits::for_context(max_context) };
     let app = App {
         engine: engine.handle.clone(),
+        http_metrics: HttpMetrics::new(&engine.registry).map_err(Failure::runtime)?,
         registry: engine.registry.clone(),
         tokenizer: text.tokenizer,
         template: sandbox,
@@ -116,12 +119,14 @@ async fn answer(
         defaults: text.defaults,
         policies: settings.sparse.served,
         budget: settings.sparse.budget,
-        limits: Limits { top_logprobs: MAX_LOGPROBS, ..Limits::default() },
+        body_memory: limits.body_memory(),
+        limits,
         api_keys: server.api_keys.into_iter().map(|key| key.0).collect(),
         cors_origins: server.cors_origins,
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         lifecycle: Arc::new(Lifecycle::default()),
-        text_workers: Semaphore::new((settings.compute.threads / 2).max(1)),
+        // Two at least: one long text must not hold up all the others.
+        text_workers: Semaphore::new((settings.compute.threads / 2).max(2)),
     };
     let mut end = tokio::task::spawn_blocking(|| engine.join());
     let ended = |result: Result<Result<(), Failure>, tokio::task::JoinError>| {

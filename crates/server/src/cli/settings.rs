@@ -1,10 +1,11 @@
 //! The second stage: what the user typed, completed by defaults and checked, becomes settings that never change.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use ops::{DType, PAGE_TOKENS_ALLOWED};
-use ops_cpu::Isa;
+use ops_cpu::{Isa, THREADS_MAX};
 
 use super::failure::Failure;
 use super::hub;
@@ -13,6 +14,11 @@ use super::options::{
 };
 use super::size::Size;
 use super::sparse::SparseSettings;
+
+/// Requests that may run or wait: tables have an entry for each.
+const REQUESTS_MAX: usize = 1_000_000;
+/// Tokens of a request or of a step: what 32 bits count.
+const TOKENS_MAX: usize = u32::MAX as usize - 1;
 
 /// Which model.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,7 +81,9 @@ impl ComputeSettings {
         }
         // Follows the affinity of the process and the processor quota of its control group.
         let available = || std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = at_least_one("threads", options.threads.unwrap_or_else(available))?;
+        // A machine with more processors than that computes with as many as there may be.
+        let threads = options.threads.unwrap_or_else(|| available().min(THREADS_MAX));
+        let threads = within("threads", threads, 1..=THREADS_MAX)?;
         let isa = match options.isa {
             None => Isa::detect(),
             Some(name) => {
@@ -134,13 +142,21 @@ impl EngineSettings {
             DTypeChoice::F32 => Some(DType::F32),
         };
         let max_context =
-            options.max_context.map(|tokens| at_least_one("max-context", tokens)).transpose()?;
+            options.max_context.map(|tokens| within("max-context", tokens, 2..=TOKENS_MAX)).transpose()?;
         Ok(EngineSettings {
             compute: ComputeSettings::resolve(options.compute)?,
             dtype,
             max_context,
-            max_num_seqs: at_least_one("max-num-seqs", options.max_num_seqs.unwrap_or(max_num_seqs))?,
-            max_inject_tokens: at_least_one("max-inject-tokens", options.max_inject_tokens.unwrap_or(512))?,
+            max_num_seqs: within(
+                "max-num-seqs",
+                options.max_num_seqs.unwrap_or(max_num_seqs),
+                1..=REQUESTS_MAX,
+            )?,
+            max_inject_tokens: within(
+                "max-inject-tokens",
+                options.max_inject_tokens.unwrap_or(512),
+                1..=TOKENS_MAX,
+            )?,
             page_tokens,
             dram: options.dram,
             prefix_cache: !options.no_prefix_cache.unwrap_or(false),
@@ -194,7 +210,7 @@ impl ServerSettings {
             served_model_names,
             api_keys,
             cors_origins,
-            max_waiting: options.max_waiting.unwrap_or(256),
+            max_waiting: within("max-waiting", options.max_waiting.unwrap_or(256), 1..=REQUESTS_MAX)?,
             drain_timeout: Duration::from_secs(options.drain_timeout.unwrap_or(30)),
         })
     }
@@ -225,10 +241,12 @@ fn is_origin(text: &str) -> bool {
     text == "*" || host.is_some_and(|h| !h.is_empty() && h.chars().all(|c| c.is_ascii_graphic() && c != '/'))
 }
 
-fn at_least_one(flag: &str, value: usize) -> Result<usize, Failure> {
+fn within(flag: &str, value: usize, range: RangeInclusive<usize>) -> Result<usize, Failure> {
+    let (least, most) = (range.start(), range.end());
     match value {
-        0 => Err(Failure::input(format!("--{flag} 0: at least 1 is needed"))),
-        value => Ok(value),
+        _ if value < *least => Err(Failure::input(format!("--{flag} {value}: at least {least} is needed"))),
+        _ if value > *most => Err(Failure::input(format!("--{flag} {value}: at most {most} is possible"))),
+        _ => Ok(value),
     }
 }
 
@@ -258,13 +276,30 @@ mod tests {
             (EngineOptions { page_tokens: Some(12), ..Default::default() }, "--page-tokens 12"),
             (EngineOptions { max_num_seqs: Some(0), ..Default::default() }, "--max-num-seqs 0"),
             (EngineOptions { max_context: Some(0), ..Default::default() }, "--max-context 0"),
+            (EngineOptions { max_context: Some(1), ..Default::default() }, "--max-context 1: at least 2"),
+            (EngineOptions { max_inject_tokens: Some(0), ..Default::default() }, "--max-inject-tokens 0"),
+            (
+                EngineOptions { max_num_seqs: Some(99_999_999_999), ..Default::default() },
+                "--max-num-seqs 99999999999: at most 1000000",
+            ),
             (compute(ComputeOptions { threads: Some(0), ..Default::default() }), "--threads 0"),
+            (
+                compute(ComputeOptions { threads: Some(5000), ..Default::default() }),
+                "--threads 5000: at most 1024",
+            ),
             (compute(ComputeOptions { isa: Some("sse".into()), ..Default::default() }), "scalar, avx2"),
             (compute(ComputeOptions { device: Some(Device::Cuda), ..Default::default() }), "no CUDA backend"),
         ];
         for (options, part) in cases {
             let error = engine(options).expect_err(part);
             assert!(error.contains(part), "{error}");
+        }
+        for max_waiting in [0, 99_999_999_999_999] {
+            let options = ServerOptions { max_waiting: Some(max_waiting), ..Default::default() };
+            let error =
+                ServerSettings::resolve(options, &ModelChoice::Demo).expect_err("no queue is so long");
+            let line = error.line().unwrap_or_default();
+            assert!(line.starts_with(&format!("--max-waiting {max_waiting}: ")), "{line}");
         }
         let no_key = ServerOptions { api_key: Some(vec![ApiKey(String::new())]), ..Default::default() };
         assert!(ServerSettings::resolve(no_key, &ModelChoice::Demo).is_err());

@@ -31,6 +31,8 @@ impl Size {
 enum SizeInFile {
     Bytes(u64),
     Text(String),
+    /// For a message that says what would do.
+    Other(toml::Value),
 }
 
 impl TryFrom<SizeInFile> for Size {
@@ -40,6 +42,7 @@ impl TryFrom<SizeInFile> for Size {
         match value {
             SizeInFile::Bytes(bytes) => Ok(Size::Bytes(bytes)),
             SizeInFile::Text(text) => text.parse(),
+            SizeInFile::Other(value) => Err(unreadable(&value.to_string())),
         }
     }
 }
@@ -62,12 +65,15 @@ const UNITS: [(&str, u64); 14] = [
     ("tb", 1_000_000_000_000),
 ];
 
+fn unreadable(text: &str) -> String {
+    format!("`{text}` is not a size; write 512MiB, 4GiB, 4GB, 60% or a number of bytes")
+}
+
 impl FromStr for Size {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let unreadable =
-            || format!("`{text}` is not a size; write 512MiB, 4GiB, 4GB, 60% or a number of bytes");
+        let unreadable = || unreadable(text);
         let trimmed = text.trim();
         let digits =
             trimmed.len() - trimmed.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.').len();

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{HeaderValue, StatusCode, header};
-use axum::middleware::{from_fn, from_fn_with_state};
+use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use prometheus::TextEncoder;
 use serde_json::json;
 use tower_http::catch_panic::CatchPanicLayer;
-use tower_http::cors::{AllowOrigin, Any, CorsLayer};
+use tower_http::cors::{AllowHeaders, AllowOrigin, Any, CorsLayer};
 
 use super::{auth, observe};
 use crate::app::App;
@@ -19,7 +19,7 @@ use crate::openai::{self, ApiError};
 
 /// Everything the server answers.
 pub fn router(app: Arc<App>) -> Router {
-    Router::new()
+    let routes = Router::new()
         .route("/", get(root))
         .route("/health", get(health))
         .route("/ready", get(ready))
@@ -30,7 +30,10 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/chat/completions", post(openai::chat_completions))
         .route("/v1/completions", post(openai::completions))
         .route("/tokenize", post(openai::tokenize))
-        .route("/detokenize", post(openai::detokenize))
+        .route("/detokenize", post(openai::detokenize));
+    #[cfg(test)]
+    let routes = tests::add_faulty(routes);
+    routes
         .fallback(|| async { ApiError::new(StatusCode::NOT_FOUND, "There is nothing at this path.") })
         .method_not_allowed_fallback(|| async {
             ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "This path does not take this method.")
@@ -40,7 +43,7 @@ pub fn router(app: Arc<App>) -> Router {
         .layer(DefaultBodyLimit::max(app.limits.body_bytes))
         .layer(from_fn_with_state(Arc::clone(&app), auth::require_key))
         .layer(cors(&app.cors_origins))
-        .layer(from_fn(observe::observe))
+        .layer(from_fn_with_state(Arc::clone(&app), observe::observe))
         .with_state(app)
 }
 
@@ -57,7 +60,8 @@ fn cors(origins: &[String]) -> CorsLayer {
     CorsLayer::new()
         .allow_origin(allowed)
         .allow_methods(Any)
-        .allow_headers([header::AUTHORIZATION, header::CONTENT_TYPE])
+        // Keys come in a header that pages must name anyway; official clients add a dozen of their own.
+        .allow_headers(AllowHeaders::mirror_request())
         .expose_headers(Any)
 }
 
@@ -101,27 +105,131 @@ async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
 
 #[cfg(test)]
 mod tests {
+    use std::convert::Infallible;
+    use std::time::Duration;
+
+    use engine::{Config, Metrics, Runner};
+    use ops::Batch;
+    use ops::sample::{SampleOutput, SampleRow};
+    use serde_json::Value;
+    use tokio::sync::{Semaphore, mpsc};
+
     use super::*;
+    use crate::app::{GenerationDefaults, InFlight, Lifecycle, Limits};
+    use crate::http::{HttpMetrics, Shutdown, serve};
+    use crate::openai::{Chunks, Event, Fields, Generation, Params, respond};
+    use crate::text::tests::demo;
+
+    /// Routes that fail, among the real ones.
+    pub fn add_faulty(router: Router<Arc<App>>) -> Router<Arc<App>> {
+        router.route("/faulty", get(faulty)).route("/faulty-stream", get(faulty_stream))
+    }
 
     async fn faulty() {
         panic!("on purpose");
     }
 
+    async fn faulty_stream(State(app): State<Arc<App>>, in_flight: InFlight) -> Result<Response, ApiError> {
+        let params = Params::take(&mut Fields::parse(b"{}")?, &app)?;
+        let generation = Generation::empty(&app, &params, &[1]);
+        Ok(respond(&app, vec![generation], Faulty, in_flight))
+    }
+
+    struct Faulty;
+
+    impl Chunks for Faulty {
+        fn first(&mut self) -> Vec<Value> {
+            vec![json!("first")]
+        }
+
+        fn next(&mut self, _: usize, _: Event) -> Vec<Value> {
+            panic!("on purpose");
+        }
+
+        fn last(&mut self) -> Vec<Value> {
+            vec![json!("last")]
+        }
+    }
+
+    /// Nothing is asked of it.
+    struct Idle;
+
+    impl Runner for Idle {
+        fn run(&mut self, _: &Batch, _: &[SampleRow], _: &mut SampleOutput) {}
+    }
+
+    fn app() -> Arc<App> {
+        let config = Config {
+            max_num_seqs: 1,
+            max_inject_tokens: 1,
+            max_waiting: 1,
+            max_context: 16,
+            max_logprobs: 0,
+            vocab_size: 856,
+            page_tokens: 16,
+            num_blocks: 1,
+            prefix_cache: false,
+            prefix_limit: None,
+        };
+        let registry = prometheus::Registry::new();
+        let metrics = Metrics::new(&registry).unwrap();
+        let runner = || Ok::<_, Infallible>(Idle);
+        let (engine, _) = engine::spawn(config, metrics, engine::abort_process(), runner).unwrap();
+        let limits = Limits::default();
+        Arc::new(App {
+            engine,
+            http_metrics: HttpMetrics::new(&registry).unwrap(),
+            registry,
+            tokenizer: demo(),
+            template: None,
+            names: vec!["idle".into()],
+            max_context: 16,
+            vocab_size: 856,
+            defaults: GenerationDefaults::default(),
+            policies: sparse::Served::dense(),
+            budget: sparse::Budget::Tokens(1024),
+            body_memory: limits.body_memory(),
+            limits,
+            api_keys: Vec::new(),
+            cors_origins: Vec::new(),
+            created: 1,
+            lifecycle: Arc::new(Lifecycle::default()),
+            text_workers: Semaphore::new(1),
+        })
+    }
+
     #[tokio::test]
     async fn a_panic_costs_its_request_only() {
-        let routes = Router::new().route("/faulty", get(faulty)).route("/health", get(health));
-        let router: Router = routes.layer(CatchPanicLayer::custom(observe::answer_panic));
+        let app = app();
+        while !app.engine.is_ready() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        tokio::spawn(axum::serve(listener, router).into_future());
-        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        let (stop, signals) = mpsc::unbounded_channel();
+        let shutdown = Shutdown { signals, drain_timeout: Duration::from_secs(20) };
+        let served = tokio::spawn(serve(Arc::clone(&app), listener, shutdown));
+        let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(60)).build().unwrap();
         for _ in 0..2 {
             let response = client.get(format!("{url}/faulty")).send().await.unwrap();
             assert_eq!(response.status(), 500);
-            let error: serde_json::Value = response.json().await.unwrap();
+            assert!(response.headers().contains_key("x-request-id"), "it went the way of all requests");
+            let error: Value = response.json().await.unwrap();
             assert_eq!(error["error"]["type"], "server_error");
             assert!(!error.to_string().contains("on purpose"), "what went wrong inside stays inside");
+
+            let response = client.get(format!("{url}/faulty-stream")).send().await.unwrap();
+            assert_eq!(response.status(), 200, "it fails later");
+            let text = response.text().await.unwrap();
+            let data: Vec<&str> = text.split("\n\n").filter(|event| !event.is_empty()).collect();
+            assert_eq!((data.len(), data[0], data[2]), (3, "data: \"first\"", "data: [DONE]"), "{text}");
+            let error: Value = serde_json::from_str(data[1].trim_start_matches("data: ")).unwrap();
+            assert_eq!(error["error"]["type"], "server_error");
+            assert!(!text.contains("on purpose"));
             assert_eq!(client.get(format!("{url}/health")).send().await.unwrap().status(), 200);
         }
+        stop.send(()).unwrap();
+        served.await.unwrap().unwrap();
+        assert_eq!(app.lifecycle.in_flight(), 0);
     }
 }

@@ -9,12 +9,15 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::chat_prompt::ChatPrompt;
+use super::frame::{Answer, Frame, Names};
 use super::generation::{Delta, Event, Generation};
-use super::logprobs::{ChatLogprobs, TokenNames};
+use super::logprobs::ChatLogprobs;
 use super::stream::{Chunks, collect, respond};
-use super::usage::{StopReason, Usage, answer_id, finish_reason, unix_seconds};
+use super::usage::StopReason;
 use super::{ApiError, Fields, Params};
 use crate::app::{App, InFlight};
+
+const NAMES: Names = Names { prefix: "chatcmpl", answer: "chat.completion", chunk: "chat.completion.chunk" };
 
 /// Fields of a chat request beside the prompt and what both APIs share.
 struct ChatParams {
@@ -55,16 +58,6 @@ impl ChatParams {
     }
 }
 
-/// What answer and chunks of one request share.
-struct Frame {
-    app: Arc<App>,
-    params: Params,
-    id: String,
-    created: u64,
-    logprobs: Option<u32>,
-    prompt_token_ids: Option<Vec<u32>>,
-}
-
 /// Answers a chat.
 ///
 /// # Errors
@@ -77,33 +70,35 @@ pub async fn chat_completions(
     let params = Params::take(&mut fields, &app)?;
     let chat = ChatParams::take(&mut fields, &app)?;
     let prompt = ChatPrompt::take(&mut fields, &app)?;
-    fields.finish()?;
+    let memory = fields.finish()?;
 
     let prompt = prompt.tokens(&app).await?;
+    drop(memory);
     let default = app.defaults.max_new_tokens;
     let max_tokens = params.check_length(&app, prompt.len(), chat.max_tokens, default, "messages")?;
     let prompt_token_ids = params.return_token_ids.then(|| prompt.clone());
     let mut request = params.request(prompt, max_tokens);
     request.logprobs = chat.logprobs;
     let generation = Generation::start(&app, &params, request)?;
-    let (id, created) = (answer_id("chatcmpl"), unix_seconds());
-    let stream = params.stream;
-    let frame = Frame { app, params, id, created, logprobs: chat.logprobs, prompt_token_ids };
-    if stream {
-        let app = Arc::clone(&frame.app);
-        return Ok(respond(&app, vec![generation], ChatStream { frame, usage: Usage::default() }, in_flight));
+    let frame = Frame::new(Arc::clone(&app), params, chat.logprobs, NAMES);
+    let chat = Chat { frame, prompt_token_ids };
+    if chat.frame.params.stream {
+        return Ok(respond(&app, vec![generation], chat, in_flight));
     }
-    Ok(Json(frame.answer(collect(generation).await?)).into_response())
+    Ok(Json(chat.answer(collect(generation).await?)).into_response())
+}
+
+/// A chat being answered.
+struct Chat {
+    frame: Frame,
+    /// If ids were asked for.
+    prompt_token_ids: Option<Vec<u32>>,
 }
 
 #[derive(Serialize)]
-struct Answer {
-    id: String,
-    object: &'static str,
-    created: u64,
-    model: String,
-    choices: [Choice; 1],
-    usage: Usage,
+struct ChatAnswer {
+    #[serde(flatten)]
+    answer: Answer<Choice>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<Vec<u32>>,
 }
@@ -126,78 +121,51 @@ struct Message {
     refusal: Option<()>,
 }
 
-impl Frame {
-    fn answer(self, events: Vec<Event>) -> Answer {
-        let mut content = String::new();
-        let mut logprobs = self.logprobs.map(|_| ChatLogprobs::default());
-        let mut token_ids = Vec::new();
-        let mut usage = Usage::default();
-        let mut reason = ("stop", None);
+impl Chat {
+    fn answer(mut self, events: Vec<Event>) -> ChatAnswer {
+        let frame = &mut self.frame;
+        let mut choice = Choice {
+            index: 0,
+            message: Message { role: "assistant", content: String::new(), refusal: None },
+            logprobs: frame.logprobs.map(|_| ChatLogprobs::default()),
+            finish_reason: "stop",
+            stop_reason: None,
+            token_ids: frame.params.return_token_ids.then(Vec::new),
+        };
         for event in events {
             match event {
                 Event::Delta(delta) => {
-                    if let (Some(all), Some(new)) = (&mut logprobs, self.logprobs_of(&delta)) {
+                    if let (Some(all), Some(new)) = (&mut choice.logprobs, logprobs_of(frame, &delta)) {
                         all.extend(new);
                     }
-                    content.push_str(&delta.text);
-                    token_ids.extend(delta.tokens.iter().map(|token| token.id));
+                    if let (Some(all), Some(new)) = (&mut choice.token_ids, frame.token_ids(&delta)) {
+                        all.extend(new);
+                    }
+                    choice.message.content.push_str(&delta.text);
                 }
                 Event::Finished(finish) => {
-                    usage.add(&finish, &self.params.sparse);
-                    reason = finish_reason(&finish.reason, &self.app.defaults.end_tokens);
+                    (choice.finish_reason, choice.stop_reason) = frame.finished(&finish);
                 }
                 // Prompts have no log-probabilities here, and a failure has become an error before.
                 Event::Prompt(_) | Event::Failed(_) => {}
             }
         }
-        let (finish_reason, stop_reason) = reason;
-        let token_ids = self.params.return_token_ids.then_some(token_ids);
-        let message = Message { role: "assistant", content, refusal: None };
-        Answer {
-            object: "chat.completion",
-            created: self.created,
-            model: self.app.names[0].clone(),
-            choices: [Choice { index: 0, message, logprobs, finish_reason, stop_reason, token_ids }],
-            usage,
-            prompt_token_ids: self.prompt_token_ids,
-            id: self.id,
-        }
+        ChatAnswer { answer: frame.answer(vec![choice]), prompt_token_ids: self.prompt_token_ids }
     }
+}
 
-    fn logprobs_of(&self, delta: &Delta) -> Option<ChatLogprobs> {
-        let top = self.logprobs?;
-        let as_ids = self.params.return_tokens_as_token_ids;
-        let names = TokenNames { tokenizer: Arc::clone(&self.app.tokenizer), as_ids };
-        Some(ChatLogprobs::new(&names, &delta.tokens, top))
-    }
-
-    fn chunk(&self, choices: Value) -> Value {
-        let mut chunk = json!({
-            "id": self.id,
-            "object": "chat.completion.chunk",
-            "created": self.created,
-            "model": self.app.names[0],
-            "choices": choices,
-        });
-        if self.params.include_usage {
-            chunk["usage"] = Value::Null;
-        }
-        chunk
-    }
+fn logprobs_of(frame: &Frame, delta: &Delta) -> Option<ChatLogprobs> {
+    let top = frame.logprobs?;
+    Some(ChatLogprobs::new(&frame.token_names(), &delta.tokens, top))
 }
 
 /// A streamed chat: the role, the deltas, the reason of the end and, if asked for, the counts.
-struct ChatStream {
-    frame: Frame,
-    usage: Usage,
-}
-
-impl Chunks for ChatStream {
+impl Chunks for Chat {
     fn first(&mut self) -> Vec<Value> {
         let delta = json!({"role": "assistant", "content": ""});
         let choice = json!({"index": 0, "delta": delta, "logprobs": null, "finish_reason": null});
-        let mut chunk = self.frame.chunk(json!([choice]));
-        if let Some(ids) = &self.frame.prompt_token_ids {
+        let mut chunk = self.frame.chunk(choice);
+        if let Some(ids) = &self.prompt_token_ids {
             chunk["prompt_token_ids"] = json!(ids);
         }
         vec![chunk]
@@ -205,37 +173,27 @@ impl Chunks for ChatStream {
 
     fn next(&mut self, index: usize, event: Event) -> Vec<Value> {
         let choice = match event {
+            Event::Delta(delta) if self.frame.hides(&delta) => return Vec::new(),
             Event::Delta(delta) => {
-                let frame = &self.frame;
-                // An end token has no text; who asked for no tokens need not hear of it.
-                if delta.text.is_empty() && frame.logprobs.is_none() && !frame.params.return_token_ids {
-                    return Vec::new();
-                }
-                let logprobs = frame.logprobs_of(&delta);
+                let (logprobs, token_ids) = (logprobs_of(&self.frame, &delta), self.frame.token_ids(&delta));
                 let content = json!({"content": delta.text});
                 let mut choice =
                     json!({"index": index, "delta": content, "logprobs": logprobs, "finish_reason": null});
-                if frame.params.return_token_ids {
-                    choice["token_ids"] = delta.tokens.iter().map(|token| token.id).collect();
+                if let Some(ids) = token_ids {
+                    choice["token_ids"] = json!(ids);
                 }
                 choice
             }
             Event::Finished(finish) => {
-                self.usage.add(&finish, &self.frame.params.sparse);
-                let (reason, stop) = finish_reason(&finish.reason, &self.frame.app.defaults.end_tokens);
+                let (reason, stop) = self.frame.finished(&finish);
                 json!({"index": index, "delta": {}, "logprobs": null, "finish_reason": reason, "stop_reason": stop})
             }
             Event::Prompt(_) | Event::Failed(_) => return Vec::new(),
         };
-        vec![self.frame.chunk(json!([choice]))]
+        vec![self.frame.chunk(choice)]
     }
 
     fn last(&mut self) -> Vec<Value> {
-        if !self.frame.params.include_usage {
-            return Vec::new();
-        }
-        let mut chunk = self.frame.chunk(json!([]));
-        chunk["usage"] = json!(self.usage);
-        vec![chunk]
+        self.frame.last()
     }
 }

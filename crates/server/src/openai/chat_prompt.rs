@@ -3,13 +3,13 @@
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::params::check_count;
+use super::params::{check_count, check_text};
 use super::{ApiError, Fields};
 use crate::app::App;
 use crate::text::RenderInput;
 
 /// Variables of a chat template that a request may not set by `chat_template_kwargs`.
-const RESERVED_VARIABLES: [&str; 7] = [
+const RESERVED_VARIABLES: [&str; 9] = [
     "messages",
     "add_generation_prompt",
     "continue_final_message",
@@ -17,14 +17,17 @@ const RESERVED_VARIABLES: [&str; 7] = [
     "tokenize",
     "bos_token",
     "eos_token",
+    // Not supported, here as little as beside it.
+    "tools",
+    "documents",
 ];
 
 /// The fields of a request that make its prompt.
 #[derive(Debug)]
 pub struct ChatPrompt {
     input: RenderInput,
-    /// Text of the last message, which the answer continues, if asked for.
-    continued: Option<String>,
+    /// What stands at the end of the last message, if the answer is to continue it.
+    end: Option<String>,
     add_special_tokens: bool,
 }
 
@@ -54,22 +57,20 @@ impl ChatPrompt {
         }
         let knows_developer =
             app.template.as_ref().is_some_and(|sandbox| sandbox.template().knows_developer());
-        let messages = messages
+        let mut messages = messages
             .into_iter()
             .enumerate()
             .map(|(i, message)| take_message(message, &format!("messages[{i}]"), knows_developer))
             .collect::<Result<Vec<_>, _>>()?;
 
         let add_generation_prompt = fields.take("add_generation_prompt")?;
-        let continued = match fields.take("continue_final_message")?.unwrap_or(false) {
+        let end = match fields.take("continue_final_message")?.unwrap_or(false) {
             false => None,
             true if add_generation_prompt == Some(true) => {
                 let message = "`continue_final_message` and `add_generation_prompt` exclude each other";
                 return Err(ApiError::invalid("continue_final_message", message));
             }
-            true => {
-                messages.last().and_then(|last| last["content"].as_str()).map(|text| text.trim().to_owned())
-            }
+            true => Some(mark_end(&mut messages)?),
         };
         let variables: Map<String, Value> = fields.take("chat_template_kwargs")?.unwrap_or_default();
         if let Some(name) = variables.keys().find(|name| RESERVED_VARIABLES.contains(&name.as_str())) {
@@ -79,10 +80,10 @@ impl ChatPrompt {
         Ok(ChatPrompt {
             input: RenderInput {
                 messages,
-                add_generation_prompt: add_generation_prompt.unwrap_or(continued.is_none()),
+                add_generation_prompt: add_generation_prompt.unwrap_or(end.is_none()),
                 variables,
             },
-            continued,
+            end,
             // Templates write the begin token themselves.
             add_special_tokens: fields.take("add_special_tokens")?.unwrap_or(false),
         })
@@ -97,24 +98,45 @@ impl ChatPrompt {
             let message = "This model has no chat template; use /v1/completions.";
             return Err(ApiError::invalid("messages", message));
         };
+        let most = app.text_bytes_max();
+        check_text("messages", self.input.text_bytes(), most, app)?;
         let mut prompt = template.render(&self.input).await?;
-        if let Some(continued) = self.continued {
-            cut_after(&mut prompt, &continued)?;
+        if let Some(end) = &self.end {
+            prompt = cut_at(&prompt, end)?;
         }
-        let (tokenizer, prompt_bytes) = (app.tokenizer.clone(), prompt.len());
-        let encode = move || tokenizer.encode(&prompt, self.add_special_tokens);
-        Ok(app.text_work(prompt_bytes, encode).await?)
+        check_text("messages", prompt.len(), most, app)?;
+        let (tokenizer, prompt_bytes, max_context) = (app.tokenizer.clone(), prompt.len(), app.max_context);
+        let encode = move || tokenizer.encode_within(&prompt, self.add_special_tokens, max_context);
+        let tokens = app.text_work(prompt_bytes, encode).await;
+        tokens.map_err(|error| ApiError::untokenizable("messages", &error))
     }
 }
 
-/// Cuts what the template writes after the last message, so that the model continues it.
-fn cut_after(prompt: &mut String, continued: &str) -> Result<(), ApiError> {
-    let Some(start) = prompt.rfind(continued) else {
+/// Appends to the last message what no text contains, and returns it: where the template writes that, the message ends.
+/// Spaces at the end go, as templates would have it.
+fn mark_end(messages: &mut [Map<String, Value>]) -> Result<String, ApiError> {
+    let text = match messages.last_mut().and_then(|last| last.get_mut("content")) {
+        Some(Value::String(text)) if !text.trim().is_empty() => text,
+        _ => {
+            let message = "The last message is empty, so it cannot be continued.";
+            return Err(ApiError::invalid("continue_final_message", message));
+        }
+    };
+    let random = || getrandom::u64().map_err(|e| ApiError::internal(format!("no random mark: {e}")));
+    let end = format!("end-{:016x}{:016x}", random()?, random()?);
+    text.truncate(text.trim_end().len());
+    text.push_str(&end);
+    Ok(end)
+}
+
+/// What the template wrote before the mark, so that the model continues it.
+fn cut_at(prompt: &str, end: &str) -> Result<String, ApiError> {
+    let Some((before, _)) = prompt.rsplit_once(end) else {
         let message = "The chat template changes the last message, so it cannot be continued.";
         return Err(ApiError::invalid("continue_final_message", message));
     };
-    prompt.truncate(start + continued.len());
-    Ok(())
+    // A template may show a message more than once.
+    Ok(before.replace(end, ""))
 }
 
 fn take_message(
@@ -150,8 +172,7 @@ fn take_message(
             taken.insert(optional.into(), text.into());
         }
     }
-    fields.finish()?;
-    Ok(taken)
+    fields.finish().map(|_| taken)
 }
 
 /// Text parts are lines of one text.

@@ -7,18 +7,21 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use futures_util::future::try_join_all;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::generation::{Delta, Event, Finish, Generation};
-use super::logprobs::{CompletionLogprobs, TokenNames};
-use super::params::{check_count, check_token};
+use super::frame::{Answer, Frame, Names};
+use super::generation::{Delta, Event, Generation};
+use super::logprobs::CompletionLogprobs;
+use super::params::{check_count, check_text, check_token};
 use super::stream::{Chunks, collect, respond};
-use super::usage::{StopReason, Usage, answer_id, finish_reason, unix_seconds};
+use super::usage::StopReason;
 use super::{ApiError, Fields, Params};
 use crate::app::{App, InFlight};
 
 /// What OpenAI generates where a request doesn't say.
 const DEFAULT_MAX_TOKENS: u32 = 16;
+
+const NAMES: Names = Names { prefix: "cmpl", answer: "text_completion", chunk: "text_completion" };
 
 /// `prompt`: one or several, as text or as ids.
 #[derive(Deserialize)]
@@ -39,7 +42,7 @@ enum RawPrompt {
 /// A prompt that is ready to run.
 struct Prompt {
     tokens: Vec<u32>,
-    /// What `echo` shows of it.
+    /// What `echo` shows of it; empty without.
     text: String,
     /// Whether `text` leaves special tokens out, as a client's own text does.
     hides_special: bool,
@@ -77,14 +80,11 @@ impl CompletionParams {
     }
 }
 
-/// What answer and chunks of one request share.
-struct Frame {
-    app: Arc<App>,
-    params: Params,
-    own: CompletionParams,
+/// Completions being made.
+struct Completions {
+    frame: Frame,
+    echo: bool,
     prompts: Vec<Prompt>,
-    id: String,
-    created: u64,
 }
 
 /// Continues one or several prompts, each a choice; they run at the same time.
@@ -99,30 +99,35 @@ pub async fn completions(
     let params = Params::take(&mut fields, &app)?;
     let own = CompletionParams::take(&mut fields, &app)?;
     let prompts = take_prompts(&mut fields, &app)?;
-    fields.finish()?;
+    let memory = fields.finish()?;
 
-    let prompts = tokenize(prompts, &app, own.add_special_tokens).await?;
+    let check_length =
+        |tokens: usize| params.check_length(&app, tokens, Some(own.max_tokens), None, "prompt").map(drop);
+    // What is certainly too long is refused before it costs anything.
+    prompts.iter().try_for_each(|prompt| match prompt {
+        RawPrompt::Text(text) => check_text("prompt", text.len(), app.text_bytes_max(), &app),
+        RawPrompt::Ids(ids) => check_length(ids.len()),
+    })?;
+    let prompts = tokenize(prompts, &app, &own).await?;
+    prompts.iter().try_for_each(|prompt| check_length(prompt.tokens.len()))?;
+    drop(memory);
+    let mut generations = Vec::with_capacity(prompts.len());
     for prompt in &prompts {
-        params.check_length(&app, prompt.tokens.len(), Some(own.max_tokens), None, "prompt")?;
+        match start(&app, &params, &own, prompt.tokens.clone()) {
+            Ok(generation) => generations.push(generation),
+            Err(refusal) => {
+                generations.into_iter().for_each(Generation::withdraw);
+                return Err(refusal);
+            }
+        }
     }
-    let generations = prompts
-        .iter()
-        .map(|prompt| start(&app, &params, &own, prompt.tokens.clone()))
-        .collect::<Result<Vec<_>, _>>()?;
-    let (id, created) = (answer_id("cmpl"), unix_seconds());
-    let stream = params.stream;
-    let frame = Frame { app, params, own, prompts, id, created };
-    if stream {
-        let app = Arc::clone(&frame.app);
-        return Ok(respond(
-            &app,
-            generations,
-            CompletionStream { frame, usage: Usage::default() },
-            in_flight,
-        ));
+    let frame = Frame::new(Arc::clone(&app), params, own.logprobs, NAMES);
+    let completions = Completions { frame, echo: own.echo, prompts };
+    if completions.frame.params.stream {
+        return Ok(respond(&app, generations, completions, in_flight));
     }
     let events = try_join_all(generations.into_iter().map(collect)).await?;
-    Ok(Json(frame.answer(events)).into_response())
+    Ok(Json(completions.answer(events)).into_response())
 }
 
 fn start(
@@ -152,7 +157,8 @@ fn take_prompts(fields: &mut Fields, app: &App) -> Result<Vec<RawPrompt>, ApiErr
         PromptField::Texts(texts) => texts.into_iter().map(RawPrompt::Text).collect(),
         PromptField::IdLists(lists) => lists.into_iter().map(RawPrompt::Ids).collect(),
     };
-    check_count("prompt", prompts.len(), app.limits.prompts)?;
+    // They wait together, so more than may run and wait would be refused for ever.
+    check_count("prompt", prompts.len(), app.limits.prompts.min(app.engine.config().requests_max()))?;
     for prompt in &prompts {
         if let RawPrompt::Ids(ids) = prompt {
             ids.iter().try_for_each(|&id| check_token("prompt", id, app))?;
@@ -164,8 +170,9 @@ fn take_prompts(fields: &mut Fields, app: &App) -> Result<Vec<RawPrompt>, ApiErr
 async fn tokenize(
     prompts: Vec<RawPrompt>,
     app: &App,
-    add_special_tokens: bool,
+    own: &CompletionParams,
 ) -> Result<Vec<Prompt>, ApiError> {
+    let (echo, add_special_tokens, max_context) = (own.echo, own.add_special_tokens, app.max_context);
     let bytes = |prompt: &RawPrompt| match prompt {
         RawPrompt::Text(text) => text.len(),
         RawPrompt::Ids(ids) => ids.len() * size_of::<u32>(),
@@ -175,9 +182,13 @@ async fn tokenize(
     app.text_work(total_bytes, move || {
         let prompts = prompts.into_iter().map(|prompt| {
             let (tokens, text, hides_special) = match prompt {
-                RawPrompt::Text(text) => (tokenizer.encode(&text, add_special_tokens)?, text, true),
+                RawPrompt::Text(text) => {
+                    let tokens = tokenizer.encode_within(&text, add_special_tokens, max_context);
+                    let tokens = tokens.map_err(|error| ApiError::untokenizable("prompt", &error))?;
+                    (tokens, if echo { text } else { String::new() }, true)
+                }
                 RawPrompt::Ids(ids) => {
-                    let text = tokenizer.decode(&ids, false)?;
+                    let text = if echo { tokenizer.decode(&ids, false)? } else { String::new() };
                     (ids, text, false)
                 }
             };
@@ -186,16 +197,6 @@ async fn tokenize(
         prompts.collect()
     })
     .await
-}
-
-#[derive(Serialize)]
-struct Answer {
-    id: String,
-    object: &'static str,
-    created: u64,
-    model: String,
-    choices: Vec<Choice>,
-    usage: Usage,
 }
 
 /// A choice, or what a chunk adds to it.
@@ -242,9 +243,8 @@ impl Choice {
     }
 }
 
-impl Frame {
-    fn answer(mut self, events: Vec<Vec<Event>>) -> Answer {
-        let mut usage = Usage::default();
+impl Completions {
+    fn answer(mut self, events: Vec<Vec<Event>>) -> Answer<Choice> {
         let mut choices = Vec::with_capacity(events.len());
         for (index, events) in events.into_iter().enumerate() {
             let mut choice = Choice::new(index);
@@ -252,40 +252,31 @@ impl Frame {
                 choice.extend(start);
             }
             for event in events {
-                if let Event::Finished(finish) = &event {
-                    usage.add(finish, &self.params.sparse);
-                }
                 if let Some(more) = self.choice_of(index, event) {
                     choice.extend(more);
                 }
             }
-            if self.own.logprobs.is_some() {
+            if self.frame.logprobs.is_some() {
                 choice.logprobs.get_or_insert_default();
             }
             choices.push(choice);
         }
-        Answer {
-            id: self.id,
-            object: "text_completion",
-            created: self.created,
-            model: self.app.names[0].clone(),
-            choices,
-            usage,
-        }
+        self.frame.answer(choices)
     }
 
     /// What is known of a choice before its first event; the echo waits for the prompt's log-probabilities if they were
     /// asked for.
     fn start_of(&self, index: usize) -> Option<Choice> {
         let prompt = &self.prompts[index];
-        let echo = self.own.echo && self.own.logprobs.is_none();
-        if !echo && !self.params.return_token_ids {
+        let echo = self.echo && self.frame.logprobs.is_none();
+        let return_token_ids = self.frame.params.return_token_ids;
+        if !echo && !return_token_ids {
             return None;
         }
         Some(Choice {
             text: if echo { prompt.text.clone() } else { String::new() },
-            prompt_token_ids: self.params.return_token_ids.then(|| prompt.tokens.clone()),
-            token_ids: self.params.return_token_ids.then(Vec::new),
+            prompt_token_ids: return_token_ids.then(|| prompt.tokens.clone()),
+            token_ids: return_token_ids.then(Vec::new),
             ..Choice::new(index)
         })
     }
@@ -297,30 +288,22 @@ impl Frame {
                 self.prompts[index].logprobs = logprobs;
                 let prompt = &self.prompts[index];
                 let logprobs = CompletionLogprobs::of_prompt(
-                    &self.token_names(),
+                    &self.frame.token_names(),
                     &prompt.tokens,
                     &prompt.logprobs,
                     prompt.hides_special,
                 );
                 Choice { text: prompt.text.clone(), logprobs: Some(logprobs), ..Choice::new(index) }
             }
-            // An end token has no text; who asked for no tokens need not hear of it.
-            Event::Delta(delta)
-                if delta.text.is_empty() && self.own.logprobs.is_none() && !self.params.return_token_ids =>
-            {
-                return None;
-            }
+            Event::Delta(delta) if self.frame.hides(&delta) => return None,
             Event::Delta(delta) => Choice {
                 logprobs: self.logprobs_of(index, &delta),
-                token_ids: self
-                    .params
-                    .return_token_ids
-                    .then(|| delta.tokens.iter().map(|token| token.id).collect()),
+                token_ids: self.frame.token_ids(&delta),
                 text: delta.text,
                 ..Choice::new(index)
             },
-            Event::Finished(Finish { reason, .. }) => {
-                let (finish_reason, stop_reason) = finish_reason(&reason, &self.app.defaults.end_tokens);
+            Event::Finished(finish) => {
+                let (finish_reason, stop_reason) = self.frame.finished(&finish);
                 Choice { finish_reason: Some(finish_reason), stop_reason, ..Choice::new(index) }
             }
             Event::Failed(_) => return None,
@@ -328,57 +311,25 @@ impl Frame {
     }
 
     fn logprobs_of(&self, index: usize, delta: &Delta) -> Option<CompletionLogprobs> {
-        self.own.logprobs?;
-        let echoed = if self.own.echo { self.prompts[index].text.chars().count() } else { 0 };
-        Some(CompletionLogprobs::of_answer(&self.token_names(), &delta.tokens, echoed))
-    }
-
-    fn token_names(&self) -> TokenNames {
-        let as_ids = self.params.return_tokens_as_token_ids;
-        TokenNames { tokenizer: Arc::clone(&self.app.tokenizer), as_ids }
-    }
-
-    fn chunk(&self, choices: &[Choice]) -> Value {
-        let mut chunk = json!({
-            "id": self.id,
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.app.names[0],
-            "choices": choices,
-        });
-        if self.params.include_usage {
-            chunk["usage"] = Value::Null;
-        }
-        chunk
+        self.frame.logprobs?;
+        let echoed = if self.echo { self.prompts[index].text.chars().count() } else { 0 };
+        Some(CompletionLogprobs::of_answer(&self.frame.token_names(), &delta.tokens, echoed))
     }
 }
 
 /// Streamed completions: deltas of all choices as they come.
-struct CompletionStream {
-    frame: Frame,
-    usage: Usage,
-}
-
-impl Chunks for CompletionStream {
+impl Chunks for Completions {
     fn first(&mut self) -> Vec<Value> {
-        let starts = (0..self.frame.prompts.len()).filter_map(|index| self.frame.start_of(index));
-        starts.map(|choice| self.frame.chunk(&[choice])).collect()
+        let starts = (0..self.prompts.len()).filter_map(|index| self.start_of(index));
+        starts.map(|choice| self.frame.chunk(choice)).collect()
     }
 
     fn next(&mut self, index: usize, event: Event) -> Vec<Value> {
-        if let Event::Finished(finish) = &event {
-            self.usage.add(finish, &self.frame.params.sparse);
-        }
-        let choice = self.frame.choice_of(index, event);
-        choice.map(|choice| self.frame.chunk(&[choice])).into_iter().collect()
+        let choice = self.choice_of(index, event);
+        choice.map(|choice| self.frame.chunk(choice)).into_iter().collect()
     }
 
     fn last(&mut self) -> Vec<Value> {
-        if !self.frame.params.include_usage {
-            return Vec::new();
-        }
-        let mut chunk = self.frame.chunk(&[]);
-        chunk["usage"] = json!(self.usage);
-        vec![chunk]
+        self.frame.last()
     }
 }

@@ -1,12 +1,14 @@
 //! Errors as OpenAI's API reports them.
 
+use std::any::Any;
+
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use engine::Refusal;
 use serde_json::{Value, json};
 
-use crate::text::{TemplateError, TokenizerError};
+use crate::text::{TemplateError, TokenizerError, panic_message};
 
 /// Seconds after which a refused client should try again.
 const RETRY_AFTER_SECONDS: u32 = 1;
@@ -45,6 +47,20 @@ impl ApiError {
         ApiError { code: Some("context_length_exceeded"), ..ApiError::invalid(param, message) }
     }
 
+    /// 400: the tokenizer gave up on the text of `param`, or found it too long.
+    pub fn untokenizable(param: &str, error: &TokenizerError) -> Self {
+        match error {
+            TokenizerError::TooLong(max_context) => ApiError::too_long(
+                param,
+                format!(
+                    "This model's maximum context length is {max_context} tokens. However, your text has far more. \
+                     Please reduce it."
+                ),
+            ),
+            _ => ApiError::invalid(param, error.to_string()),
+        }
+    }
+
     /// 404: no such model.
     pub fn no_such_model(name: &str) -> Self {
         ApiError {
@@ -62,6 +78,12 @@ impl ApiError {
     /// 500: our fault.
     pub fn internal(message: impl Into<String>) -> Self {
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, message)
+    }
+
+    /// 500: what answers the request panicked, which is logged.
+    pub fn panicked(panic: &(dyn Any + Send)) -> Self {
+        tracing::error!(panic = panic_message(panic), "a request panicked");
+        ApiError::internal("The server failed on this request; it is logged.")
     }
 
     /// The `type` that OpenAI's clients switch on.

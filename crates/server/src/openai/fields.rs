@@ -5,6 +5,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
 use super::ApiError;
+use crate::app::BodyMemory;
 
 /// Fields that change nothing here, with the reason. Any value is accepted.
 const HARMLESS: &[(&str, &str)] = &[
@@ -22,7 +23,7 @@ const HARMLESS: &[(&str, &str)] = &[
 /// Fields that are not supported, with the values that ask for nothing and are accepted. `null` and absence always are.
 fn neutral_values(name: &str) -> Vec<Value> {
     match name {
-        "n" | "best_of" => vec![json!(1)],
+        "n" | "best_of" => vec![json!(1), json!(1.0)],
         "tools" | "functions" | "bad_words" | "documents" | "logits_processors" => vec![json!([])],
         // In messages: what an answer of OpenAI's carries when a client sends it back.
         "tool_calls" | "annotations" => vec![json!([])],
@@ -43,6 +44,8 @@ pub struct Fields {
     fields: Map<String, Value>,
     /// Where the object lies in the body, for messages: empty or `stream_options.`.
     path: String,
+    /// What the body takes of the server's memory.
+    memory: Option<BodyMemory>,
 }
 
 impl Fields {
@@ -55,14 +58,19 @@ impl Fields {
             ApiError::new(StatusCode::BAD_REQUEST, format!("The body of the request is not valid JSON: {e}"))
         })?;
         match value {
-            Value::Object(fields) => Ok(Fields { fields, path: String::new() }),
+            Value::Object(fields) => Ok(Fields { fields, path: String::new(), memory: None }),
             _ => Err(ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "The body must be a JSON object.")),
         }
     }
 
     /// The fields of an object inside the body.
     pub fn nested(fields: Map<String, Value>, path: &str) -> Self {
-        Fields { fields, path: format!("{path}.") }
+        Fields { fields, path: format!("{path}."), memory: None }
+    }
+
+    /// The same, holding the memory that was reserved for it.
+    pub fn in_memory(self, memory: Option<BodyMemory>) -> Self {
+        Fields { memory, ..self }
     }
 
     /// Takes the field `name`; `null` counts as absent.
@@ -111,11 +119,12 @@ impl Fields {
         }
     }
 
-    /// Refuses whatever is left, unless it asks for nothing.
+    /// Refuses whatever is left, unless it asks for nothing. Returns the memory of the body, to be held until what was
+    /// taken out of it has become tokens.
     ///
     /// # Errors
     /// 400 naming the first field that is not supported.
-    pub fn finish(self) -> Result<(), ApiError> {
+    pub fn finish(self) -> Result<Option<BodyMemory>, ApiError> {
         for (name, value) in &self.fields {
             let known = self.path.is_empty() && HARMLESS.iter().any(|(harmless, _)| harmless == name);
             if known || value.is_null() || neutral_values(name).contains(value) {
@@ -126,7 +135,7 @@ impl Fields {
             error.code = Some("unsupported_parameter");
             return Err(error);
         }
-        Ok(())
+        Ok(self.memory)
     }
 
     fn path_of(&self, name: &str) -> String {
@@ -139,12 +148,12 @@ mod tests {
     use super::*;
 
     fn finish(body: Value) -> Result<(), ApiError> {
-        Fields::parse(body.to_string().as_bytes())?.finish()
+        Fields::parse(body.to_string().as_bytes())?.finish().map(drop)
     }
 
     #[test]
     fn what_asks_for_nothing_is_accepted() {
-        finish(json!({"user": "u", "n": 1, "tools": [], "response_format": {"type": "text"}, "logit_bias": null}))
+        finish(json!({"user": "u", "n": 1, "best_of": 1.0, "tools": [], "response_format": {"type": "text"}, "logit_bias": null}))
             .unwrap();
     }
 

@@ -158,6 +158,11 @@ impl Generation {
         Ok(generation)
     }
 
+    /// Takes the request back because another one of the same client was refused.
+    pub fn withdraw(mut self) {
+        self.running = None;
+    }
+
     /// An answer without tokens: only the prompt was asked for.
     pub fn empty(app: &Arc<App>, params: &Params, prompt: &[u32]) -> Self {
         let mut generation = Generation::idle(app, params, prompt);
@@ -246,8 +251,13 @@ impl Generation {
         let tail = self.decoder.finish();
         let revealed = self.stops.push(&tail);
         self.delta.text.push_str(&revealed.text);
-        self.delta.text.push_str(&self.stops.finish());
-        self.end(reason);
+        match revealed.stop {
+            Some(stop) => self.end(Reason::Stop(self.stops.stop(stop).to_owned())),
+            None => {
+                self.delta.text.push_str(&self.stops.finish());
+                self.end(reason);
+            }
+        }
     }
 
     fn end(&mut self, reason: Reason) {

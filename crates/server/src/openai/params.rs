@@ -226,8 +226,7 @@ fn take_stream_options(fields: &mut Fields, stream: bool) -> Result<bool, ApiErr
     let include_usage = options.take("include_usage")?.unwrap_or(false);
     // Padding against traffic analysis: a hint that OpenAI's clients may send.
     options.take::<bool>("include_obfuscation")?;
-    options.finish()?;
-    Ok(include_usage)
+    options.finish().map(|_| include_usage)
 }
 
 /// Refuses an id that the model has no embedding for.
@@ -238,6 +237,21 @@ pub fn check_token(param: &str, id: u32, app: &App) -> Result<(), ApiError> {
     let message =
         format!("`{param}` has the token id {id}, but the vocabulary has {} tokens", app.vocab_size);
     Err(ApiError::invalid(param, message))
+}
+
+/// Refuses a text of `bytes` that is certainly too long, before anything is done with it.
+pub fn check_text(param: &str, bytes: usize, bytes_max: usize, app: &App) -> Result<(), ApiError> {
+    if bytes <= bytes_max {
+        return Ok(());
+    }
+    Err(ApiError::too_long(
+        param,
+        format!(
+            "This model's maximum context length is {} tokens. However, your text has {bytes} bytes, of which {bytes_max} \
+             are allowed. Please reduce it.",
+            app.max_context
+        ),
+    ))
 }
 
 /// Refuses a list that is longer than it may be.

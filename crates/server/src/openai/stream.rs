@@ -1,11 +1,12 @@
 //! Answers as server-sent events.
 
 use std::convert::Infallible;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
+use futures_util::FutureExt;
 use futures_util::stream::{self, StreamExt, select_all};
 use serde_json::Value;
 
@@ -23,7 +24,7 @@ pub trait Chunks: Send + 'static {
 }
 
 /// Streams the answers of `generations`, each a choice, as `chunks` dresses them, and `[DONE]` at the end. The client's
-/// leaving drops the stream, and with it the generations. A choice that fails ends the stream with an error.
+/// leaving drops the stream, and with it the generations. A choice that fails ends the stream with an error, a panic too.
 pub fn respond(
     app: &Arc<App>,
     generations: Vec<Generation>,
@@ -33,7 +34,8 @@ pub fn respond(
     let events = generations.into_iter().enumerate().map(|(index, generation)| {
         stream::unfold(generation, move |generation| async move {
             let mut generation = generation;
-            let event = generation.next().await?;
+            let event = AssertUnwindSafe(generation.next()).catch_unwind().await;
+            let event = event.unwrap_or_else(|panic| Some(Event::Failed(ApiError::panicked(&*panic))))?;
             Some(((index, event), generation))
         })
         .boxed()
@@ -42,22 +44,24 @@ pub fn respond(
     let events = select_all(events).map(Some).chain(stream::iter([None]));
     let rest = events.scan(Some((chunks, in_flight)), |state, event| {
         let Some((chunks, _)) = state else { return std::future::ready(None) };
-        let told = match event {
-            Some((_, Event::Failed(error))) => {
-                *state = None;
-                vec![error.body()]
-            }
-            Some((index, event)) => chunks.next(index, event),
-            None => chunks.last(),
-        };
+        // After a panic nothing of it is used but to end it.
+        let told = catch_unwind(AssertUnwindSafe(|| match event {
+            Some((_, Event::Failed(error))) => Err(error),
+            Some((index, event)) => Ok(chunks.next(index, event)),
+            None => Ok(chunks.last()),
+        }));
+        let told = told.unwrap_or_else(|panic| Err(ApiError::panicked(&*panic)));
+        let told = told.unwrap_or_else(|error| {
+            *state = None;
+            vec![error.body()]
+        });
         std::future::ready(Some(told))
     });
     let chunks = stream::iter([first]).chain(rest).flat_map(stream::iter);
     let data = chunks.map(|chunk| sse::Event::default().data(chunk.to_string()));
     let done = stream::iter([sse::Event::default().data("[DONE]")]);
     let body = data.chain(done).map(Ok::<_, Infallible>);
-    let keep_alive = Duration::from_secs(app.limits.keep_alive_seconds);
-    Sse::new(body).keep_alive(KeepAlive::new().interval(keep_alive)).into_response()
+    Sse::new(body).keep_alive(KeepAlive::new().interval(app.limits.keep_alive)).into_response()
 }
 
 /// Waits for a whole answer.

@@ -7,9 +7,14 @@ use axum::extract::State;
 use serde_json::{Value, json};
 
 use super::chat_prompt::ChatPrompt;
-use super::params::{check_model, check_token};
+use super::params::{check_count, check_model, check_text, check_token};
 use super::{ApiError, Fields};
 use crate::app::App;
+use crate::text::LIKELY_TOKEN_BYTES;
+
+/// Bytes of text, or tokens, that may be asked about however short the context: some want to know by how much a text
+/// is too long.
+const COUNTED_BYTES_MAX: usize = 1 << 20;
 
 /// Tokens of a `prompt` or of `messages`.
 ///
@@ -21,13 +26,15 @@ pub async fn tokenize(State(app): State<Arc<App>>, mut fields: Fields) -> Result
     let tokens = match fields.take::<String>("prompt")? {
         Some(prompt) => {
             let add_special_tokens = fields.take("add_special_tokens")?.unwrap_or(true);
-            fields.finish()?;
+            let _memory = fields.finish()?;
+            let likely = app.max_context.saturating_mul(2 * LIKELY_TOKEN_BYTES);
+            check_text("prompt", prompt.len(), likely.max(COUNTED_BYTES_MAX), &app)?;
             let tokenizer = Arc::clone(&app.tokenizer);
             app.text_work(prompt.len(), move || tokenizer.encode(&prompt, add_special_tokens)).await?
         }
         None => {
             let chat = ChatPrompt::take(&mut fields, &app)?;
-            fields.finish()?;
+            let _memory = fields.finish()?;
             chat.tokens(&app).await?
         }
     };
@@ -48,7 +55,8 @@ pub async fn tokenize(State(app): State<Arc<App>>, mut fields: Fields) -> Result
 pub async fn detokenize(State(app): State<Arc<App>>, mut fields: Fields) -> Result<Json<Value>, ApiError> {
     check_model(&mut fields, &app)?;
     let tokens: Vec<u32> = fields.require("tokens")?;
-    fields.finish()?;
+    let _memory = fields.finish()?;
+    check_count("tokens", tokens.len(), app.max_context.max(COUNTED_BYTES_MAX))?;
     tokens.iter().try_for_each(|&id| check_token("tokens", id, &app))?;
     let tokenizer = Arc::clone(&app.tokenizer);
     let prompt =

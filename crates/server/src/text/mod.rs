@@ -14,4 +14,4 @@ pub use sandbox::{RENDER_VERB, Sandbox, render_main};
 pub use stop::StopMatcher;
 pub use template::{ChatTemplate, RenderInput, TemplateError};
 pub(crate) use tokenizer::panic_message;
-pub use tokenizer::{Tokenizer, TokenizerError};
+pub use tokenizer::{LIKELY_TOKEN_BYTES, Tokenizer, TokenizerError};

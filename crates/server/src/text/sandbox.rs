@@ -2,16 +2,18 @@
 //!
 //! Fuel bounds how many instructions a template runs, but one instruction may double a string, nest a list in itself or
 //! compare two such lists: forty of them ask for more memory, or more time, than there is. Nothing inside a process can
-//! take that back, so the server renders in child processes whose memory the system bounds and which it kills when
-//! they take too long. A child serves one prompt after another; one that misbehaved is replaced.
+//! take that back, so the server renders in child processes whose memory and processor time the system bounds and which
+//! it kills when they take too long. They end with the server, even when that is killed. A child serves one prompt after another; one that misbehaved is replaced.
 
 use std::io::{self, BufRead, Write};
 use std::path::PathBuf;
 use std::process::{ExitCode, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
@@ -25,7 +27,9 @@ pub const RENDER_VERB: &str = "__render-templates";
 /// Address space of a child. The largest request there may be takes some hundred MiB.
 const MEMORY_BYTES_MAX: u64 = 512 << 20;
 /// Time for one prompt. Real templates take milliseconds.
-const RENDER_SECONDS_MAX: u64 = 10;
+const RENDER_TIME_MAX: Duration = Duration::from_secs(10);
+/// Processor time after which a child ends by itself, beyond the time that it has: for when nobody is left to kill it.
+const EXTRA_SECONDS: u64 = 2;
 /// Children at the same time.
 const NUM_CHILDREN_MAX: usize = 2;
 
@@ -33,8 +37,10 @@ const NUM_CHILDREN_MAX: usize = 2;
 pub struct Sandbox {
     template: Arc<ChatTemplate>,
     program: PathBuf,
+    time: Duration,
     permits: Semaphore,
     idle: Mutex<Vec<Renderer>>,
+    num_started: AtomicUsize,
 }
 
 /// The first line to a child: the template.
@@ -43,13 +49,26 @@ struct Setup {
     source: String,
     bos_token: String,
     eos_token: String,
+    /// Processor time for each prompt.
+    cpu_seconds: u64,
 }
 
 impl Sandbox {
     /// Renders `template` in children that run `program`, which is the `sparseserve` binary.
     pub fn new(template: Arc<ChatTemplate>, program: PathBuf) -> Self {
         let (permits, idle) = (Semaphore::new(NUM_CHILDREN_MAX), Mutex::default());
-        Sandbox { template, program, permits, idle }
+        let (time, num_started) = (RENDER_TIME_MAX, AtomicUsize::new(0));
+        Sandbox { template, program, time, permits, idle, num_started }
+    }
+
+    /// The same with another bound on the time for one prompt.
+    pub fn with_time(self, time: Duration) -> Self {
+        Sandbox { time, ..self }
+    }
+
+    /// Children that were started so far.
+    pub fn num_started(&self) -> usize {
+        self.num_started.load(Ordering::Relaxed)
     }
 
     /// The same where this program is the `sparseserve` binary.
@@ -78,14 +97,14 @@ impl Sandbox {
         let request = to_line(input)?;
         let reused = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         if let Some(renderer) = reused {
-            // It may have died while it was idle, which is no fault of this request.
-            match self.ask(renderer, &request).await {
-                Err(TemplateError::Limit(_)) => {}
-                answer => return answer,
+            // It may have died while it was idle, which is no fault of this request. One that takes too long has not.
+            if let Some(answer) = self.ask(renderer, &request).await {
+                return answer;
             }
         }
         let renderer = self.spawn().await.map_err(|e| TemplateError::Failed(format!("no process: {e}")))?;
-        self.ask(renderer, &request).await
+        let out_of_memory = || Err(TemplateError::Limit(format!("{} MiB of memory", MEMORY_BYTES_MAX >> 20)));
+        self.ask(renderer, &request).await.unwrap_or_else(out_of_memory)
     }
 
     async fn spawn(&self) -> io::Result<Renderer> {
@@ -102,20 +121,22 @@ impl Sandbox {
             return Err(io::Error::other("a child without pipes"));
         };
         let mut renderer = Renderer { _child: child, stdin, stdout: BufReader::new(stdout) };
-        let setup = to_line(&self.template.setup()).map_err(io::Error::other)?;
+        self.num_started.fetch_add(1, Ordering::Relaxed);
+        let cpu_seconds = self.time.as_secs() + EXTRA_SECONDS;
+        let setup = to_line(&self.template.setup(cpu_seconds)).map_err(io::Error::other)?;
         renderer.stdin.write_all(&setup).await?;
         Ok(renderer)
     }
 
-    async fn ask(&self, mut renderer: Renderer, request: &[u8]) -> Result<String, TemplateError> {
-        let limit = Duration::from_secs(RENDER_SECONDS_MAX);
-        match tokio::time::timeout(limit, renderer.ask(request)).await {
+    /// The answer of `renderer`, or `None` if it is gone.
+    async fn ask(&self, mut renderer: Renderer, request: &[u8]) -> Option<Result<String, TemplateError>> {
+        match tokio::time::timeout(self.time, renderer.ask(request)).await {
             Ok(Ok(answer)) => {
                 self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(renderer);
-                answer
+                Some(answer)
             }
-            Ok(Err(_)) => Err(TemplateError::Limit(format!("{} MiB of memory", MEMORY_BYTES_MAX >> 20))),
-            Err(_) => Err(TemplateError::Limit(format!("{RENDER_SECONDS_MAX} seconds"))),
+            Ok(Err(_)) => None,
+            Err(_) => Some(Err(TemplateError::Limit(format!("{:?}", self.time)))),
         }
     }
 }
@@ -158,17 +179,21 @@ pub fn render_main() -> ExitCode {
 }
 
 fn render_lines() -> io::Result<()> {
+    // Where the system does not do that, the limit on processor time must do.
+    let _ = end_with_parent();
     let limit = |most| Rlimit { current: Some(most), maximum: Some(most) };
     setrlimit(Resource::As, limit(MEMORY_BYTES_MAX))?;
     // Running out of memory ends in an abort, which is no reason for a core dump.
     setrlimit(Resource::Core, limit(0))?;
     let mut lines = io::stdin().lock().lines();
     let Some(setup) = lines.next().transpose()? else { return Ok(()) };
-    let Setup { source, bos_token, eos_token } = serde_json::from_str(&setup)?;
+    let Setup { source, bos_token, eos_token, cpu_seconds } = serde_json::from_str(&setup)?;
     let template = ChatTemplate::new(&source, &bos_token, &eos_token);
     let mut out = io::stdout().lock();
     for line in lines {
-        let input: RenderInput = serde_json::from_str(&line?)?;
+        let line = line?;
+        limit_cpu_seconds(cpu_seconds)?;
+        let input: RenderInput = serde_json::from_str(&line)?;
         let answer = match &template {
             Ok(template) => template.render(&input),
             Err(error) => Err(error.clone()),
@@ -180,9 +205,29 @@ fn render_lines() -> io::Result<()> {
     Ok(())
 }
 
+/// Ends the process when it takes `seconds` more of processor time. The server kills it sooner, if it still can.
+fn limit_cpu_seconds(seconds: u64) -> io::Result<()> {
+    let used = u64::try_from(clock_gettime(ClockId::ProcessCPUTime).tv_sec).unwrap_or(0);
+    // The hard limit stays, so that the soft one can be moved for the next prompt.
+    let Rlimit { maximum, .. } = getrlimit(Resource::Cpu);
+    let current = maximum.unwrap_or(u64::MAX).min(used + seconds);
+    Ok(setrlimit(Resource::Cpu, Rlimit { current: Some(current), maximum })?)
+}
+
+/// Has the system kill this process when the server ends, however it does.
+#[cfg(target_os = "linux")]
+fn end_with_parent() -> io::Result<()> {
+    Ok(rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn end_with_parent() -> io::Result<()> {
+    Ok(())
+}
+
 impl ChatTemplate {
-    fn setup(&self) -> Setup {
+    fn setup(&self, cpu_seconds: u64) -> Setup {
         let [source, bos_token, eos_token] = self.parts().map(str::to_owned);
-        Setup { source, bos_token, eos_token }
+        Setup { source, bos_token, eos_token, cpu_seconds }
     }
 }

@@ -52,7 +52,7 @@ pub struct RenderInput {
 
 impl RenderInput {
     /// Bytes of text in it, on which the bounds depend.
-    fn text_bytes(&self) -> usize {
+    pub fn text_bytes(&self) -> usize {
         fn bytes(value: &serde_json::Value) -> usize {
             match value {
                 serde_json::Value::String(text) => text.len(),

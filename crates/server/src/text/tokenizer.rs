@@ -20,6 +20,9 @@ pub enum TokenizerError {
     /// A text could not be encoded, or ids not be decoded.
     #[error("tokenizer: {0}")]
     Text(String),
+    /// A text has more tokens than it may.
+    #[error("the text has far more than {0} tokens")]
+    TooLong(usize),
 }
 
 /// How a vocabulary spells the bytes that a token stands for.
@@ -33,6 +36,28 @@ enum Spelling {
     Other,
 }
 
+impl Spelling {
+    /// Bytes of text behind a token, at most.
+    fn text_bytes(self, token: &str) -> usize {
+        match self {
+            // One character per byte, or plain text.
+            Spelling::ByteLevel => byte_level(token).map_or(token.len(), |bytes| bytes.len()),
+            // A word that the vocabulary lacks is one token, whatever its length; such vocabularies end at a hundred
+            // characters.
+            Spelling::Metaspace | Spelling::Other => token.len().max(UNKNOWN_BYTES_MAX),
+        }
+    }
+}
+
+/// Bytes of text per token that hardly any text exceeds; most have four.
+pub const LIKELY_TOKEN_BYTES: usize = 8;
+
+/// Bytes of the pieces in which the tokens of a long text are counted.
+const PIECE_BYTES: usize = 64 << 10;
+
+/// Bytes of a word that is one unknown token.
+const UNKNOWN_BYTES_MAX: usize = 100;
+
 /// A Hugging Face tokenizer with its special tokens.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
@@ -42,6 +67,7 @@ pub struct Tokenizer {
     eos_token: Option<String>,
     eos_id: Option<u32>,
     vocab_size: usize,
+    token_bytes_max: usize,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -76,14 +102,17 @@ impl Tokenizer {
         let eos_token = special_token(&config, "eos_token");
         let added = inner.get_added_tokens_decoder();
         let special = added.iter().filter(|(_, token)| token.special).map(|(&id, _)| id).collect();
-        let largest_id = inner.get_vocab(true).into_values().max();
+        let vocab = inner.get_vocab(true);
+        let largest_id = vocab.values().max();
+        let spelling = spelling(&layout["decoder"]);
         Ok(Tokenizer {
-            spelling: spelling(&layout["decoder"]),
+            token_bytes_max: vocab.keys().map(|token| spelling.text_bytes(token)).max().unwrap_or(1),
+            spelling,
             special,
             bos_token: special_token(&config, "bos_token"),
             eos_id: eos_token.as_deref().and_then(|token| inner.token_to_id(token)),
             eos_token,
-            vocab_size: largest_id.map_or(0, |id| id as usize + 1),
+            vocab_size: largest_id.map_or(0, |&id| id as usize + 1),
             inner,
         })
     }
@@ -97,6 +126,37 @@ impl Tokenizer {
         contained(|| self.inner.encode_fast(text, add_special_tokens))
             .map(|encoding| encoding.get_ids().to_vec())
             .map_err(TokenizerError::Text)
+    }
+
+    /// The same for a text that should have no more than `tokens_max` tokens. One that has far more is refused at the
+    /// cost of one that has not; one that has some more may be encoded.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`], and [`TokenizerError::TooLong`].
+    pub fn encode_within(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+        tokens_max: usize,
+    ) -> Result<Vec<u32>, TokenizerError> {
+        let suspicious = text.len() > tokens_max.saturating_mul(LIKELY_TOKEN_BYTES);
+        // A cut makes tokens of what would be one. That is less than a quarter more, whatever the text.
+        let most = tokens_max.saturating_add(tokens_max / 4 + PIECE_BYTES / 64);
+        if suspicious && self.count_up_to(text, most, PIECE_BYTES)? > most {
+            return Err(TokenizerError::TooLong(tokens_max));
+        }
+        self.encode(text, add_special_tokens)
+    }
+
+    /// Tokens of `text` cut into pieces, up to the piece with which they are more than `most`.
+    fn count_up_to(&self, text: &str, most: usize, piece_bytes: usize) -> Result<usize, TokenizerError> {
+        let (mut rest, mut count) = (text, 0);
+        while !rest.is_empty() && count <= most {
+            let (piece, after) = rest.split_at(rest.floor_char_boundary(piece_bytes));
+            count += self.encode(piece, false)?.len();
+            rest = after;
+        }
+        Ok(count)
     }
 
     /// Text of `ids`; unknown ids are left out, incomplete UTF-8 becomes U+FFFD.
@@ -160,6 +220,11 @@ impl Tokenizer {
     /// One more than the largest id.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
+    }
+
+    /// Bytes of text that a token stands for, at most.
+    pub fn token_bytes_max(&self) -> usize {
+        self.token_bytes_max
     }
 
     /// The begin token as `tokenizer_config.json` spells it.
@@ -346,6 +411,18 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn long_texts_are_counted_no_further_than_need_be() {
+        let tokenizer = demo();
+        let long = "word ".repeat(1_000_000);
+        let counted = tokenizer.count_up_to(&long, 1000, 1 << 12).unwrap();
+        assert!((1000..10_000).contains(&counted), "{counted}");
+        assert_eq!(tokenizer.encode_within(&long, true, 1000), Err(TokenizerError::TooLong(1000)));
+        // Near the limit the exact count decides, and that is for others to do.
+        let near = "a".repeat(1100);
+        assert_eq!(tokenizer.encode_within(&near, true, 1000), tokenizer.encode(&near, true));
+    }
+
+    #[test]
     fn files_that_are_no_tokenizers_are_refused() {
         let check = |file: &[u8]| match Tokenizer::from_bytes(file, None) {
             Err(TokenizerError::File { file: "tokenizer.json", .. }) => {}
@@ -378,6 +455,22 @@ pub(crate) mod tests {
                 }
             }
             _ => *value = with.clone(),
+        }
+    }
+
+    proptest! {
+        #![proptest_config(fixed_seed(64))]
+
+        #[test]
+        fn a_text_that_fits_is_never_too_long(
+            words in proptest::collection::vec("[ab 🦀é\\n]{0,30}| {1,90}|(key ){1,30}|<\\|eos\\|>", 1..40),
+            times in 1usize..60,
+        ) {
+            let (tokenizer, text) = (demo(), words.concat().repeat(times));
+            let tokens = tokenizer.encode(&text, false).unwrap();
+            let counted = tokenizer.count_up_to(&text, usize::MAX, 1 << 10).unwrap();
+            prop_assert!(counted <= tokens.len() + tokens.len() / 4 + 16, "{} of {}", counted, tokens.len());
+            prop_assert_eq!(tokenizer.encode_within(&text, false, tokens.len()).unwrap(), tokens);
         }
     }
 

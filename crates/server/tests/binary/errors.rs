@@ -3,11 +3,11 @@
 use std::fs;
 use std::path::Path;
 
-use super::process::{output, repository, text};
+use super::process::{SOON, output_within, repository, sparseserve, text};
 
 /// The one line of standard error of a command that must fail with exit code 2.
 fn complaint(arguments: &[&str]) -> String {
-    let output = output(arguments);
+    let output = output_within(&mut sparseserve(arguments), SOON);
     let said = text(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{arguments:?}: {said}");
     assert!(output.stdout.is_empty(), "{arguments:?} printed {}", text(&output.stdout));
@@ -45,29 +45,41 @@ fn edit(path: &Path, change: impl Fn(String) -> String) {
 
 #[test]
 fn flags_and_files() {
-    says(&["serve", "--dram", "lots"], &["lots"]);
+    says(&["serve", "--port", "0", "--dram", "lots"], &["lots"]);
     says(&["serve", "--port", "70000"], &["70000", "--port"]);
-    says(&["serve", "--nonsense"], &["--nonsense"]);
-    says(&["serve", "--page-tokens", "17"], &["17", "16"]);
-    says(&["serve", "--device", "cuda"], &["CUDA"]);
-    says(&["serve", "--isa", "sse9"], &["sse9", "avx2"]);
-    says(&["serve", "--max-context", "40000"], &["40000", "32768"]);
-    says(&["serve", "--config", "no-such-file.toml"], &["no-such-file.toml"]);
+    says(&["serve", "--port", "0", "--nonsense"], &["--nonsense"]);
+    says(&["serve", "--port", "0", "--page-tokens", "17"], &["17", "16"]);
+    says(&["serve", "--port", "0", "--device", "cuda"], &["CUDA"]);
+    says(&["serve", "--port", "0", "--isa", "sse9"], &["sse9", "avx2"]);
+    says(&["serve", "--port", "0", "--max-context", "40000"], &["40000", "32768"]);
+    says(&["serve", "--port", "0", "--log-level", "nonsense"], &["--log-level", "nonsense", "debug"]);
+    says(&["serve", "--port", "0", "--log-level", "warn,engine=loud"], &["--log-level", "warn,engine=loud"]);
+    says(&["serve", "--port", "0", "--dram", "100%"], &["headroom", "would fit"]);
+    says(&["run", "-p", "x", "--temperature", "-1"], &["--temperature", "between 0 and 100"]);
+    says(&["run", "-p", "x", "--top-p", "-1"], &["--top-p", "above 0"]);
+    let mut command = sparseserve(&["serve", "--port", "0"]);
+    let output = output_within(command.env("SPARSESERVE_NO_PREFIX_CACHE", "maybe"), SOON);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("maybe"), "{}", text(&output.stderr));
+    says(&["serve", "--port", "0", "--threads", "5000"], &["--threads 5000", "1024"]);
+    says(&["serve", "--port", "0", "--max-waiting", "99999999999999"], &["--max-waiting", "1000000"]);
+    says(&["serve", "--port", "0", "--max-context", "1"], &["--max-context 1"]);
+    says(&["serve", "--port", "0", "--config", "no-such-file.toml"], &["no-such-file.toml"]);
     let config = tempfile::NamedTempFile::new().unwrap();
     fs::write(config.path(), "prot = 8000\n").unwrap();
-    says(&["serve", "--config", config.path().to_str().unwrap()], &["prot"]);
+    says(&["serve", "--port", "0", "--config", config.path().to_str().unwrap()], &["prot"]);
 }
 
 #[test]
 fn memory_that_does_not_suffice_is_told_with_the_arithmetic() {
-    says(&["serve", "--dram", "1MiB"], &["1 MiB", "128 MiB", "--max-context"]);
+    says(&["serve", "--port", "0", "--dram", "1MiB"], &["1 MiB", "128 MiB", "--max-context"]);
 }
 
 #[test]
 fn directories_that_hold_no_model() {
-    says(&["serve", "./no/such/dir"], &["no/such/dir"]);
+    says(&["serve", "--port", "0", "./no/such/dir"], &["no/such/dir"]);
     let empty = tempfile::tempdir().unwrap();
-    says(&["serve", empty.path().to_str().unwrap()], &["config.json"]);
+    says(&["serve", "--port", "0", empty.path().to_str().unwrap()], &["config.json"]);
 }
 
 #[test]
@@ -111,8 +123,9 @@ fn shards_stay_in_their_directory() {
 #[test]
 fn offline_is_said_plainly() {
     let home = tempfile::tempdir().unwrap();
-    let mut command = super::process::sparseserve(&["run", "-p", "x", "nobody/nothing"]);
-    let output = command.env("HF_HUB_OFFLINE", "1").env("HF_HOME", home.path()).output().unwrap();
+    let mut command = sparseserve(&["run", "-p", "x", "nobody/nothing"]);
+    command.env("HF_HUB_OFFLINE", "1").env("HF_HOME", home.path());
+    let output = output_within(&mut command, SOON);
     let said = text(&output.stderr);
     assert!(
         !output.status.success() && said.contains("nobody/nothing") && said.contains("HF_HUB_OFFLINE"),

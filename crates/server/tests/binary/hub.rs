@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 
-use super::process::{repository, sparseserve, text};
+use super::process::{LATER, output_within, repository, sparseserve, text};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const MODEL: &str = "owner/demo";
@@ -157,7 +157,7 @@ fn inspect(endpoint: &str, home: &Path, variables: &[(&str, &str)]) -> Output {
         command.env_remove(proxy);
     }
     command.env("HF_ENDPOINT", endpoint).env("HF_HOME", home).envs(variables.iter().copied());
-    command.output().unwrap()
+    output_within(&mut command, LATER)
 }
 
 fn succeeds(output: &Output) -> String {

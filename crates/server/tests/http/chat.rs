@@ -84,6 +84,17 @@ async fn stop_strings_end_the_answer_and_are_not_shown() {
 }
 
 #[tokio::test]
+async fn a_stop_string_in_the_last_text_counts() {
+    let server = start(Options::default()).await;
+    // Half a character becomes text only when it is clear that the rest does not come.
+    let body = with(chat("a🦀"), json!({"max_tokens": 3, "stop": "\u{fffd}"}));
+    let choice = server.ok(CHAT, &body).await["choices"][0].clone();
+    assert_eq!((&choice["message"]["content"], &choice["finish_reason"]), (&json!("a"), &json!("stop")));
+    assert_eq!(choice["stop_reason"], "\u{fffd}");
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn lengths_and_end_tokens() {
     let server = start(Options::default()).await;
     for name in ["max_tokens", "max_completion_tokens"] {
@@ -266,6 +277,16 @@ async fn what_is_wrong_is_named() {
         (json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}), "messages[0].content"),
         (json!({"chat_template": "x"}), "chat_template"),
         (json!({"chat_template_kwargs": {"messages": []}}), "chat_template_kwargs"),
+        (json!({"chat_template_kwargs": {"tools": []}}), "chat_template_kwargs"),
+        (json!({"chat_template_kwargs": {"documents": []}}), "chat_template_kwargs"),
+        (
+            json!({"messages": [{"role": "assistant", "content": " \n"}], "continue_final_message": true}),
+            "continue_final_message",
+        ),
+        (
+            json!({"messages": [{"role": "assistant"}], "continue_final_message": true}),
+            "continue_final_message",
+        ),
         (json!({"continue_final_message": true, "add_generation_prompt": true}), "continue_final_message"),
     ] {
         refuse(fields, 400, param).await;

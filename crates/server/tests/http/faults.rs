@@ -130,6 +130,34 @@ fn any_body_gets_an_answer() {
     });
 }
 
+/// A message that is continued is the end of its prompt, whatever it says, the template's own words included.
+#[test]
+fn any_message_can_be_continued() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let server = runtime.block_on(start(Options::default()));
+    let config = Config { cases: 300, failure_persistence: None, ..Config::default() };
+    let mut runner = TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha));
+    let words = proptest::sample::select(
+        &["os", "<|eos|>", "|>", "e", " ", "\n", "<|assistant|> ", "end-", "🦀"][..],
+    );
+    let content =
+        prop_oneof![proptest::collection::vec(words, 1..5).prop_map(|words| words.concat()), "\\PC{1,12}",];
+    let result = runner.run(&content, |content| {
+        prop_assume!(!content.trim().is_empty());
+        let messages = json!([{"role": "user", "content": "u"}, {"role": "assistant", "content": content}]);
+        let text = runtime.block_on(async {
+            let body = json!({"messages": messages, "continue_final_message": true});
+            let tokens = server.ok("/tokenize", &body).await["tokens"].clone();
+            server.ok("/detokenize", &json!({"tokens": tokens})).await["prompt"].clone()
+        });
+        let expected = format!("<|bos|><|user|>u<|eos|><|assistant|> {}", content.trim());
+        prop_assert_eq!(text.as_str(), Some(expected.as_str()));
+        Ok(())
+    });
+    result.unwrap();
+    runtime.block_on(server.stop());
+}
+
 /// What a rude client does with its request.
 #[derive(Clone, Copy, Debug)]
 enum Manner {

@@ -56,7 +56,12 @@ async fn pages_of_allowed_origins_may_ask() {
     let preflight = async |origin: &str| {
         let request = server.client.request(reqwest::Method::OPTIONS, format!("{}{CHAT}", server.url));
         let request = request.header("origin", origin).header("access-control-request-method", "POST");
-        request.send().await.unwrap().headers().get("access-control-allow-origin").cloned()
+        // As the official client for JavaScript asks.
+        let wanted = "authorization,content-type,x-stainless-lang,x-stainless-retry-count";
+        let answer = request.header("access-control-request-headers", wanted).send().await.unwrap();
+        let header = |name: &str| Some(answer.headers().get(name)?.to_str().unwrap().to_owned());
+        assert_eq!(header("access-control-allow-headers").as_deref(), Some(wanted));
+        header("access-control-allow-origin")
     };
     assert_eq!(preflight("https://chat.example").await.unwrap(), "https://chat.example");
     assert_eq!(preflight("https://evil.example").await, None);
@@ -83,6 +88,35 @@ async fn bodies_must_be_json_and_small() {
     assert_eq!(send(None, "{").await, 400);
     assert_eq!(send(None, "[]").await, 422);
     assert_eq!(send(None, "").await, 400);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn answers_are_counted_by_route_and_class() {
+    let options = Options { api_keys: vec!["key".into()], ..Options::default() };
+    let server = start(options).await;
+    let send = async |path: &str, key: &str, body: &str| {
+        let request = server.client.post(format!("{}{path}", server.url)).bearer_auth(key);
+        request.body(body.to_owned()).send().await.unwrap().status().as_u16()
+    };
+    let good = chat("hi").to_string();
+    let answers = [(CHAT, "key", good.as_str(), 200), (CHAT, "no", &good, 401), (CHAT, "key", "{", 400)];
+    let strange = [(CHAT, "key", "[]", 422), ("/nothing", "key", "", 404), ("/nothing/2", "key", "", 404)];
+    for (path, key, body, status) in answers.into_iter().chain(strange) {
+        assert_eq!(send(path, key, body).await, status);
+    }
+    server.client.get(format!("{}/v1/models/none", server.url)).bearer_auth("key").send().await.unwrap();
+    let count = |route: &str, class: &str| {
+        let name = "sparseserve_http_requests_total";
+        let families = server.app.registry.gather();
+        let family = families.iter().find(|family| family.name() == name).unwrap();
+        let wanted = |m: &&prometheus::proto::Metric| {
+            [route, class].iter().all(|value| m.get_label().iter().any(|label| label.value() == *value))
+        };
+        family.get_metric().iter().find(wanted).unwrap().get_counter().get_value()
+    };
+    assert_eq!([count(CHAT, "2xx"), count(CHAT, "4xx"), count(CHAT, "5xx")], [1.0, 3.0, 0.0]);
+    assert_eq!([count("unknown", "4xx"), count("/v1/models/{*name}", "4xx")], [2.0, 1.0]);
     server.stop().await;
 }
 
@@ -134,6 +168,17 @@ async fn one_refused_prompt_takes_the_others_back() {
 }
 
 #[tokio::test]
+async fn an_idle_server_takes_as_many_prompts_as_may_run() {
+    let options = Options { max_waiting: 1, max_num_seqs: 8, ..Options::default() };
+    let server = start(options).await;
+    let answer = server.ok("/v1/completions", &completion(vec!["a"; 9])).await;
+    assert_eq!(answer["choices"].as_array().unwrap().len(), 9);
+    // Ten would have to wait for each other.
+    server.refused("/v1/completions", &completion(vec!["a"; 10]), 400, Some("prompt")).await;
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn a_client_that_leaves_frees_its_blocks() {
     let server = start(Options { step: Duration::from_millis(5), ..Options::default() }).await;
     let streamed = server.post(CHAT, &with(endless(), json!({"stream": true}))).await;
@@ -152,7 +197,7 @@ async fn a_client_that_leaves_frees_its_blocks() {
 
 #[tokio::test]
 async fn a_silent_stream_is_kept_alive() {
-    let limits = Limits { keep_alive_seconds: 1, ..Limits::default() };
+    let limits = Limits { keep_alive: Duration::from_secs(1), ..Limits::default() };
     let server = start(Options { limits, ..Options::default() }).await;
     server.held.store(true, Ordering::Release);
     let response = server.post(CHAT, &with(chat("hi"), json!({"stream": true}))).await;

@@ -1,5 +1,6 @@
 //! The server over real connections, with the real engine and a model that is a few lines long.
 
+mod bounds;
 mod chat;
 mod completions;
 mod faults;

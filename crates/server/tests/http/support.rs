@@ -11,7 +11,7 @@ use ops::sample::{SampleOutput, SampleRow, SampleScratch, sample};
 use prometheus::Registry;
 use serde_json::{Value, json};
 use sparseserve::app::{App, GenerationDefaults, Lifecycle, Limits};
-use sparseserve::http::{Shutdown, serve};
+use sparseserve::http::{HttpMetrics, Shutdown, serve};
 use sparseserve::text::{ChatTemplate, Sandbox, Tokenizer};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
@@ -61,6 +61,7 @@ pub struct Options {
     pub step: Duration,
     pub max_waiting: usize,
     pub max_num_seqs: usize,
+    pub max_context: usize,
     pub api_keys: Vec<String>,
     pub cors_origins: Vec<String>,
     pub limits: Limits,
@@ -77,6 +78,7 @@ impl Default for Options {
             step: Duration::ZERO,
             max_waiting: 64,
             max_num_seqs: 8,
+            max_context: 2048,
             api_keys: Vec::new(),
             cors_origins: Vec::new(),
             limits: Limits::default(),
@@ -108,7 +110,7 @@ pub async fn start(options: Options) -> Server {
         max_num_seqs: options.max_num_seqs,
         max_inject_tokens: 256,
         max_waiting: options.max_waiting,
-        max_context: 2048,
+        max_context: options.max_context,
         max_logprobs: options.limits.top_logprobs,
         vocab_size: VOCAB,
         page_tokens: 16,
@@ -130,15 +132,17 @@ pub async fn start(options: Options) -> Server {
     let defaults = GenerationDefaults { temperature: None, max_new_tokens: None, ..defaults(&tokenizer) };
     let app = Arc::new(App {
         engine,
+        http_metrics: HttpMetrics::new(&registry).unwrap(),
         registry,
         tokenizer: Arc::new(tokenizer),
         template: options.template.map(|source| sandbox(&source)),
         names: vec!["parrot".into(), "org/parrot".into()],
-        max_context: 2048,
+        max_context: options.max_context,
         vocab_size: VOCAB,
         defaults,
         policies: sparse::Served::new(options.policies, &Default::default()).unwrap(),
         budget: sparse::Budget::Tokens(64),
+        body_memory: options.limits.body_memory(),
         limits: options.limits,
         api_keys: options.api_keys,
         cors_origins: options.cors_origins,
@@ -151,7 +155,7 @@ pub async fn start(options: Options) -> Server {
     let (signals, receiver) = mpsc::unbounded_channel();
     let shutdown = Shutdown { signals: receiver, drain_timeout: options.drain_timeout };
     let served = tokio::spawn(serve(Arc::clone(&app), listener, shutdown));
-    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(120)).build().unwrap();
     Server { url, client, app, held, signals, served }
 }
 
