@@ -191,7 +191,7 @@ fn a_warm_step_allocates_nothing() {
 }
 
 /// What an answer says, whatever the order of splits and rows behind it.
-fn draws(fed: &[Fed]) -> Vec<&Vec<(u32, u32, Vec<(u32, u32)>)>> {
+fn draws(fed: &[Fed]) -> Vec<&Vec<Seen>> {
     fed.iter().map(|fed| &fed.seen).collect()
 }
 

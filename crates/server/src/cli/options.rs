@@ -316,13 +316,16 @@ pub struct SparseOptions {
     pub policy: Option<String>,
     /// More policies that requests may ask for, repeatable or separated by commas [default: none]
     #[arg(long, value_name = "NAME", value_delimiter = ',', env = "SPARSESERVE_POLICIES")]
+    #[serde(deserialize_with = "one_or_many")]
     pub policies: Option<Vec<String>>,
     /// Tokens that a generated token attends to per layer and KV head at most, or a share of the prompt: 1024, 12.5%
     /// [default: 1024]
     #[arg(long, value_name = "TOKENS|%", env = "SPARSESERVE_BUDGET")]
+    #[serde(deserialize_with = "text_or_number")]
     pub budget: Option<String>,
     /// An option of --policy, repeatable or separated by commas: docs/policies says which there are
     #[arg(long, value_name = "NAME=VALUE", value_delimiter = ',', env = "SPARSESERVE_POLICY_OPT")]
+    #[serde(deserialize_with = "one_or_many")]
     pub policy_opt: Option<Vec<String>>,
 }
 
@@ -414,6 +417,20 @@ impl std::fmt::Debug for ApiKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("ApiKey(..)")
     }
+}
+
+/// `512` as well as `"12.5%"`.
+fn text_or_number<'de, D: Deserializer<'de>>(file: D) -> Result<Option<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "a string or a whole number")]
+    enum TextOrNumber {
+        Text(String),
+        Number(u64),
+    }
+    Ok(Some(match TextOrNumber::deserialize(file)? {
+        TextOrNumber::Text(text) => text,
+        TextOrNumber::Number(number) => number.to_string(),
+    }))
 }
 
 /// A value in a file may stand for a list of one.
@@ -595,6 +612,10 @@ mod tests {
             page-tokens = 8
             dram = "60%"
             no-prefix-cache = true
+            policy = "quest"
+            policies = ["dense"]
+            budget = 9
+            policy-opt = "x"
             log-level = "debug"
             log-format = "json"
         "#;
@@ -606,6 +627,8 @@ mod tests {
         assert_eq!(file.engine.compute.threads, Some(4));
         assert_eq!(file.engine.dram, Some(Size::Percent(60.0)));
         assert_eq!(file.engine.no_prefix_cache, Some(true));
+        assert_eq!(file.engine.sparse.policy.as_deref(), Some("quest"));
+        assert_eq!(file.engine.sparse.budget.as_deref(), Some("9"));
         assert_eq!(file.common.log_format, Some(LogFormat::Json));
         assert!(!format!("{file:?}").contains("\"k\""), "keys are never printed");
     }

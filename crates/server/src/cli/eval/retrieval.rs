@@ -75,7 +75,7 @@ struct Evaluation {
 /// Runs the command.
 pub fn run(args: EvalRetrievalArgs) -> Result<(), Failure> {
     let file = ConfigFile::read(args.common.config.as_deref())?;
-    log::start(&LogSettings::resolve(args.common.clone().or(file.common), "warn"))?;
+    let _log = log::start(&LogSettings::resolve(args.common.clone().or(file.common), "warn"))?;
     let choice = ModelChoice::resolve(args.model.as_deref().or(file.model.as_deref()))?;
     let mut settings = EngineSettings::resolve(args.engine.clone().or(file.engine), MAX_NUM_SEQS)?;
     let (served, variants) = Served::variants(&args.compare).map_err(Failure::input)?;
