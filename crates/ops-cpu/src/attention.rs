@@ -23,11 +23,12 @@ use ops::{Batch, DType, HeadShape, KvGeometry, SPLIT_TOKENS, SequenceRows, Tenso
 
 use crate::isa::{Isa, Kernel};
 use crate::memory::{Buffer, PerThread, Shared};
+use crate::merge::{Partial, finish, merge};
 use crate::pages::Kv;
 use crate::pool::Pool;
-use crate::select::Selections;
+use crate::selection::Selections;
 use crate::simd::Simd;
-use crate::split::{HeadView, Partial, SplitScratch, finish, merge, pack_queries, split_partial};
+use crate::split::{HeadView, SplitScratch, pack_queries, split_partial};
 use crate::tensor::CpuTensor;
 use crate::tile::{Bf16, Element, F16, F32};
 

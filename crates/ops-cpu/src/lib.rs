@@ -1,12 +1,14 @@
 //! The CPU backend: SIMD and threads.
 //!
 //! In reading order: [`Isa`] (which instructions), `simd` (vectors of 16 lanes), `tile` (the one inner loop), `pack`
-//! and `gemm` (matrix products), `pages`, `attention` and `split` (the KV cache), `rows` (everything that treats a
+//! and `gemm` (matrix products), `pages`, `attention`, `split` and `merge` (the KV cache), `digest`, `score`,
+//! `selection` and `select` (which part of it is attended to), `rows` (everything that treats a
 //! row alone), `pool` (threads), `memory`; [`ceiling`] and [`bench`](mod@bench) measure.
 //!
 //! Invariant: at one instruction set, a row's bits depend on nothing but the row: not on the batch, the number of
 //! threads, the chunking of a prompt, or how work is cut into tasks. Outputs are vectorised, reductions are not:
-//! every sum over k runs in ascending order, every split of attention is merged in ascending order.
+//! every sum over k runs in ascending order, every split of attention is merged in ascending order. Only scores of digests
+//! add across lanes, always in one order.
 //!
 //! Invariant: this crate and one mapping of `model` are the only homes of `unsafe`; this one has no dependency above `ops`.
 
@@ -17,12 +19,15 @@ mod digest;
 mod gemm;
 mod isa;
 mod memory;
+mod merge;
 mod pack;
 mod pages;
 mod pool;
 mod rows;
 mod sampling;
+mod score;
 mod select;
+mod selection;
 mod simd;
 mod split;
 mod tensor;
@@ -37,7 +42,7 @@ pub use isa::Isa;
 pub use pack::{Linear, Vector};
 pub use pages::Kv;
 pub use pool::{Pool, THREADS_MAX};
-pub use select::Selections;
+pub use selection::Selections;
 pub use tensor::CpuTensor;
 
 /// How to run.
@@ -227,7 +232,7 @@ impl Backend for CpuBackend {
         batch: &Batch,
     ) {
         let (isa, pool) = (self.isa, &mut self.pool);
-        select::score(isa, pool, selection, digests, kv, layer, qkv, heads, batch);
+        score::score(isa, pool, selection, digests, kv, layer, qkv, heads, batch);
     }
 
     fn select(&mut self, selection: &mut Selections, layer: usize, heads: HeadShape, batch: &Batch) {

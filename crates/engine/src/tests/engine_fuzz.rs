@@ -11,7 +11,7 @@ use crate::request::{FinishReason, Request, RequestId, TokenLogprobs, Update};
 
 #[derive(Debug)]
 enum Op {
-    Submit(Request, Option<usize>),
+    Submit(Box<Request>, Option<usize>),
     Abort(RequestId),
     Stop(RequestId),
     Step,
@@ -80,7 +80,7 @@ fn random_request(random: &mut Random, config: &Config, live: &[Live]) -> Reques
 fn draw(random: &mut Random, config: &Config, live: &[Live]) -> Op {
     match random.below(20) {
         0..6 => Op::Submit(
-            random_request(random, config, live),
+            Box::new(random_request(random, config, live)),
             (random.below(12) == 0).then(|| random.below(12)),
         ),
         6 if !live.is_empty() => Op::Abort(live[random.below(live.len())].id),
@@ -167,10 +167,10 @@ fn fuzz(seed: u64, num_ops: usize, fault: Option<Fault>) -> Seen {
             Op::Submit(request, patience) => {
                 let listener = patience.map_or_else(Listener::default, Listener::impatient);
                 // Some can never fit, and are refused.
-                if let Ok(id) = bench.submit(request.clone(), &listener) {
+                if let Ok(id) = bench.submit((*request).clone(), &listener) {
                     live.push(Live {
                         id,
-                        request,
+                        request: *request,
                         listener,
                         impatient: patience.is_some(),
                         cancelled: false,

@@ -1,0 +1,317 @@
+//! Scores of partitions.
+//!
+//! A score is a dot product of a *lifted* query with a digest (see [`ops::sparse::Score`]), so a whole row of a digest is
+//! read once, front to back, for all lines of its KV head. A task scores a run of partitions for all heads, because that
+//! is how digests lie in memory; memory is the limit, and the next digests are fetched while these are worked on.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use ops::sparse::{DIGEST_ALIGN, DigestKind, Method, Reduce, Scope, Score, padded_width, random_score};
+use ops::{Batch, DType, HeadShape, Tensor};
+
+use crate::digest::{Digests, summarise};
+use crate::isa::{Isa, Kernel};
+use crate::memory::{LINE_BYTES, Shared};
+use crate::pages::Kv;
+use crate::pool::Pool;
+use crate::selection::{LIFTED_MAX, Selections};
+use crate::simd::{LANES, Simd};
+use crate::tensor::CpuTensor;
+use crate::tile::{Bf16, Element, F16, F32};
+
+/// Partitions per task.
+pub(crate) const RUN: usize = 128;
+
+/// Partitions whose sums are in flight at a time: enough to hide the latency of an addition.
+const TOGETHER: usize = 4;
+
+/// Scores the candidates of the sparse rows of `batch`.
+pub fn score(
+    isa: Isa,
+    pool: &mut Pool,
+    selection: &mut Selections,
+    digests: &[Digests],
+    kv: &Kv,
+    layer: usize,
+    qkv: &CpuTensor,
+    heads: HeadShape,
+    batch: &Batch,
+) {
+    let geometry = kv.geometry();
+    assert_eq!((qkv.rows(), qkv.cols()), (batch.num_rows(), heads.qkv_cols()), "shape of QKV");
+    assert_eq!(heads, selection.limits.heads, "heads of the selection");
+    batch.check(geometry.page_tokens);
+    selection.plan(layer, batch);
+    let Some(num_tasks) = selection.rows.last().map(|r| r.tasks_end).filter(|&n| n > 0) else { return };
+    let scores = Shared(selection.scores.as_mut_ptr());
+    let selection = &*selection;
+    pool.run(num_tasks, &|task, thread| {
+        let place = selection.rows.partition_point(|r| r.tasks_end <= task);
+        let row = &selection.rows[place];
+        let first_task = if place == 0 { 0 } else { selection.rows[place - 1].tasks_end };
+        let candidates = row.plan.as_ref().map_or(0..0, |p| p.candidates.clone());
+        let start = candidates.start + (task - first_task) * RUN;
+        let run = start..(start + RUN).min(candidates.end);
+        let method = &row.method;
+        // SAFETY: the scratch of this thread, borrowed for this task.
+        let lifted = unsafe { (*selection.threads.get(thread)).lifted.as_mut_ptr() };
+        // SAFETY: the place lies in the buffer: the plan checked the row and its context against the limits.
+        let scores = unsafe { scores.at(selection.line(place, 0, 0)) };
+        let line_stride = selection.limits.partitions_max();
+        let head_stride = selection.limits.lines_max * line_stride;
+        match method.score {
+            Score::Recency => unreachable!("nothing competes"),
+            Score::Random { seed } => {
+                for head in 0..heads.kv_heads {
+                    let key = if method.scope == Scope::Layer { 0 } else { head };
+                    for partition in run.clone() {
+                        let score = random_score(seed, layer, key, row.position, partition);
+                        // SAFETY: the scores of these partitions of this row are this task's alone.
+                        unsafe { scores.add(head * head_stride + partition).write(score) };
+                    }
+                }
+            }
+            Score::Digest { digests: index } => {
+                let digests = &digests[index as usize];
+                assert_eq!(digests.spec().partition_tokens, method.partition_tokens, "digests of the method");
+                let work = ScoreRun {
+                    method,
+                    digests,
+                    kv,
+                    layer,
+                    table: batch.block_table(&batch.sequences[row.sequence]),
+                    queries: qkv.row(row.row),
+                    heads,
+                    context: row.position + 1,
+                    run,
+                    scores,
+                    head_stride,
+                    line_stride,
+                    lifted,
+                };
+                match geometry.dtype {
+                    DType::Bf16 => isa.run(ScoreAs(work, PhantomData::<Bf16>)),
+                    DType::F16 => isa.run(ScoreAs(work, PhantomData::<F16>)),
+                    DType::F32 => isa.run(ScoreAs(work, PhantomData::<F32>)),
+                }
+            }
+        }
+    });
+}
+
+/// A run of partitions for one row. The scores of these partitions are written to `scores`, and are nobody else's.
+struct ScoreRun<'a> {
+    method: &'a Method,
+    digests: &'a Digests,
+    kv: &'a Kv,
+    layer: usize,
+    table: &'a [ops::BlockIndex],
+    queries: &'a [f32],
+    heads: HeadShape,
+    context: usize,
+    run: Range<usize>,
+    scores: *mut f32,
+    head_stride: usize,
+    line_stride: usize,
+    /// Memory of the thread for lifted queries.
+    lifted: *mut u32,
+}
+
+struct ScoreAs<'a, E>(ScoreRun<'a>, PhantomData<E>);
+
+impl<E: Element> Kernel for ScoreAs<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let w = self.0;
+        let kind = w.digests.spec().kind;
+        let width = padded_width(kind.width(w.heads.head_dim));
+        let lines = w.method.lines(w.heads);
+        let layer = w.digests.layer(w.layer);
+        for head in 0..w.heads.kv_heads {
+            for line in 0..lines {
+                let mut lifted = [0.0; LIFTED_MAX];
+                lift(&w, kind, head, line, &mut lifted);
+                let mut c = 0;
+                while c < width {
+                    // SAFETY: the scratch has room for the lifted queries of all lines, which are whole vectors.
+                    unsafe {
+                        let to = w
+                            .lifted
+                            .cast::<E::Left>()
+                            .add(((head * lines + line) * width + c) / E::K_PER_STEP);
+                        E::store_left(s, to, s.load(lifted.as_ptr().add(c)));
+                    }
+                    c += LANES;
+                }
+            }
+        }
+        // At most the last candidate is not full.
+        let full_end = w.run.end.min(w.context / w.method.partition_tokens);
+        let at = |partition: usize| layer[w.digests.offset(w.table, partition.min(full_end - 1))..].as_ptr();
+        let mut next = [std::ptr::null(); TOGETHER];
+        if w.run.start < full_end {
+            for i in 0..TOGETHER {
+                next[i] = at(w.run.start + i);
+            }
+        }
+        let mut partition = w.run.start;
+        while partition < full_end {
+            let rows = next;
+            for i in 0..TOGETHER {
+                next[i] = at(partition + TOGETHER + i);
+            }
+            for head in 0..w.heads.kv_heads {
+                let mut of_head = rows;
+                for i in 0..TOGETHER {
+                    // SAFETY: digests of all heads follow one another.
+                    of_head[i] = unsafe { rows[i].add(head * w.digests.head_bytes()) };
+                    fetch(s, next[i].wrapping_add(head * w.digests.head_bytes()), w.digests.digest_bytes());
+                }
+                // SAFETY: the digests lie in the layer.
+                unsafe { w.score_some::<S, E>(s, head, of_head, partition, full_end - partition) };
+            }
+            partition += TOGETHER;
+        }
+        if full_end < w.run.end {
+            let partition = w.run.end - 1;
+            for head in 0..w.heads.kv_heads {
+                let mut open = [0u32; LIFTED_MAX];
+                open_digest::<S, E>(s, &w, head, partition, &mut open);
+                // SAFETY: the array has room for the widest digest.
+                unsafe { w.score_some::<S, E>(s, head, [open.as_ptr().cast(); TOGETHER], partition, 1) };
+            }
+        }
+    }
+}
+
+/// Fetches `bytes` into the cache.
+#[inline(always)]
+fn fetch<S: Simd>(s: S, from: *const u8, bytes: usize) {
+    let mut line = 0;
+    while line < bytes {
+        s.prefetch(from.wrapping_add(line));
+        line += LINE_BYTES;
+    }
+}
+
+impl ScoreRun<'_> {
+    /// Scores the digests `rows` of a head for all its lines, and writes those of the first `count` partitions from
+    /// `partition` on.
+    ///
+    /// # Safety
+    /// The digests are readable, and queries are lifted.
+    #[inline(always)]
+    unsafe fn score_some<S: Simd, E: Element>(
+        &self,
+        s: S,
+        head: usize,
+        rows: [*const u8; TOGETHER],
+        partition: usize,
+        count: usize,
+    ) {
+        let width = padded_width(self.digests.spec().kind.width(self.heads.head_dim));
+        let lines = self.method.lines(self.heads);
+        for line in 0..lines {
+            // SAFETY: the caller's promise; the line lies in the scratch, and the scores of the run are this task's.
+            unsafe {
+                let left = self.lifted.cast::<E::Left>().add((head * lines + line) * width / E::K_PER_STEP);
+                let sums = dots::<S, E>(s, left, rows, width);
+                let to = self.scores.add(head * self.head_stride + line * self.line_stride + partition);
+                for i in 0..TOGETHER {
+                    if i < count {
+                        to.add(i).write(s.reduce_sum(sums[i]));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The lifted query of a line: see [`ops::sparse::Score::Digest`]. Where scores are averaged over the query heads, that
+/// of their mean, because a mean of dot products is the dot product of a mean.
+#[inline(always)]
+fn lift(w: &ScoreRun, kind: DigestKind, head: usize, line: usize, to: &mut [f32; LIFTED_MAX]) {
+    let (group, d) = (w.heads.group(), w.heads.head_dim);
+    let query_lines = w.method.query_lines(w.heads);
+    if line == query_lines {
+        // The last value of the digest, as it is.
+        to[kind.width(d) - 1] = 1.0;
+        return;
+    }
+    let one_line = query_lines == 1;
+    let of = if one_line { 0..group } else { line..line + 1 };
+    let two_sided = matches!(kind, DigestKind::MinMax | DigestKind::CuboidMean);
+    let mean_first = w.method.reduce == Reduce::MeanQuery;
+    let share = 1.0 / of.len() as f32;
+    for g in of {
+        let query = &w.queries[(head * group + g) * d..][..d];
+        for c in 0..d {
+            let q = query[c] * share;
+            if two_sided && !mean_first {
+                to[c] += q.max(0.0);
+                to[d + c] += q.min(0.0);
+            } else {
+                to[c] += q;
+            }
+        }
+    }
+    if two_sided && mean_first {
+        for c in 0..d {
+            (to[c], to[d + c]) = (to[c].max(0.0), to[c].min(0.0));
+        }
+    }
+}
+
+/// The digest of a partition that is not full, of what it holds, as it would be stored.
+#[inline(always)]
+fn open_digest<S: Simd, E: Element>(
+    s: S,
+    w: &ScoreRun,
+    head: usize,
+    partition: usize,
+    to: &mut [u32; LIFTED_MAX],
+) {
+    let kind = w.digests.spec().kind;
+    let mut values = [0.0; LIFTED_MAX];
+    let positions = partition * w.method.partition_tokens..w.context;
+    summarise(kind, w.kv, w.layer, w.table, head, positions, &mut values);
+    values[kind.width(w.heads.head_dim)..].fill(0.0);
+    let bytes_per_value = E::VECTOR_BYTES / LANES / E::K_PER_STEP;
+    for c in (0..padded_width(kind.width(w.heads.head_dim))).step_by(LANES) {
+        // SAFETY: both arrays have room for the widest digest.
+        unsafe {
+            let to = to.as_mut_ptr().cast::<u8>().add(c * bytes_per_value);
+            E::store_right(s, to, s.load(values.as_ptr().add(c)));
+        }
+    }
+}
+
+/// Lane sums of the dot products of a lifted query with some digests.
+///
+/// # Safety
+/// `width` values of each are readable; `width` is a multiple of [`DIGEST_ALIGN`].
+#[inline(always)]
+unsafe fn dots<S: Simd, E: Element>(
+    s: S,
+    left: *const E::Left,
+    rows: [*const u8; TOGETHER],
+    width: usize,
+) -> [S::V; TOGETHER] {
+    const { assert!(DIGEST_ALIGN == 2 * LANES, "whole vectors, of pairs too") };
+    let mut sums = [s.splat(0.0); TOGETHER];
+    let mut step = 0;
+    while step < width / E::K_PER_STEP {
+        for i in 0..TOGETHER {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let right = rows[i].add(step / LANES * E::VECTOR_BYTES);
+                sums[i] = E::mul_add_lanes(s, sums[i], left.add(step), right);
+            }
+        }
+        step += LANES;
+    }
+    sums
+}

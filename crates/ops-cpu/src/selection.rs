@@ -1,0 +1,188 @@
+//! The memory of scores and selections, and which rows they are for.
+
+use ops::sparse::{Method, RowPlan, SelectionLimits, bitmap_words};
+use ops::{Batch, Error, SparseRow};
+
+use crate::memory::{Buffer, PerThread};
+use crate::pages::HEAD_DIM_MAX;
+use crate::score::RUN;
+
+/// Values of a lifted query, at most.
+pub(crate) const LIFTED_MAX: usize = 2 * HEAD_DIM_MAX;
+
+/// Scores and selections of the sparse rows of a step, for one layer at a time.
+#[derive(Debug)]
+pub struct Selections {
+    pub(crate) limits: SelectionLimits,
+    /// Of this layer and batch, in order.
+    pub(crate) rows: Vec<PlannedRow>,
+    /// `[place][kv head][line][partition]`.
+    pub(crate) scores: Buffer<f32>,
+    /// `[place][kv head][word]`.
+    pub(crate) bits: Vec<u64>,
+    /// Pages with a selected slot, `[place][kv head]`.
+    pub(crate) pages: Vec<u32>,
+    pub(crate) threads: PerThread<Scratch>,
+}
+
+/// A sparse row and what it attends to.
+#[derive(Clone, Debug)]
+pub(crate) struct PlannedRow {
+    /// Row of the batch.
+    pub(crate) row: usize,
+    /// Its sequence among those of the batch.
+    pub(crate) sequence: usize,
+    pub(crate) position: usize,
+    pub(crate) method: Method,
+    /// `None` if it attends to everything.
+    pub(crate) plan: Option<RowPlan>,
+    /// Tasks of the rows up to this one.
+    pub(crate) tasks_end: usize,
+}
+
+/// Memory of one thread.
+#[derive(Debug)]
+pub(crate) struct Scratch {
+    /// Queries of all lines, as left operands.
+    pub(crate) lifted: Vec<u32>,
+    /// One value per candidate.
+    pub(crate) reduced: Vec<f32>,
+    /// Scores of a line, without those of outliers.
+    pub(crate) masked: Vec<f32>,
+    pub(crate) keys: Vec<u32>,
+    /// Partitions, ascending.
+    pub(crate) outliers: Vec<u32>,
+}
+
+impl Scratch {
+    fn bytes(&self) -> usize {
+        size_of::<u32>()
+            * (self.lifted.len()
+                + self.reduced.len()
+                + self.masked.len()
+                + self.keys.len()
+                + self.outliers.capacity())
+    }
+}
+
+impl Selections {
+    /// Memory for selections within `limits`.
+    pub fn new(limits: SelectionLimits, threads: usize) -> Result<Self, Error> {
+        let heads = limits.rows_max * limits.heads.kv_heads;
+        let partitions = limits.partitions_max();
+        Ok(Selections {
+            limits,
+            rows: Vec::with_capacity(limits.rows_max),
+            scores: Buffer::zeroed(heads * limits.lines_max * partitions, "scores")?,
+            bits: vec![0; heads * bitmap_words(limits.context_max)],
+            pages: vec![0; heads],
+            threads: PerThread::new(threads, || Scratch {
+                lifted: vec![0; limits.heads.kv_heads * limits.lines_max * LIFTED_MAX],
+                reduced: vec![0.0; partitions],
+                masked: vec![0.0; partitions],
+                keys: vec![0; partitions],
+                outliers: Vec::with_capacity(partitions),
+            }),
+        })
+    }
+
+    /// Bytes held.
+    pub fn bytes(&mut self) -> u64 {
+        let scratch: usize = self.threads.iter_mut().map(|t| t.bytes()).sum();
+        let rows = self.rows.capacity() * size_of::<PlannedRow>();
+        (4 * self.scores.len() + 8 * self.bits.len() + 4 * self.pages.len() + scratch + rows) as u64
+    }
+
+    /// Rows that may attend to a selection.
+    pub fn rows_max(&self) -> usize {
+        self.limits.rows_max
+    }
+
+    /// The selection of a sparse row and KV head as a bitmap of slots, and how many pages it touches; `None` if the row
+    /// attends to everything.
+    pub fn get(&self, place: usize, head: usize) -> Option<(&[u64], usize)> {
+        let row = &self.rows[place];
+        row.plan.as_ref()?;
+        let at = place * self.limits.heads.kv_heads + head;
+        let words = bitmap_words(self.limits.context_max);
+        let bits = &self.bits[at * words..][..bitmap_words(row.position + 1)];
+        Some((bits, self.pages[at] as usize))
+    }
+
+    /// Number of sparse rows, and whether the one at `place` is row `row` of the batch.
+    pub fn is_of(&self, place: usize, row: usize) -> bool {
+        self.rows.get(place).is_some_and(|r| r.row == row)
+    }
+
+    /// The scores of a line.
+    pub(crate) fn line_of(&self, place: usize, head: usize, line: usize) -> &[f32] {
+        &self.scores.as_slice()[self.line(place, head, line)..][..self.limits.partitions_max()]
+    }
+
+    pub(crate) fn line(&self, place: usize, head: usize, line: usize) -> usize {
+        ((place * self.limits.heads.kv_heads + head) * self.limits.lines_max + line)
+            * self.limits.partitions_max()
+    }
+
+    /// Scores that were computed.
+    pub fn read_scores(&self, place: usize, head: usize, line: usize, to: &mut [f32]) {
+        to.copy_from_slice(&self.scores.as_slice()[self.line(place, head, line)..][..to.len()]);
+    }
+
+    /// Other scores in their place.
+    pub fn write_scores(&mut self, place: usize, head: usize, line: usize, from: &[f32]) {
+        let at = self.line(place, head, line);
+        self.scores.as_mut_slice()[at..][..from.len()].copy_from_slice(from);
+    }
+
+    /// Another selection in the place of what was selected.
+    pub fn write(&mut self, place: usize, head: usize, bits: &[u64]) {
+        let at = place * self.limits.heads.kv_heads + head;
+        let words = bitmap_words(self.limits.context_max);
+        self.bits[at * words..][..bits.len()].copy_from_slice(bits);
+        self.pages[at] = num_pages(bits, self.limits.page_tokens) as u32;
+    }
+
+    /// Notes the sparse rows of `batch`, and what each attends to in `layer`.
+    pub(crate) fn plan(&mut self, layer: usize, batch: &Batch) {
+        self.rows.clear();
+        let mut sequence = 0;
+        for sparse_row in batch.sparse_rows() {
+            let SparseRow { row, position, method, .. } = sparse_row;
+            let plan = sparse_row.plan();
+            while batch.sequences[sequence].rows.end as usize <= row {
+                sequence += 1;
+            }
+            assert!(
+                self.rows.len() < self.limits.rows_max
+                    && position < self.limits.context_max
+                    && self.limits.hold(method),
+                "selections for {} rows of {} tokens",
+                self.limits.rows_max,
+                self.limits.context_max
+            );
+            let plan = (layer >= method.dense_layers && !plan.is_dense()).then_some(plan);
+            let tasks = plan.as_ref().map_or(0, |p| p.candidates.len().div_ceil(RUN));
+            let tasks_end = self.rows.last().map_or(0, |r| r.tasks_end) + tasks;
+            self.rows.push(PlannedRow { row, sequence, position, method: *method, plan, tasks_end });
+        }
+    }
+}
+
+/// Pages of `page_tokens` slots with a bit in `bits`.
+pub(crate) fn num_pages(bits: &[u64], page_tokens: usize) -> usize {
+    let page = u64::MAX >> (64 - page_tokens);
+    let of_word = |word: u64| (0..64).step_by(page_tokens).filter(|&shift| word >> shift & page != 0).count();
+    bits.iter().filter(|&&word| word != 0).map(|&word| of_word(word)).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_are_counted() {
+        let bits = [0b1, 0, 1 << 63 | 1 << 8, u64::MAX];
+        assert_eq!([8, 16, 32, 64].map(|page| num_pages(&bits, page)), [1 + 2 + 8, 1 + 2 + 4, 1 + 2 + 2, 3]);
+    }
+}
