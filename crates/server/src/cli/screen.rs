@@ -37,11 +37,28 @@ impl Screen<'_> {
             max_num_seqs = self.settings.max_num_seqs,
             max_inject_tokens = self.settings.max_inject_tokens,
             prefix_cache = self.settings.prefix_cache,
+            policies = self.policies(),
+            budget = %self.settings.sparse.budget,
+            digest_token_bytes = self.digest_token_bytes(),
             device = device.kind,
             isa = device.isa,
             threads = device.threads,
             "decided"
         );
+    }
+}
+
+impl Screen<'_> {
+    /// Names of the policies, the default first.
+    fn policies(&self) -> String {
+        self.settings.sparse.served.names().collect::<Vec<_>>().join(", ")
+    }
+
+    /// What digests add to the KV of a token.
+    fn digest_token_bytes(&self) -> u64 {
+        let geometry = &self.prepared.geometry;
+        let per_block = self.prepared.digests.iter().map(|d| d.block_bytes(geometry)).sum::<usize>();
+        (per_block / geometry.page_tokens) as u64
     }
 }
 
@@ -95,6 +112,18 @@ impl fmt::Display for Screen<'_> {
         let left =
             plan.limit.bytes.saturating_sub(plan.weights_bytes + plan.activation_bytes + plan.kv_bytes);
         writeln!(f, "    left         {}", Bytes(left))?;
+        let sparse = &self.settings.sparse;
+        if sparse.served.methods().is_empty() {
+            writeln!(f, "  attention    dense")?;
+        } else {
+            writeln!(
+                f,
+                "  attention    {}, budget {} per layer and KV head; digests {} per token",
+                self.policies(),
+                sparse.budget,
+                Bytes(self.digest_token_bytes()),
+            )?;
+        }
         let prefix = if self.settings.prefix_cache { "prefix cache" } else { "no prefix cache" };
         write!(
             f,

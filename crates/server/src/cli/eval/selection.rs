@@ -52,7 +52,9 @@ pub fn run(args: &EvalSelectionArgs) -> Result<(), Failure> {
     let options = Options::parse(&options).map_err(Failure::input)?;
     let served = Served::new([policy.as_str()], &options).map_err(Failure::input)?;
     let (_, method) = served.method(None, &Options::default()).map_err(Failure::input)?;
-    let found = step.attend(&served, method, budget.tokens(prompt_tokens))?;
+    // A token of the prompt would attend to everything.
+    let prompt_tokens = prompt_tokens.min(step.tokens - 1);
+    let found = step.attend(&served, method, budget.tokens(prompt_tokens), prompt_tokens)?;
     found.write(&args.out, &step)
 }
 
@@ -77,7 +79,13 @@ impl Step {
     }
 
     /// Runs the operations of a decode step on the CPU backend in f32.
-    fn attend(&self, served: &Served, method: Option<Method>, budget: u32) -> Result<Found, Failure> {
+    fn attend(
+        &self,
+        served: &Served,
+        method: Option<Method>,
+        budget: u32,
+        prompt_tokens: usize,
+    ) -> Result<Found, Failure> {
         let Step { heads, tokens, .. } = *self;
         let HeadShape { kv_heads, head_dim, .. } = heads;
         let geometry =
@@ -106,7 +114,7 @@ impl Step {
         for &spec in served.digests() {
             let mut made = backend.digests(spec, geometry, num_blocks)?;
             let positions: Vec<u32> = (0..=position).collect();
-            let prompt = rows(0, tokens, Attention::Dense);
+            let prompt = rows(0, tokens, tokens, Attention::Dense);
             let batch = batch(&positions, &positions, std::slice::from_ref(&prompt), &table, &methods);
             backend.digest(&mut made, &kv, 0, &batch);
             digests.push(made);
@@ -116,7 +124,7 @@ impl Step {
         values.resize(heads.qkv_cols(), 0.0);
         backend.upload(&mut qkv, &values);
         let mut out = backend.tensor(1, heads.q_cols())?;
-        let dense = rows(position, 1, Attention::Dense);
+        let dense = rows(position, 1, tokens, Attention::Dense);
         let dense = batch(&[0], &positions, std::slice::from_ref(&dense), &table, &methods);
         backend.attend(&mut out, &kv, 0, &qkv, heads, None, &dense, None);
         let out_dense = backend.row(&out, 0).to_vec();
@@ -127,7 +135,7 @@ impl Step {
         };
         let limits = SelectionLimits::new(&[method], heads, PAGE_TOKENS, 1, tokens);
         let (mut selection, _) = backend.selection(limits)?;
-        let sparse = rows(position, 1, Attention::Sparse { method: 0, budget });
+        let sparse = rows(position, 1, prompt_tokens, Attention::Sparse { method: 0, budget });
         let sparse = batch(&[0], &positions, std::slice::from_ref(&sparse), &table, &methods);
         backend.score(&mut selection, &digests, &kv, 0, &qkv, heads, &sparse);
         backend.select(&mut selection, 0, heads, &sparse);
@@ -155,9 +163,8 @@ impl Step {
     }
 }
 
-fn rows(first_position: u32, count: usize, attention: Attention) -> SequenceRows {
-    // Sparse rows are those after the prompt.
-    let prompt_len = if attention == Attention::Dense { u32::MAX } else { first_position };
+fn rows(first_position: u32, count: usize, prompt_tokens: usize, attention: Attention) -> SequenceRows {
+    let prompt_len = prompt_tokens as u32;
     let blocks = 0..(first_position + count as u32).div_ceil(PAGE_TOKENS as u32);
     SequenceRows { rows: 0..count as u32, first_position, prompt_len, blocks, attention }
 }
