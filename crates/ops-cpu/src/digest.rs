@@ -119,7 +119,8 @@ pub fn digest(pool: &mut Pool, digests: &mut Digests, kv: &Kv, layer: usize, bat
             let positions = partition * length..(partition + 1) * length;
             for head in 0..digests.geometry.kv_heads {
                 let mut values = [0.0; 2 * HEAD_DIM_MAX];
-                summarise(digests.spec.kind, kv, layer, table, head, positions.clone(), &mut values);
+                let keys = Keys { kv, layer, table, head, positions: positions.clone() };
+                summarise(digests.spec.kind, &keys, &mut values);
                 let width = digests.spec.kind.width(digests.geometry.head_dim);
                 // SAFETY: the digest lies in the layer, as `offset` checked, and belongs to this partition alone; rows
                 // of one batch complete a partition of a block once.
@@ -134,44 +135,25 @@ pub fn digest(pool: &mut Pool, digests: &mut Digests, kv: &Kv, layer: usize, bat
     });
 }
 
-/// The digest, in f32 and not rounded, of the keys of a head at `positions`; returns its width.
+/// The digest of `keys`, in f32 and not rounded.
 ///
 /// Sums run over positions in ascending order, so the digest depends on the keys alone.
-pub fn summarise(
-    kind: DigestKind,
-    kv: &Kv,
-    layer: usize,
-    table: &[BlockIndex],
-    head: usize,
-    positions: std::ops::Range<usize>,
-    to: &mut [f32; 2 * HEAD_DIM_MAX],
-) {
-    match kv.geometry().dtype {
-        DType::F32 => {
-            summarise_as(kind, kv, layer, table, head, positions, to, |k: &[u8; 4]| f32::from_le_bytes(*k))
-        }
-        DType::F16 => summarise_as(kind, kv, layer, table, head, positions, to, |k: &[u8; 2]| {
-            f16::from_le_bytes(*k).to_f32()
-        }),
-        DType::Bf16 => summarise_as(kind, kv, layer, table, head, positions, to, |k: &[u8; 2]| {
-            bf16::from_le_bytes(*k).to_f32()
-        }),
+pub fn summarise(kind: DigestKind, keys: &Keys, to: &mut [f32; 2 * HEAD_DIM_MAX]) {
+    match keys.kv.geometry().dtype {
+        DType::F32 => summarise_as(kind, keys, to, |k: &[u8; 4]| f32::from_le_bytes(*k)),
+        DType::F16 => summarise_as(kind, keys, to, |k: &[u8; 2]| f16::from_le_bytes(*k).to_f32()),
+        DType::Bf16 => summarise_as(kind, keys, to, |k: &[u8; 2]| bf16::from_le_bytes(*k).to_f32()),
     }
 }
 
 fn summarise_as<const BYTES: usize>(
     kind: DigestKind,
-    kv: &Kv,
-    layer: usize,
-    table: &[BlockIndex],
-    head: usize,
-    positions: std::ops::Range<usize>,
+    keys: &Keys,
     to: &mut [f32; 2 * HEAD_DIM_MAX],
     decode: impl Fn(&[u8; BYTES]) -> f32 + Copy,
 ) {
-    let d = kv.geometry().head_dim;
-    let count = positions.len() as f32;
-    let keys = Keys { kv, layer, table, head, positions };
+    let d = keys.kv.geometry().head_dim;
+    let count = keys.positions.len() as f32;
     let (high, rest) = to.split_at_mut(d);
     let low = &mut rest[..d];
     if let DigestKind::Mean | DigestKind::Landmark = kind {
@@ -179,7 +161,7 @@ fn summarise_as<const BYTES: usize>(
         keys.each(decode, |c, k| high[c] += k);
         high.iter_mut().for_each(|sum| *sum /= count);
         if kind == DigestKind::Landmark {
-            low[0] = least_cosine(&keys, high, decode);
+            low[0] = least_cosine(keys, high, decode);
         }
         return;
     }
@@ -222,12 +204,17 @@ fn least_cosine<const BYTES: usize>(
 }
 
 /// Keys of a head at some positions.
-struct Keys<'a> {
-    kv: &'a Kv,
-    layer: usize,
-    table: &'a [BlockIndex],
-    head: usize,
-    positions: std::ops::Range<usize>,
+pub struct Keys<'a> {
+    /// The pool.
+    pub kv: &'a Kv,
+    /// Layer.
+    pub layer: usize,
+    /// Block table of the sequence.
+    pub table: &'a [BlockIndex],
+    /// KV head.
+    pub head: usize,
+    /// Positions in the sequence.
+    pub positions: std::ops::Range<usize>,
 }
 
 impl Keys<'_> {

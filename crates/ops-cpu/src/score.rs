@@ -10,7 +10,7 @@ use std::ops::Range;
 use ops::sparse::{DIGEST_ALIGN, DigestKind, Method, Reduce, Scope, Score, padded_width, random_score};
 use ops::{Batch, DType, HeadShape, Tensor};
 
-use crate::digest::{Digests, summarise};
+use crate::digest::{Digests, Keys, summarise};
 use crate::isa::{Isa, Kernel};
 use crate::memory::{LINE_BYTES, Shared};
 use crate::pages::Kv;
@@ -277,7 +277,8 @@ fn open_digest<S: Simd, E: Element>(
     let kind = w.digests.spec().kind;
     let mut values = [0.0; LIFTED_MAX];
     let positions = partition * w.method.partition_tokens..w.context;
-    summarise(kind, w.kv, w.layer, w.table, head, positions, &mut values);
+    let keys = Keys { kv: w.kv, layer: w.layer, table: w.table, head, positions };
+    summarise(kind, &keys, &mut values);
     values[kind.width(w.heads.head_dim)..].fill(0.0);
     let bytes_per_value = E::VECTOR_BYTES / LANES / E::K_PER_STEP;
     for c in (0..padded_width(kind.width(w.heads.head_dim))).step_by(LANES) {

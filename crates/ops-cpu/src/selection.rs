@@ -93,11 +93,6 @@ impl Selections {
         (4 * self.scores.len() + 8 * self.bits.len() + 4 * self.pages.len() + scratch + rows) as u64
     }
 
-    /// Rows that may attend to a selection.
-    pub fn rows_max(&self) -> usize {
-        self.limits.rows_max
-    }
-
     /// The selection of a sparse row and KV head as a bitmap of slots, and how many pages it touches; `None` if the row
     /// attends to everything.
     pub fn get(&self, place: usize, head: usize) -> Option<(&[u64], usize)> {

@@ -34,11 +34,6 @@ impl Options {
         pairs.map(pair).collect()
     }
 
-    /// Adds or replaces one.
-    pub fn set(&mut self, name: impl Into<String>, value: impl Into<String>) {
-        self.0.insert(name.into(), value.into());
-    }
-
     /// These, with those of `others` in their place where both have one.
     pub fn overridden_by(&self, others: &Options) -> Options {
         let mut all = self.clone();
