@@ -6,13 +6,33 @@ use crate::run::Runner;
 use crate::sequence::{Outcome, Sequence};
 
 impl<R: Runner> Engine<R> {
+    /// Notes what the step did to the pages of those in it, in an HBM tier.
+    fn count_pages(&mut self) {
+        let Some(state) = self.runner.tier_state() else { return };
+        let stall_nanos = state.stall_nanos - self.stall_nanos;
+        self.stall_nanos = state.stall_nanos;
+        for part in &self.rows.parts {
+            let sequence = &mut self.running[part.owner];
+            let seat = sequence.kv.seat().expect("who runs has a seat");
+            let (counters, held) = self.runner.seat_counters(seat);
+            sequence.pages.add(&counters.since(&sequence.counted), held, stall_nanos);
+            sequence.counted = counters;
+            self.shares.observe(seat, &counters);
+        }
+        let (lent, reclaimed) = self.shares.lent();
+        self.metrics.tier(&state, lent, reclaimed);
+    }
+
     /// Notes the KV that was written, appends the drawn tokens, and decides who has ended.
     pub(crate) fn commit(&mut self) {
+        self.count_pages();
         for part in &self.rows.parts {
             let sequence = &mut self.running[part.owner];
             let sampled = &self.output.sampled[part.samples.clone()];
             if sampled.iter().all(|s| s.valid) {
-                self.kv.advance(&mut sequence.kv, &sequence.tokens[..part.positions.end]);
+                let seat = sequence.kv.seat().expect("who runs has a seat");
+                let saved = self.runner.saved_tokens(seat);
+                self.kv.advance(&mut sequence.kv, &sequence.tokens[..part.positions.end], saved);
                 if part.draws {
                     let last = part.positions.end - 1;
                     if let Some(sparse) = sequence.sparse.filter(|_| last >= sequence.prompt_len) {

@@ -1,5 +1,6 @@
 //! What an engine is made with, and what it can take in.
 
+use kv::QuotaRule;
 use ops::PAGE_TOKENS_ALLOWED;
 
 use crate::request::{Refusal, Request};
@@ -26,9 +27,24 @@ pub struct Config {
     pub num_blocks: usize,
     /// Whether prompts share KV.
     pub prefix_cache: bool,
+    /// The HBM tier, where the device has one apart from DRAM.
+    pub tier: Option<TierShare>,
     /// Where KV depends on the length of the prompt (dynamic NTK scaling beyond the original context): a prompt longer
     /// than this shares nothing, a shorter one only positions below it.
     pub prefix_limit: Option<usize>,
+}
+
+/// What the engine divides of an HBM tier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TierShare {
+    /// Extents of cache frames.
+    pub extents: usize,
+    /// Layers, which share them alike.
+    pub layers: usize,
+    /// KV heads.
+    pub kv_heads: usize,
+    /// How requests share them.
+    pub rule: QuotaRule,
 }
 
 /// A configuration that cannot work; says why.

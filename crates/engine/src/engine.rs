@@ -14,6 +14,7 @@ use crate::request::{FinishReason, RequestId};
 use crate::rows::StepRows;
 use crate::run::Runner;
 use crate::sequence::{Outcome, Sequence, Submission};
+use crate::shares::Shares;
 
 /// All that can happen to an engine from outside.
 pub enum Event {
@@ -45,12 +46,16 @@ pub struct Engine<R> {
     pub(crate) kv: KvCache,
     pub(crate) waiting: VecDeque<Sequence>,
     pub(crate) running: Vec<Sequence>,
+    /// Who may hold how much of the HBM tier.
+    pub(crate) shares: Shares,
     /// What this step runs.
     pub(crate) rows: StepRows,
     /// Empty between steps; only its memory stays.
     pub(crate) samples: Vec<SampleRow<'static>>,
     /// What this step sampled.
     pub(crate) output: SampleOutput,
+    /// Time that steps waited for pages, up to the last one.
+    pub(crate) stall_nanos: u64,
     num_arrived: u64,
     draining: bool,
     stopped: bool,
@@ -67,7 +72,8 @@ impl<R: Runner> Engine<R> {
         }
         let rows_max = config.rows_max();
         let engine = Engine {
-            kv: KvCache::new(config.num_blocks, config.page_tokens),
+            kv: KvCache::new(config.num_blocks, config.page_tokens, config.max_num_seqs),
+            shares: Shares::new(&config),
             waiting: VecDeque::with_capacity(config.max_waiting + config.max_num_seqs),
             running: Vec::with_capacity(config.max_num_seqs),
             rows: StepRows::new(&config),
@@ -76,6 +82,7 @@ impl<R: Runner> Engine<R> {
                 sampled: Vec::<Sampled>::with_capacity(rows_max),
                 top: Vec::with_capacity(rows_max * config.max_logprobs as usize),
             },
+            stall_nanos: 0,
             num_arrived: 0,
             draining: false,
             stopped: false,

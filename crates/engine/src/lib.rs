@@ -31,11 +31,12 @@ mod rows;
 mod run;
 mod schedule;
 mod sequence;
+mod shares;
 
 #[cfg(test)]
 mod tests;
 
-pub use config::{Config, ConfigError};
+pub use config::{Config, ConfigError, TierShare};
 pub use engine::{Engine, Event};
 pub use handle::{Handle, OnBroken, abort_process, spawn};
 pub use metrics::{METRICS, MetricDoc, MetricKind, Metrics};

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use kv::Counts;
+use ops::tier::TierState;
 use prometheus::{
     Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
 };
@@ -59,6 +60,9 @@ const ROWS: MetricKind = MetricKind::Histogram(&[
 
 const OUTCOMES: [&str; 5] = ["stop", "length", "aborted", "failed", "refused"];
 const STATES: [&str; 3] = ["free", "used", "cached"];
+const PAGE_EVENTS: [&str; 5] = ["hit", "miss", "streamed", "evicted", "saved"];
+const DIRECTIONS: [&str; 2] = ["fetched", "saved"];
+const FRAME_STATES: [&str; 3] = ["empty", "resident", "pinned"];
 const PHASES: [&str; 4] = ["schedule", "run", "commit", "emit"];
 
 const REQUESTS: MetricDoc = MetricDoc {
@@ -152,8 +156,71 @@ const STEP_ROWS: MetricDoc = MetricDoc {
     help: "Rows per step: one per token that is run, of prompts and of answers.",
 };
 
+const PAGES: MetricDoc = MetricDoc {
+    name: "sparseserve_kv_pages_total",
+    kind: MetricKind::Counter,
+    labels: &[("event", &PAGE_EVENTS)],
+    help: "Pages of the HBM tier: needed and resident (hit), fetched to stay (miss), passed through (streamed), given up \
+           (evicted), saved to DRAM (saved).",
+};
+const REPEATED: MetricDoc = MetricDoc {
+    name: "sparseserve_kv_pages_repeated_total",
+    kind: MetricKind::Counter,
+    labels: &[],
+    help: "Pages that were resident, needed, and needed in the step before, too: divided by hit + miss + streamed, the \
+           overlap of selections.",
+};
+const MOVED: MetricDoc = MetricDoc {
+    name: "sparseserve_kv_bytes_total",
+    kind: MetricKind::Counter,
+    labels: &[("direction", &DIRECTIONS)],
+    help: "Bytes of KV copied from DRAM to HBM (fetched) and from HBM to DRAM (saved).",
+};
+const STALL: MetricDoc = MetricDoc {
+    name: "sparseserve_kv_stall_microseconds_total",
+    kind: MetricKind::Counter,
+    labels: &[],
+    help: "Time that steps waited for pages to be fetched.",
+};
+const WAVES: MetricDoc = MetricDoc {
+    name: "sparseserve_kv_extra_waves_total",
+    kind: MetricKind::Counter,
+    labels: &[],
+    help: "Waves beyond one per layer and step: attention to more pages than there were frames at hand.",
+};
+const FRAMES: MetricDoc = MetricDoc {
+    name: "sparseserve_hbm_frames",
+    kind: MetricKind::Gauge,
+    labels: &[("state", &FRAME_STATES)],
+    help: "Frames of the HBM tier: empty, holding a page that may be evicted (resident), or pinned.",
+};
+const LENT: MetricDoc = MetricDoc {
+    name: "sparseserve_hbm_lent_frames",
+    kind: MetricKind::Gauge,
+    labels: &[],
+    help: "Frames of the HBM tier that requests may use beyond what their misses ask for.",
+};
+const RECLAIMED: MetricDoc = MetricDoc {
+    name: "sparseserve_hbm_reclaimed_frames_total",
+    kind: MetricKind::Counter,
+    labels: &[],
+    help: "Lent frames that were taken back.",
+};
+const TABLES: MetricDoc = MetricDoc {
+    name: "sparseserve_hbm_table_bytes",
+    kind: MetricKind::Gauge,
+    labels: &[],
+    help: "Bytes in use of the tables that lead from pages to frames.",
+};
+const SAVING: MetricDoc = MetricDoc {
+    name: "sparseserve_kv_saving_pages",
+    kind: MetricKind::Gauge,
+    labels: &[],
+    help: "Pages on their way to DRAM.",
+};
+
 /// Every metric of the engine: the single source of registration and documentation.
-pub const METRICS: [MetricDoc; 15] = [
+pub const METRICS: [MetricDoc; 25] = [
     REQUESTS,
     WAITING,
     RUNNING,
@@ -169,6 +236,16 @@ pub const METRICS: [MetricDoc; 15] = [
     EVICTIONS,
     STEP,
     STEP_ROWS,
+    PAGES,
+    REPEATED,
+    MOVED,
+    STALL,
+    WAVES,
+    FRAMES,
+    LENT,
+    RECLAIMED,
+    TABLES,
+    SAVING,
 ];
 
 /// The metrics of one engine. Updating them neither blocks nor allocates.
@@ -191,6 +268,19 @@ pub struct Metrics {
     /// By phase, as in `PHASES`.
     step: [Histogram; 4],
     step_rows: Histogram,
+    /// By event, as in `PAGE_EVENTS`.
+    pages: [IntCounter; 5],
+    repeated: IntCounter,
+    /// By direction, as in `DIRECTIONS`.
+    moved: [IntCounter; 2],
+    stall: IntCounter,
+    waves: IntCounter,
+    /// By state, as in `FRAME_STATES`.
+    frames: [IntGauge; 3],
+    lent: IntGauge,
+    reclaimed: IntCounter,
+    tables: IntGauge,
+    saving: IntGauge,
 }
 
 impl Metrics {
@@ -215,6 +305,16 @@ impl Metrics {
             evictions: counter(registry, EVICTIONS)?,
             step: histograms(registry, STEP)?,
             step_rows: histogram(registry, STEP_ROWS)?,
+            pages: counters(registry, PAGES)?,
+            repeated: counter(registry, REPEATED)?,
+            moved: counters(registry, MOVED)?,
+            stall: counter(registry, STALL)?,
+            waves: counter(registry, WAVES)?,
+            frames: gauges(registry, FRAMES)?,
+            lent: gauge(registry, LENT)?,
+            reclaimed: counter(registry, RECLAIMED)?,
+            tables: gauge(registry, TABLES)?,
+            saving: gauge(registry, SAVING)?,
         })
     }
 
@@ -268,8 +368,31 @@ impl Metrics {
         for (gauge, count) in self.kv_blocks.iter().zip([blocks.free, blocks.in_use, blocks.cached]) {
             gauge.set(count as i64);
         }
-        self.evictions.inc_by(num_evictions - self.evictions.get());
+        advance(&self.evictions, num_evictions);
     }
+
+    /// The HBM tier after a step, and its lent frames: those of now, and those taken back since the start.
+    pub(crate) fn tier(&self, state: &TierState, lent: u64, reclaimed: u64) {
+        let pages = &state.pages;
+        let events = [pages.hits, pages.misses, pages.streamed, pages.evictions, pages.saved];
+        self.pages.iter().zip(events).for_each(|(counter, total)| advance(counter, total));
+        advance(&self.repeated, pages.hits_by_age[1]);
+        let moved = [state.fetched_bytes, state.saved_bytes];
+        self.moved.iter().zip(moved).for_each(|(counter, total)| advance(counter, total));
+        advance(&self.stall, state.stall_nanos / 1000);
+        advance(&self.waves, state.extra_waves);
+        let frames = [state.cache_frames - state.cache_used, state.cache_used, state.pinned_frames];
+        self.frames.iter().zip(frames).for_each(|(gauge, count)| gauge.set(count as i64));
+        self.lent.set(lent as i64);
+        advance(&self.reclaimed, reclaimed);
+        self.tables.set(state.table_bytes as i64);
+        self.saving.set(state.saving_pages as i64);
+    }
+}
+
+/// Brings a counter to what was counted elsewhere since the start.
+fn advance(counter: &IntCounter, total: u64) {
+    counter.inc_by(total - counter.get());
 }
 
 fn opts(doc: &MetricDoc) -> Opts {

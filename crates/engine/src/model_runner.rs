@@ -1,8 +1,10 @@
 //! The runner of a server: a model on a device.
 
 use model::{DeviceKv, Model, Workspace};
+use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow, Sampled};
-use ops::{Backend, Batch};
+use ops::tier::TierState;
+use ops::{Backend, Batch, SeatIndex};
 
 use crate::Runner;
 use crate::run::recycle;
@@ -74,6 +76,22 @@ impl<B: Backend> Runner for ModelRunner<B> {
         }
         self.chunk_samples = recycle(chunk_samples);
     }
+
+    fn release(&mut self, seat: SeatIndex) {
+        self.kv.release(&mut self.backend, seat);
+    }
+
+    fn saved_tokens(&mut self, seat: SeatIndex) -> usize {
+        self.kv.saved_tokens(&mut self.backend, seat)
+    }
+
+    fn tier_state(&self) -> Option<TierState> {
+        self.kv.tier_state(&self.backend)
+    }
+
+    fn seat_counters(&self, seat: SeatIndex) -> (SeatCounters, usize) {
+        self.kv.seat_counters(&self.backend, seat)
+    }
 }
 
 /// Moves what was sampled to the end of `out`.
@@ -90,7 +108,7 @@ fn append(out: &mut SampleOutput, chunk: &mut SampleOutput) {
 mod tests {
     use std::path::Path;
 
-    use model::{Limits, Source, kv_geometry};
+    use model::{KvSpec, Limits, Source, kv_geometry};
     use ops::reference::Reference;
     use ops::sample::SamplingParams;
     use ops::{BlockIndex, DType, SequenceRows};
@@ -117,7 +135,7 @@ mod tests {
         let limits = Limits { rows_max: 128, logits_rows_max, sequences_max: 2, context_max: 128 };
         let workspace = Workspace::new(&mut backend, model.config(), limits).unwrap();
         let geometry = kv_geometry(model.config(), PAGE_TOKENS, DType::F32);
-        let kv = DeviceKv::new(&mut backend, geometry, 16).unwrap();
+        let kv = DeviceKv::new(&mut backend, &KvSpec::dense(geometry, 16)).unwrap();
         ModelRunner::new(backend, model, workspace, kv)
     }
 
@@ -139,6 +157,8 @@ mod tests {
                 prompt_len: 64,
                 blocks,
                 attention: Default::default(),
+                seat: ops::SeatIndex(0),
+                quota: 0,
             });
         }
         let batch = Batch {

@@ -1,5 +1,6 @@
 //! What a client of the engine asks, and what it is told.
 
+use ops::residency::SeatCounters;
 use ops::sample::SamplingParams;
 use ops::sparse::Method;
 
@@ -82,6 +83,34 @@ pub struct Usage {
     pub preemptions: u32,
     /// What its generated tokens attended to; `None` if they were asked to attend to everything.
     pub attended: Option<Attended>,
+    /// What became of its pages in an HBM tier; zeros in unified memory.
+    pub pages: PageUse,
+}
+
+/// The pages of a request in an HBM tier, prompt and answer together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PageUse {
+    /// Pages that were needed and resident.
+    pub hits: u64,
+    /// Pages that were needed and had to be fetched to stay.
+    pub misses: u64,
+    /// Pages that were needed and passed through.
+    pub streamed: u64,
+    /// Cache frames held at once, at most.
+    pub resident_peak: u64,
+    /// Time that the steps it took part in waited for pages, whoever's they were, in nanoseconds.
+    pub stall_nanos: u64,
+}
+
+impl PageUse {
+    /// Adds a step: what happened to the pages in it, the frames held after it, and its stall.
+    pub(crate) fn add(&mut self, step: &SeatCounters, held: usize, stall_nanos: u64) {
+        self.hits += step.hits;
+        self.misses += step.misses;
+        self.streamed += step.streamed;
+        self.resident_peak = self.resident_peak.max(held as u64);
+        self.stall_nanos += stall_nanos;
+    }
 }
 
 /// What the generated tokens of a request attended to, per layer that is not dense and per KV head.

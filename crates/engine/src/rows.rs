@@ -86,6 +86,8 @@ impl StepRows {
             prompt_len: sequence.prompt_len as u32,
             blocks: first_block as u32..self.block_tables.len() as u32,
             attention,
+            seat: sequence.kv.seat().expect("who runs has a seat"),
+            quota: sequence.quota,
         });
         self.parts.push(Part { owner, positions, first_row, samples: 0..0, draws: false });
     }

@@ -1,7 +1,9 @@
 //! The second verb of a step: the model.
 
-use ops::Batch;
+use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow};
+use ops::tier::TierState;
+use ops::{Batch, SeatIndex};
 
 use crate::engine::Engine;
 
@@ -11,6 +13,24 @@ pub trait Runner {
     /// Runs `batch`, writing its KV, and draws one token per entry of `samples` (whose `row` is a row of the batch)
     /// into `out`, in order, after clearing it. Those rows ascend.
     fn run(&mut self, batch: &Batch, samples: &[SampleRow], out: &mut SampleOutput);
+
+    /// Forgets what the device holds for `seat`, whose sequence has left; comes before its blocks are used again.
+    fn release(&mut self, _seat: SeatIndex) {}
+
+    /// Tokens of `seat` whose KV is in DRAM in all layers, so that others may read it. More than it has in unified memory.
+    fn saved_tokens(&mut self, _seat: SeatIndex) -> usize {
+        usize::MAX
+    }
+
+    /// The state of the HBM tier; `None` in unified memory.
+    fn tier_state(&self) -> Option<TierState> {
+        None
+    }
+
+    /// What happened to the pages of `seat` since it was released, and the cache frames that it holds.
+    fn seat_counters(&self, _seat: SeatIndex) -> (SeatCounters, usize) {
+        Default::default()
+    }
 }
 
 impl<R: Runner> Engine<R> {
@@ -22,6 +42,10 @@ impl<R: Runner> Engine<R> {
             let sequence = &self.running[part.owner];
             part.draws = sequence.push_samples(&mut samples, part.first_row, part.positions.clone());
             part.samples = start..samples.len();
+        }
+        for seat in self.kv.left_seats() {
+            self.runner.release(seat);
+            self.shares.release(seat);
         }
         self.runner.run(&self.rows.batch(), &samples, &mut self.output);
         assert_eq!(self.output.sampled.len(), samples.len(), "the runner samples what it was asked to");

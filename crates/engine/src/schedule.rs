@@ -22,6 +22,7 @@ impl<R: Runner> Engine<R> {
     /// are admitted while budget, places and blocks last; the head of the queue is never overtaken.
     pub(crate) fn schedule(&mut self, now: Duration) {
         self.rows.clear();
+        self.shares.divide(&mut self.running);
         let mut budget = StepBudget { tokens: self.config.max_inject_tokens, replay_rows: REPLAY_ROWS };
         let mut next = 0;
         while next < self.running.len() {
@@ -100,6 +101,7 @@ impl<R: Runner> Engine<R> {
             self.kv.free(&mut sequence.kv);
             return false;
         }
+        self.kv.take_seat(&mut sequence.kv);
         sequence.admit(cached_tokens, now, &self.metrics);
         let sequence = self.waiting.pop_front().expect("the head of the queue");
         self.running.push(sequence);

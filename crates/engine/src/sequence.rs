@@ -4,14 +4,15 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use kv::KvCache;
+use ops::residency::SeatCounters;
 use ops::sample::{SampleRow, Sampled, SamplingParams};
 
 use crate::config::{Config, kv_tokens_max};
 use crate::handle::QueuePlace;
 use crate::metrics::Metrics;
 use crate::request::{
-    Attended, Disconnected, FinishReason, Refusal, Request, RequestId, Sink, Sparse, Stopping, TokenLogprobs,
-    Update, Usage,
+    Attended, Disconnected, FinishReason, PageUse, Refusal, Request, RequestId, Sink, Sparse, Stopping,
+    TokenLogprobs, Update, Usage,
 };
 
 /// A request that was checked against the limits of an engine, with where its updates go. If it is dropped before its
@@ -83,6 +84,11 @@ pub(crate) struct Sequence {
     pub(crate) kv: kv::Sequence,
     /// What its generated tokens attended to so far.
     pub(crate) attended: Attended,
+    /// Extents of cache frames that it may hold per layer.
+    pub(crate) quota: u32,
+    /// What became of its pages, and what of that was counted since it took its seat.
+    pub(crate) pages: PageUse,
+    pub(crate) counted: SeatCounters,
     /// Set by commit, acted upon by emit.
     pub(crate) outcome: Option<Outcome>,
     /// Admission is not tried again before this many blocks are available.
@@ -126,6 +132,9 @@ impl Sequence {
             prompt_len,
             kv: kv::Sequence::new(0, shareable_tokens, blocks_max),
             attended: Attended::default(),
+            quota: 0,
+            pages: PageUse::default(),
+            counted: SeatCounters::default(),
             outcome: None,
             admit_when_available: 0,
             num_scored: 0,
@@ -165,6 +174,8 @@ impl Sequence {
     pub(crate) fn preempt(&mut self, kv: &mut KvCache) {
         kv.free(&mut self.kv);
         self.num_preemptions += 1;
+        self.quota = 0;
+        self.counted = SeatCounters::default();
         tracing::debug!(request = self.id.0, tokens = self.tokens.len(), "preempted");
         self.admit_when_available = 0;
     }
@@ -269,6 +280,7 @@ impl Sequence {
             generated_tokens: self.num_generated() as u32,
             preemptions: self.num_preemptions,
             attended: self.sparse.map(|_| self.attended),
+            pages: self.pages,
         }
     }
 

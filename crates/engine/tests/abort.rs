@@ -38,6 +38,7 @@ fn serve_with_a_broken_runner() {
         page_tokens: 8,
         num_blocks: 2,
         prefix_cache: true,
+        tier: None,
         prefix_limit: None,
     };
     let metrics = Metrics::new(&prometheus::Registry::new()).expect("a fresh registry");

@@ -1,6 +1,6 @@
 //! The verbs of the KV cache.
 
-use ops::BlockIndex;
+use ops::{BlockIndex, SeatIndex};
 
 use crate::pool::{Counts, Pool};
 use crate::prefix::{Parent, PrefixCache};
@@ -21,13 +21,13 @@ pub struct OutOfBlocks {
 /// ```
 /// use sparseserve_kv::{KvCache, Sequence};
 ///
-/// let mut kv = KvCache::new(10, 4);
+/// let mut kv = KvCache::new(10, 4, 2);
 /// let prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9];
 ///
 /// let mut first = Sequence::new(0, usize::MAX, 10);
 /// assert_eq!(kv.match_prefix(&mut first, &prompt), 0);
 /// kv.reserve(&mut first, prompt.len())?; // three blocks
-/// kv.advance(&mut first, &prompt); // two of them are sealed
+/// kv.advance(&mut first, &prompt, usize::MAX); // two of them are sealed
 /// kv.free(&mut first);
 ///
 /// let mut second = Sequence::new(0, usize::MAX, 10);
@@ -40,19 +40,57 @@ pub struct KvCache {
     pool: Pool,
     tree: PrefixCache,
     num_evictions: u64,
+    num_seats: usize,
+    /// The lowest last.
+    free_seats: Vec<SeatIndex>,
+    /// Left since somebody asked.
+    left_seats: Vec<SeatIndex>,
 }
 
 impl KvCache {
-    /// A pool of `num_blocks` free blocks of `page_tokens` tokens; allocates all the memory that it will ever use.
+    /// A pool of `num_blocks` free blocks of `page_tokens` tokens, and `num_seats` free seats; allocates all the memory that
+    /// it will ever use.
     ///
     /// # Panics
-    /// When either is 0 or a block index would not fit in a u32.
-    pub fn new(num_blocks: usize, page_tokens: usize) -> Self {
+    /// When one is 0 or an index would not fit in a u32.
+    pub fn new(num_blocks: usize, page_tokens: usize, num_seats: usize) -> Self {
+        let seats = u32::try_from(num_seats).expect("seats are u32");
+        assert!(seats > 0, "a cache has seats");
         KvCache {
             page_tokens,
             pool: Pool::new(num_blocks),
             tree: PrefixCache::new(num_blocks, page_tokens),
             num_evictions: 0,
+            num_seats,
+            free_seats: (0..seats).rev().map(SeatIndex).collect(),
+            left_seats: Vec::with_capacity(num_seats),
+        }
+    }
+
+    /// Gives `sequence`, which is about to run, the lowest free seat.
+    ///
+    /// # Panics
+    /// When it has one, or none is free.
+    pub fn take_seat(&mut self, sequence: &mut Sequence) -> SeatIndex {
+        assert!(sequence.seat.is_none(), "a sequence has one seat");
+        let seat = self.free_seats.pop().expect("a seat for each sequence that runs");
+        sequence.seat = Some(seat);
+        seat
+    }
+
+    /// Seats that were left since this was last asked. A device must forget what it holds for them before the next step:
+    /// their blocks may be others' by then.
+    pub fn left_seats(&mut self) -> impl Iterator<Item = SeatIndex> {
+        self.left_seats.drain(..)
+    }
+
+    fn leave_seat(&mut self, sequence: &mut Sequence) {
+        if let Some(seat) = sequence.seat.take() {
+            let place = self.free_seats.partition_point(|free| *free > seat);
+            self.free_seats.insert(place, seat);
+            if self.left_seats.last() != Some(&seat) && !self.left_seats.contains(&seat) {
+                self.left_seats.push(seat);
+            }
         }
     }
 
@@ -117,20 +155,21 @@ impl KvCache {
         block
     }
 
-    /// Notes that the KV of all `tokens` of `sequence` is written now, and publishes the blocks that this sealed. Where
+    /// Notes that the KV of all `tokens` of `sequence` is written now, and publishes the blocks that this sealed, as far as
+    /// that of the first `saved_tokens` is in DRAM in all layers. Where
     /// the tree holds the same content already, that block stays and takes the place of the new one, which becomes
     /// free: so whoever uses a block of the tree uses those before it, too.
     ///
     /// # Panics
     /// When tokens disappear, or were written beyond what is reserved.
-    pub fn advance(&mut self, sequence: &mut Sequence, tokens: &[u32]) {
+    pub fn advance(&mut self, sequence: &mut Sequence, tokens: &[u32], saved_tokens: usize) {
         assert!(tokens.len() >= sequence.num_tokens, "written tokens stay written");
         assert!(
             tokens.len() <= sequence.blocks.len() * self.page_tokens,
             "tokens are written to reserved slots"
         );
         sequence.num_tokens = tokens.len();
-        let num_sealed = tokens.len().min(sequence.shareable_tokens) / self.page_tokens;
+        let num_sealed = tokens.len().min(sequence.shareable_tokens).min(saved_tokens) / self.page_tokens;
         for i in sequence.num_published..num_sealed {
             self.publish(sequence, i, &tokens[i * self.page_tokens..][..self.page_tokens]);
         }
@@ -170,6 +209,7 @@ impl KvCache {
         }
         sequence.num_published = 0;
         sequence.num_tokens = 0;
+        self.leave_seat(sequence);
     }
 
     /// Releases all blocks of `sequence` and empties it, and forgets their content wherever nobody else depends on it:
@@ -185,6 +225,7 @@ impl KvCache {
         }
         sequence.num_published = 0;
         sequence.num_tokens = 0;
+        self.leave_seat(sequence);
     }
 
     /// Panics unless all states agree: each block has one state, owners are exactly the tables in `owners`, the tree is
@@ -193,7 +234,9 @@ impl KvCache {
         let counts = self.counts();
         let num_blocks = counts.free + counts.in_use + counts.cached;
         let mut num_owners = vec![0; num_blocks];
+        let mut seats: Vec<SeatIndex> = self.free_seats.clone();
         for sequence in owners {
+            seats.extend(sequence.seat);
             assert!(sequence.num_tokens <= sequence.blocks.len() * self.page_tokens, "tokens lie in blocks");
             assert!(
                 sequence.num_published * self.page_tokens <= sequence.num_tokens,
@@ -209,6 +252,11 @@ impl KvCache {
                 );
             }
         }
+        seats.sort_unstable();
+        assert!(
+            seats.is_sorted_by(|a, b| a < b) && seats.len() <= self.num_seats,
+            "a seat has one owner or none"
+        );
         self.pool.check(&num_owners);
         self.tree.check(self.pool.cached());
         for (i, &owners) in num_owners.iter().enumerate() {

@@ -72,7 +72,7 @@ fn digest(salt: u64, tokens: &[u32]) -> u64 {
 
 impl Fuzz {
     fn new(bug: Bug, num_blocks: usize, page_tokens: usize, hash_mask: u64) -> Self {
-        let mut real = KvCache::new(num_blocks, page_tokens);
+        let mut real = KvCache::new(num_blocks, page_tokens, 8);
         real.weaken_hash(hash_mask);
         Fuzz {
             bug,
@@ -180,7 +180,7 @@ impl Fuzz {
             let slot = block.at() * self.page_tokens + position % self.page_tokens;
             self.memory[slot] = digest(live.salt, &live.tokens[..=position]);
         }
-        self.real.advance(&mut live.kv, &live.tokens[..target]);
+        self.real.advance(&mut live.kv, &live.tokens[..target], usize::MAX);
         live.num_written = target;
         for i in live.num_published..target.min(live.shareable_tokens) / self.page_tokens {
             let prefix = (live.salt, live.tokens[..(i + 1) * self.page_tokens].to_vec());

@@ -11,6 +11,7 @@
 //! * `prefix.rs`: the tree of sealed blocks that later prompts can share.
 //! * `sequence.rs`: the block table of one sequence.
 //! * `cache.rs`: the verbs above, which move blocks between the three.
+//! * `quota.rs`: who may hold how much of the HBM tier.
 //!
 //! Invariant: a hit compares tokens, not only hashes, so no collision can hand one prompt's KV to another.
 //!
@@ -25,6 +26,7 @@
 mod cache;
 mod pool;
 mod prefix;
+mod quota;
 mod sequence;
 
 #[cfg(test)]
@@ -32,4 +34,5 @@ mod cache_fuzz;
 
 pub use cache::{KvCache, OutOfBlocks};
 pub use pool::Counts;
+pub use quota::{QuotaRule, Quotas, Want};
 pub use sequence::Sequence;

@@ -1,6 +1,6 @@
 //! The block table of one sequence.
 
-use ops::BlockIndex;
+use ops::{BlockIndex, SeatIndex};
 
 /// Which blocks hold the KV of one sequence. [`crate::KvCache`] changes it; the last thing done to it must be
 /// [`crate::KvCache::free`], since a sequence that is dropped with blocks leaks them.
@@ -20,6 +20,7 @@ pub struct Sequence {
     pub(crate) num_tokens: usize,
     pub(crate) salt: u64,
     pub(crate) shareable_tokens: usize,
+    pub(crate) seat: Option<SeatIndex>,
 }
 
 impl Sequence {
@@ -33,12 +34,18 @@ impl Sequence {
             num_tokens: 0,
             salt,
             shareable_tokens,
+            seat: None,
         }
     }
 
     /// The block table, one entry per block from position 0.
     pub fn blocks(&self) -> &[BlockIndex] {
         &self.blocks
+    }
+
+    /// Its seat, while it runs.
+    pub fn seat(&self) -> Option<SeatIndex> {
+        self.seat
     }
 
     /// Tokens whose KV is written.

@@ -73,6 +73,7 @@ impl<B: Backend> Model<B> {
         backend.rope_angles(angles, batch.positions, inv_freq, sets, self.rope.scale());
         backend.embed(residual, &self.embed, batch.tokens);
 
+        backend.balance(&mut kv.pages, batch);
         for (index, layer) in self.layers.iter().enumerate() {
             backend.rms_norm(normed, residual, &layer.input_norm, eps);
             backend.linear_forward(qkv, normed, &layer.qkv);
@@ -83,6 +84,7 @@ impl<B: Backend> Model<B> {
             if window.is_none() {
                 kv.digest(backend, index, batch);
             }
+            backend.save(&mut kv.pages, index, batch);
 
             // All KV is written; from here on only the rows whose logits somebody wants matter.
             let narrow = index + 1 == self.layers.len() && logit_rows.len() < batch.num_rows();
@@ -107,7 +109,11 @@ impl<B: Backend> Model<B> {
                 }
                 _ => None,
             };
-            backend.attend(attention, &kv.pages, index, qkv, heads, window, &rows, selection);
+            let waves = backend.resolve(&mut kv.pages, index, heads, window, &rows, selection);
+            for wave in 0..waves {
+                backend.gather(&mut kv.pages, wave);
+                backend.attend(attention, &kv.pages, index, qkv, heads, window, &rows, selection, wave);
+            }
             backend.linear_add(residual, attention, &layer.output);
 
             backend.rms_norm(normed, residual, &layer.post_attention_norm, eps);

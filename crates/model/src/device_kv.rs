@@ -1,7 +1,9 @@
 //! What a device keeps of a context.
 
+use ops::residency::SeatCounters;
 use ops::sparse::{DigestSpec, SelectionLimits};
-use ops::{Backend, KvGeometry};
+use ops::tier::{TierSpec, TierState};
+use ops::{Backend, KvGeometry, SeatIndex};
 
 use crate::Error;
 
@@ -13,30 +15,62 @@ pub struct DeviceKv<B: Backend> {
     pub(crate) selection: Option<B::Selection>,
 }
 
+/// What a device is to keep of contexts.
+#[derive(Clone, Debug)]
+pub struct KvSpec {
+    /// Shape.
+    pub geometry: KvGeometry,
+    /// Blocks of the pool in DRAM.
+    pub num_blocks: usize,
+    /// The HBM tier; `None` for unified memory.
+    pub tier: Option<TierSpec>,
+    /// Digests, in the order by which methods name them.
+    pub digests: Vec<DigestSpec>,
+    /// Bounds on selections; `None` where every request attends to everything.
+    pub selections: Option<SelectionLimits>,
+}
+
+impl KvSpec {
+    /// For requests that all attend to everything, in unified memory.
+    pub fn dense(geometry: KvGeometry, num_blocks: usize) -> Self {
+        KvSpec { geometry, num_blocks, tier: None, digests: Vec::new(), selections: None }
+    }
+}
+
 impl<B: Backend> DeviceKv<B> {
-    /// A pool of `num_blocks` blocks, whose requests all attend to everything.
+    /// A pool, and what goes with it.
     ///
     /// # Errors
-    /// Out of memory.
-    pub fn new(backend: &mut B, geometry: KvGeometry, num_blocks: usize) -> Result<Self, Error> {
-        Ok(DeviceKv { pages: backend.kv(geometry, num_blocks)?, digests: Vec::new(), selection: None })
+    /// Out of memory; partitions that do not fit the pages; an HBM tier that is too small.
+    pub fn new(backend: &mut B, spec: &KvSpec) -> Result<Self, Error> {
+        let KvSpec { geometry, num_blocks, tier, .. } = *spec;
+        let digests = spec.digests.iter().map(|&digest| backend.digests(digest, geometry, num_blocks));
+        let digests = digests.collect::<Result<_, _>>()?;
+        let selection = match spec.selections {
+            None => None,
+            Some(limits) => Some(backend.selection(limits)?.0),
+        };
+        Ok(DeviceKv { pages: backend.kv(geometry, num_blocks, tier)?, digests, selection })
     }
 
-    /// The same for requests that attend sparsely: with digests as `specs` say, in the order by which methods name them.
-    ///
-    /// # Errors
-    /// Out of memory; partitions that do not fit the pages.
-    pub fn with_selections(
-        backend: &mut B,
-        geometry: KvGeometry,
-        num_blocks: usize,
-        specs: &[DigestSpec],
-        limits: SelectionLimits,
-    ) -> Result<Self, Error> {
-        let digests = specs.iter().map(|&spec| backend.digests(spec, geometry, num_blocks));
-        let digests = digests.collect::<Result<_, _>>()?;
-        let (selection, _) = backend.selection(limits)?;
-        Ok(DeviceKv { pages: backend.kv(geometry, num_blocks)?, digests, selection: Some(selection) })
+    /// Forgets what HBM holds for `seat`.
+    pub fn release(&mut self, backend: &mut B, seat: SeatIndex) {
+        backend.release(&mut self.pages, seat);
+    }
+
+    /// Tokens of `seat` whose KV is in DRAM in all layers.
+    pub fn saved_tokens(&mut self, backend: &mut B, seat: SeatIndex) -> usize {
+        backend.saved_tokens(&mut self.pages, seat)
+    }
+
+    /// The state of the HBM tier; `None` in unified memory.
+    pub fn tier_state(&self, backend: &B) -> Option<TierState> {
+        backend.tier_state(&self.pages)
+    }
+
+    /// What happened to the pages of `seat` since it was released, and the cache frames that it holds.
+    pub fn seat_counters(&self, backend: &B, seat: SeatIndex) -> (SeatCounters, usize) {
+        backend.seat_counters(&self.pages, seat)
     }
 
     /// The pages, for benches that fill them.

@@ -25,7 +25,7 @@ mod workspace;
 pub use checkpoint::{Checkpoint, TensorData};
 pub use config::ModelConfig;
 pub use decoder::Model;
-pub use device_kv::DeviceKv;
+pub use device_kv::{DeviceKv, KvSpec};
 pub use error::Error;
 pub use load::dtype_on_disk;
 pub use plan::{kv_geometry, num_parameters, weight_bytes};

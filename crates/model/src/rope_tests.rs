@@ -54,6 +54,8 @@ fn dynamic_frequencies_follow_request_and_position_alone() {
         prompt_len,
         blocks: 0..0,
         attention: Default::default(),
+        seat: ops::SeatIndex(0),
+        quota: 0,
     };
     // A long prompt's chunk, its later decode, a short request across the limit, two tokens of one long answer.
     let sequences =
@@ -90,6 +92,8 @@ fn one_set_serves_all_rows_unless_scaling_is_dynamic() {
         prompt_len: 50,
         blocks: 0..0,
         attention: Default::default(),
+        seat: ops::SeatIndex(0),
+        quota: 0,
     }];
     let batch = Batch {
         tokens: &[0; 3],

@@ -188,6 +188,8 @@ mod tests {
             prompt_len: 9,
             blocks,
             attention: Default::default(),
+            seat: ops::SeatIndex(0),
+            quota: 0,
         };
         let sequences = [sequence(0..3, 5, 0..1), sequence(3..4, 0, 1..2), sequence(4..8, 2, 2..3)];
         let batch = Batch {

@@ -23,13 +23,14 @@ use ops::{Batch, DType, HeadShape, KvGeometry, SPLIT_TOKENS, SequenceRows, Tenso
 
 use crate::isa::{Isa, Kernel};
 use crate::memory::{Buffer, PerThread, Shared};
-use crate::merge::{Partial, finish, merge};
-use crate::pages::Kv;
+use crate::merge::{Partial, carry_stride, finish, merge, put_away, take_up};
+use crate::pages::{Kv, Layers};
 use crate::pool::Pool;
 use crate::selection::Selections;
 use crate::simd::Simd;
-use crate::split::{HeadView, SplitScratch, pack_queries, split_partial};
+use crate::split::{Frames, HeadView, SplitScratch, pack_queries, split_partial};
 use crate::tensor::CpuTensor;
+use crate::tier::{Tier, WavePart};
 use crate::tile::{Bf16, Element, F16, F32};
 
 /// Rows times query heads per unit: enough to reuse what was read, few enough for their scores to stay in the
@@ -47,6 +48,8 @@ const PARTIALS_BYTES: usize = 32 << 20;
 pub struct Scratch {
     threads: PerThread<SplitScratch>,
     partials: Buffer<f32>,
+    /// Lines from one wave to the next, `[row][query head]`.
+    carry: Buffer<f32>,
     plans: Vec<Plan>,
     pending: Vec<AtomicU32>,
 }
@@ -65,6 +68,11 @@ struct Plan {
     /// First split that any row attends to, and how many there are.
     first_split: usize,
     num_splits: usize,
+    /// Whether nothing of these rows came in a wave before this one, and whether nothing follows.
+    starts: bool,
+    ends: bool,
+    /// Number of the item in the HBM tier.
+    item: usize,
     /// Where each split is a task: the first result in `partials` and the first counter in `pending`.
     by_split: Option<(usize, usize)>,
 }
@@ -93,6 +101,7 @@ impl Scratch {
         Ok(Scratch {
             threads: PerThread::new(threads, || empty.next().expect("one per thread")),
             partials: Buffer::zeroed(0, "attention")?,
+            carry: Buffer::zeroed(0, "attention")?,
             plans: Vec::new(),
             pending: Vec::new(),
         })
@@ -102,10 +111,15 @@ impl Scratch {
     pub fn reserve(
         &mut self,
         heads: HeadShape,
+        rows_max: usize,
         sequences_max: usize,
         context_max: usize,
     ) -> Result<u64, ops::Error> {
         self.reserve_threads(heads)?;
+        let carried = rows_max * heads.q_heads * carry_stride(heads.head_dim);
+        if self.carry.len() < carried {
+            self.carry = Buffer::zeroed(carried, "attention")?;
+        }
         let rows = (SPLIT_HEIGHT_MAX / heads.group()).max(1);
         let one = heads.kv_heads
             * context_max.div_ceil(SPLIT_TOKENS)
@@ -117,7 +131,8 @@ impl Scratch {
         self.reserve_plans(sequences_max, heads);
         let threads: usize = self.threads.iter_mut().map(|t| t.bytes()).sum();
         let tables = self.plans.capacity() * size_of::<Plan>() + self.pending.len() * size_of::<AtomicU32>();
-        Ok((threads + self.partials.len() * size_of::<f32>() + tables) as u64)
+        let results = (self.partials.len() + self.carry.len()) * size_of::<f32>();
+        Ok((threads + results + tables) as u64)
     }
 
     /// Makes room for `count` runs of rows.
@@ -150,9 +165,11 @@ impl Scratch {
         batch: &Batch,
         selection: Option<&Selections>,
         page_tokens: usize,
+        waves: Option<(&Tier, usize)>,
     ) -> usize {
         self.plans.clear();
-        let mut cut = Cut { heads, partials_len: self.partials.len(), tasks: 0, partials: 0, counters: 0 };
+        let partials_len = self.partials.len();
+        let mut cut = Cut { heads, partials_len, waves, items: 0, tasks: 0, partials: 0, counters: 0 };
         let mut place = 0;
         for (sequence, s) in batch.sequences.iter().enumerate() {
             let num_sparse = match (s.attention, selection) {
@@ -167,7 +184,7 @@ impl Scratch {
                 splits(first + rows.start..first + rows.end, window)
             };
             if num_dense > 0 {
-                self.plans.push(cut.plan(sequence, 0..num_dense, None, all(0..num_dense)));
+                self.plans.extend(cut.plan(sequence, 0..num_dense, None, all(0..num_dense)));
             }
             for row in num_dense..s.num_rows() {
                 let selection = selection.expect("sparse rows are counted where there is one");
@@ -183,7 +200,7 @@ impl Scratch {
                         cut.plan(sequence, row..row + 1, Some(place), splits)
                     }
                 };
-                self.plans.push(plan);
+                self.plans.extend(plan);
                 place += 1;
             }
         }
@@ -200,24 +217,34 @@ impl Scratch {
 }
 
 /// Work that was cut so far.
-struct Cut {
+struct Cut<'a> {
     heads: HeadShape,
     /// Room for results of splits.
     partials_len: usize,
+    /// The HBM tier and the wave, where there is one.
+    waves: Option<(&'a Tier, usize)>,
+    /// Runs of rows so far, those of other waves among them.
+    items: usize,
     tasks: usize,
     partials: usize,
     counters: usize,
 }
 
-impl Cut {
-    /// Tasks for `rows` of a sequence over `splits`.
+impl Cut<'_> {
+    /// Tasks for `rows` of a sequence over `splits`, as far as they are of this wave.
     fn plan(
         &mut self,
         sequence: usize,
         rows: Range<usize>,
         place: Option<usize>,
         splits: Range<usize>,
-    ) -> Plan {
+    ) -> Option<Plan> {
+        let item = self.items;
+        self.items += 1;
+        let WavePart { splits, starts, ends } = match self.waves {
+            None => WavePart { splits, starts: true, ends: true },
+            Some((tier, wave)) => tier.part(item, wave)?,
+        };
         let heads = self.heads;
         let height = rows.len() * heads.group();
         let needed = heads.kv_heads * splits.len() * Partial::len(height, heads.head_dim);
@@ -234,13 +261,16 @@ impl Cut {
             tile_rows,
             first_split: splits.start,
             num_splits: splits.len(),
+            starts,
+            ends,
+            item,
             by_split: by_split.then_some((self.partials, self.counters)),
         };
         if by_split {
             self.partials += needed;
             self.counters += heads.kv_heads;
         }
-        plan
+        Some(plan)
     }
 }
 
@@ -260,6 +290,7 @@ pub fn attend(
     window: Option<usize>,
     batch: &Batch,
     selection: Option<&Selections>,
+    wave: usize,
 ) {
     let geometry = *kv.geometry();
     assert_eq!(
@@ -278,13 +309,19 @@ pub fn attend(
     if scratch.partials.len() == 0 {
         let context = batch.sequences.iter().map(SequenceRows::context_tokens).max().unwrap_or(0);
         scratch
-            .reserve(heads, batch.sequences.len(), context)
+            .reserve(heads, batch.num_rows(), batch.sequences.len(), context)
             .expect("memory for a step that was not reserved");
     }
-    let num_tasks = scratch.plan(heads, window, batch, selection, geometry.page_tokens);
+    let tier = kv.tier.as_deref();
+    let waves = tier.map(|tier| (tier, wave));
+    let num_tasks = scratch.plan(heads, window, batch, selection, geometry.page_tokens, waves);
+    let carry_lines = scratch.carry.len() / carry_stride(heads.head_dim);
+    let carries = scratch.plans.iter().any(|p| !p.starts || !p.ends);
+    assert!(!carries || carry_lines >= qkv.rows() * heads.q_heads, "memory for several waves");
     let out_stride = out.stride();
     let out = out.shared();
     let partials = Shared(scratch.partials.as_mut_ptr());
+    let carry = Shared(scratch.carry.as_mut_ptr());
     let scratch = &*scratch;
     pool.run(num_tasks, &|task, thread| {
         let index = scratch.plans.partition_point(|p| p.tasks_end <= task);
@@ -292,7 +329,8 @@ pub fn attend(
         let plan = &scratch.plans[index];
         let unit = Unit {
             geometry,
-            kv,
+            dram: &kv.dram,
+            tier,
             layer,
             qkv,
             heads,
@@ -305,6 +343,7 @@ pub fn attend(
             out,
             out_stride,
             partials,
+            carry,
             pending: &scratch.pending,
         };
         // SAFETY: the scratch of this thread, borrowed for this task.
@@ -320,7 +359,8 @@ pub fn attend(
 /// One task.
 struct Unit<'a> {
     geometry: KvGeometry,
-    kv: &'a Kv,
+    dram: &'a Layers,
+    tier: Option<&'a Tier>,
     layer: usize,
     qkv: &'a CpuTensor,
     heads: HeadShape,
@@ -334,6 +374,7 @@ struct Unit<'a> {
     out: Shared<f32>,
     out_stride: usize,
     partials: Shared<f32>,
+    carry: Shared<f32>,
     pending: &'a [AtomicU32],
 }
 
@@ -352,7 +393,7 @@ impl Unit<'_> {
         let group = self.heads.group();
         let first_row = self.sequence.rows.start as usize + rows.start;
         HeadView {
-            kv: self.kv,
+            kv: self.dram,
             layer: self.layer,
             head,
             blocks: self.batch.block_table(self.sequence),
@@ -370,6 +411,10 @@ impl Unit<'_> {
             selected: self.plan.place.map(|place| {
                 let selected = self.selection.and_then(|selection| selection.get(place, head));
                 selected.map_or(&[][..], |(bits, _)| bits)
+            }),
+            frames: self.tier.map(|tier| {
+                let (entries, first_page) = tier.entries(self.plan.item, head);
+                Frames { tier, entries, first_page }
             }),
         }
     }
@@ -394,8 +439,11 @@ impl<E: Element> Kernel for UnitAs<'_, E> {
         let (height, len) = (view.height(), Partial::len(view.height(), view.head_dim));
         let splits = match plan.by_split {
             Some(_) => plan.first_split + part..plan.first_split + part + 1,
-            None if plan.place.is_some() => 0..plan.num_splits,
-            None => splits(view.first_position..view.first_position + view.num_rows, u.window),
+            None if plan.place.is_some() => plan.first_split..plan.first_split + plan.num_splits,
+            None => {
+                let own = splits(view.first_position..view.first_position + view.num_rows, u.window);
+                own.start.max(plan.first_split)..own.end.min(plan.first_split + plan.num_splits)
+            }
         };
         let (partial, mut running) = scratch.start(height, view.head_dim);
         // SAFETY: the scratch was made for this height; rows and columns of `out` are this unit's alone. The plan gave each
@@ -404,7 +452,13 @@ impl<E: Element> Kernel for UnitAs<'_, E> {
             let place = |first_partial: usize, split: usize| {
                 Partial::at(u.partials.at(first_partial + (head * plan.num_splits + split) * len), height)
             };
+            let row = u.sequence.rows.start as usize + first_row;
+            let line = row * u.heads.q_heads + head * view.group;
+            let carry = u.carry.0.wrapping_add(line * carry_stride(view.head_dim));
             pack_queries::<S, E>(s, &view, scratch);
+            if plan.by_split.is_none() && !plan.starts {
+                take_up(&view, &mut running, carry, u.heads.q_heads);
+            }
             for split in splits {
                 let to = plan.by_split.map_or(partial, |(first, _)| place(first, part));
                 split_partial::<S, E>(s, &view, split, scratch, to);
@@ -417,11 +471,18 @@ impl<E: Element> Kernel for UnitAs<'_, E> {
                 if u.pending[first_counter + head].fetch_sub(1, Ordering::AcqRel) > 1 {
                     return;
                 }
+                if !plan.starts {
+                    take_up(&view, &mut running, carry, u.heads.q_heads);
+                }
                 for split in 0..plan.num_splits {
                     merge(s, &view, &mut running, place(first_partial, split));
                 }
             }
-            finish(s, &view, &running);
+            if plan.ends {
+                finish(s, &view, &running);
+            } else {
+                put_away(&view, &running, carry, u.heads.q_heads);
+            }
         }
     }
 }

@@ -260,6 +260,8 @@ impl Sequences {
             prompt_len: context as u32,
             blocks: i * blocks..(i + 1) * blocks,
             attention: Default::default(),
+            seat: ops::SeatIndex(i),
+            quota: 0,
         };
         Sequences {
             tokens: vec![0; sequences * rows],
@@ -282,7 +284,7 @@ impl Sequences {
 
 /// A pool with random pages.
 fn pages(backend: &mut CpuBackend, geometry: KvGeometry, blocks: usize) -> Result<Kv, Error> {
-    let mut kv = backend.kv(geometry, blocks)?;
+    let mut kv = backend.kv(geometry, blocks, None)?;
     let mut random = Random::new(5);
     let len = geometry.page_tokens * geometry.head_dim;
     let values: Vec<f32> = (0..len + 64).map(|_| random.normal()).collect();
@@ -328,7 +330,7 @@ fn attention(
     let mut layer = 0;
     let call = Box::new(move |backend: &mut CpuBackend| {
         layer = (layer + 1) % geometry.num_layers;
-        backend.attend(&mut out, &kv, layer, &qkv, heads, None, &work.batch(), None);
+        backend.attend(&mut out, &kv, layer, &qkv, heads, None, &work.batch(), None, 0);
     });
     // Scores and weighted values, each 2 operations per channel, of the slots that rows attend to.
     let attended: usize = (context - rows..context).map(|position| position + 1).sum();
@@ -369,7 +371,7 @@ fn row_wise(
         _ => {
             let geometry = KvGeometry { num_layers: 1, kv_heads: 8, head_dim: 128, page_tokens: 16, dtype };
             let work = Sequences::new(1, rows, rows, 16);
-            let mut kv = backend.kv(geometry, geometry.blocks(rows))?;
+            let mut kv = backend.kv(geometry, geometry.blocks(rows), None)?;
             let mut qkv = normals(backend, rows, heads.qkv_cols())?;
             let weight = ones(backend, 128)?;
             let mut angles = backend.tensor(rows, 128)?;

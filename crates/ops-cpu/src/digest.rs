@@ -10,7 +10,7 @@ use ops::{Batch, BlockIndex, DType, Error, KvGeometry, SequenceRows};
 
 use crate::memory::{Buffer, Shared};
 use crate::pack::k_per_step;
-use crate::pages::{HEAD_DIM_MAX, Kv};
+use crate::pages::{HEAD_DIM_MAX, Kv, Pages};
 use crate::pool::Pool;
 
 /// The digests of one kind, of all blocks of a pool.
@@ -114,12 +114,12 @@ pub fn digest(pool: &mut Pool, digests: &mut Digests, kv: &Kv, layer: usize, bat
                 continue;
             }
             let partition = partitions.start + task;
-            let table = batch.block_table(s);
-            let offset = digests.offset(table, partition);
+            let pages = Pages::of(batch, s);
+            let offset = digests.offset(pages.table, partition);
             let positions = partition * length..(partition + 1) * length;
             for head in 0..digests.geometry.kv_heads {
                 let mut values = [0.0; 2 * HEAD_DIM_MAX];
-                let keys = Keys { kv, layer, table, head, positions: positions.clone() };
+                let keys = Keys { kv, layer, pages, head, positions: positions.clone() };
                 summarise(digests.spec.kind, &keys, &mut values);
                 let width = digests.spec.kind.width(digests.geometry.head_dim);
                 // SAFETY: the digest lies in the layer, as `offset` checked, and belongs to this partition alone; rows
@@ -209,8 +209,8 @@ pub struct Keys<'a> {
     pub kv: &'a Kv,
     /// Layer.
     pub layer: usize,
-    /// Block table of the sequence.
-    pub table: &'a [BlockIndex],
+    /// Of the sequence.
+    pub pages: Pages<'a>,
     /// KV head.
     pub head: usize,
     /// Positions in the sequence.
@@ -227,7 +227,7 @@ impl Keys<'_> {
         let KvGeometry { head_dim, page_tokens, dtype, .. } = *self.kv.geometry();
         let per_step = k_per_step(dtype);
         for position in self.positions.clone() {
-            let page = self.kv.page_bytes(self.layer, self.table[position / page_tokens], self.head);
+            let page = self.kv.digest_page(self.layer, self.pages, position / page_tokens, self.head);
             let (keys, _) = page.as_chunks::<BYTES>();
             let slot = position % page_tokens;
             for step in 0..head_dim / per_step {

@@ -2,7 +2,7 @@
 //!
 //! In reading order: [`Isa`] (which instructions), `simd` (vectors of 16 lanes), `tile` (the one inner loop), `pack`
 //! and `gemm` (matrix products), `pages`, `attention`, `split` and `merge` (the KV cache), `digest`, `score`,
-//! `selection` and `select` (which part of it is attended to), `rows` (everything that treats a
+//! `selection` and `select` (which part of it is attended to), `tier` and `saver` (HBM and DRAM), `rows` (everything that treats a
 //! row alone), `pool` (threads), `memory`; [`ceiling`] and [`bench`](mod@bench) measure.
 //!
 //! Invariant: at one instruction set, a row's bits depend on nothing but the row: not on the batch, the number of
@@ -25,17 +25,24 @@ mod pages;
 mod pool;
 mod rows;
 mod sampling;
+mod saver;
 mod score;
 mod select;
 mod selection;
 mod simd;
 mod split;
 mod tensor;
+mod tier;
 mod tile;
 
+use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow};
 use ops::sparse::{DigestSpec, SelectionLimits};
-use ops::{Backend, Batch, BlockIndex, DType, DeviceInfo, Error, HeadShape, KvGeometry, Tensor, WeightView};
+use ops::tier::{TierSpec, TierState};
+use ops::{
+    Backend, Batch, BlockIndex, DType, DeviceInfo, Error, HeadShape, KvGeometry, SeatIndex, Tensor,
+    WeightView,
+};
 
 pub use digest::Digests;
 pub use isa::Isa;
@@ -135,8 +142,8 @@ impl Backend for CpuBackend {
         Vector::new(view)
     }
 
-    fn kv(&mut self, geometry: KvGeometry, num_blocks: usize) -> Result<Kv, Error> {
-        Kv::new(geometry, num_blocks)
+    fn kv(&mut self, geometry: KvGeometry, num_blocks: usize, tier: Option<TierSpec>) -> Result<Kv, Error> {
+        Kv::new(geometry, num_blocks, tier)
     }
 
     fn digests(
@@ -166,7 +173,7 @@ impl Backend for CpuBackend {
     ) -> Result<u64, Error> {
         self.sampling.reserve(sequences_max);
         let products = self.products.reserve(rows_max, cols_max)?;
-        Ok(products + self.attention.reserve(heads, sequences_max, context_max)?)
+        Ok(products + self.attention.reserve(heads, rows_max, sequences_max, context_max)?)
     }
 
     fn embed(&mut self, out: &mut CpuTensor, table: &Linear, tokens: &[u32]) {
@@ -204,6 +211,12 @@ impl Backend for CpuBackend {
         rows::rope_angles(&mut self.pool, out, positions, inv_freq, sets, scale);
     }
 
+    fn balance(&mut self, kv: &mut Kv, batch: &Batch) {
+        if let Some(tier) = &mut kv.tier {
+            tier.balance(batch);
+        }
+    }
+
     fn append(
         &mut self,
         kv: &mut Kv,
@@ -219,6 +232,12 @@ impl Backend for CpuBackend {
 
     fn digest(&mut self, digests: &mut Digests, kv: &Kv, layer: usize, batch: &Batch) {
         digest::digest(&mut self.pool, digests, kv, layer, batch);
+    }
+
+    fn save(&mut self, kv: &mut Kv, layer: usize, batch: &Batch) {
+        if let Some(tier) = &mut kv.tier {
+            tier.save(&mut self.pool, &mut kv.dram, layer, batch);
+        }
     }
 
     fn score(
@@ -239,6 +258,24 @@ impl Backend for CpuBackend {
         select::select(self.isa, &mut self.pool, selection, layer, heads, batch);
     }
 
+    fn resolve(
+        &mut self,
+        kv: &mut Kv,
+        layer: usize,
+        heads: HeadShape,
+        window: Option<usize>,
+        batch: &Batch,
+        selection: Option<&Selections>,
+    ) -> usize {
+        kv.tier.as_mut().map_or(1, |tier| tier.resolve(layer, heads, window, batch, selection))
+    }
+
+    fn gather(&mut self, kv: &mut Kv, wave: usize) {
+        if let Some(tier) = &mut kv.tier {
+            tier.gather(&mut self.pool, &kv.dram, wave);
+        }
+    }
+
     fn attend(
         &mut self,
         out: &mut CpuTensor,
@@ -249,13 +286,42 @@ impl Backend for CpuBackend {
         window: Option<usize>,
         batch: &Batch,
         selection: Option<&Selections>,
+        wave: usize,
     ) {
         let (isa, pool, scratch) = (self.isa, &mut self.pool, &mut self.attention);
-        attention::attend(isa, pool, scratch, out, kv, layer, qkv, heads, window, batch, selection);
+        attention::attend(isa, pool, scratch, out, kv, layer, qkv, heads, window, batch, selection, wave);
     }
 
     fn sample(&mut self, out: &mut SampleOutput, logits: &CpuTensor, rows: &[SampleRow]) {
         sampling::sample_rows(&mut self.pool, &mut self.sampling, out, logits, rows);
+    }
+
+    fn release(&mut self, kv: &mut Kv, seat: SeatIndex) {
+        if let Some(tier) = &mut kv.tier {
+            tier.release(seat);
+        }
+    }
+
+    fn saved_tokens(&mut self, kv: &mut Kv, seat: SeatIndex) -> usize {
+        kv.tier.as_mut().map_or(usize::MAX, |tier| tier.saved_tokens(seat))
+    }
+
+    fn tier_state(&self, kv: &Kv) -> Option<TierState> {
+        kv.tier.as_ref().map(|tier| tier.state())
+    }
+
+    fn seat_counters(&self, kv: &Kv, seat: SeatIndex) -> (SeatCounters, usize) {
+        kv.tier.as_ref().map_or_else(Default::default, |tier| tier.counters(seat))
+    }
+
+    fn check_tier(&mut self, kv: &Kv, batch: &Batch) {
+        if let Some(tier) = &kv.tier {
+            tier.check(&kv.dram, batch);
+        }
+    }
+
+    fn read_resident(&mut self, kv: &Kv, seat: SeatIndex, layer: usize) -> Vec<(usize, usize)> {
+        kv.tier.as_ref().map_or_else(Vec::new, |tier| tier.resident(seat, layer))
     }
 
     fn write_page(
@@ -267,11 +333,11 @@ impl Backend for CpuBackend {
         k: &[f32],
         v: &[f32],
     ) {
-        kv.write_page(layer, block, head, k, v);
+        kv.dram.write_page(layer, block, head, k, v);
     }
 
     fn read_page(&mut self, kv: &Kv, layer: usize, block: BlockIndex, head: usize) -> (Vec<f32>, Vec<f32>) {
-        kv.read_page(layer, block, head)
+        kv.dram.read_page(layer, block, head)
     }
 
     fn read_digests(&mut self, digests: &Digests, layer: usize, block: BlockIndex, head: usize) -> Vec<f32> {

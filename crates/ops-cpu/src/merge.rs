@@ -82,6 +82,52 @@ pub unsafe fn merge<S: Simd>(s: S, view: &HeadView, running: &mut Running, split
     }
 }
 
+/// Floats that keep a line from one wave to the next: weighted values, then maximum and sum.
+pub const fn carry_stride(head_dim: usize) -> usize {
+    head_stride(head_dim) + LANES
+}
+
+/// Copies results merged so far to `carry`, which holds lines of [`carry_stride`] floats, those of a row `row_stride` lines
+/// after those of the row before.
+///
+/// # Safety
+/// The result is valid for the view's height, and `carry` for its lines.
+#[inline(always)]
+pub unsafe fn put_away(view: &HeadView, running: &Running, carry: *mut f32, row_stride: usize) {
+    let Running(result) = running;
+    let (stride, line_stride) = (head_stride(view.head_dim), carry_stride(view.head_dim));
+    for line in 0..view.height() {
+        let (row, g) = (line / view.group, line % view.group);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let to = carry.add((row * row_stride + g) * line_stride);
+            to.copy_from_nonoverlapping(result.values.add(line * stride), stride);
+            *to.add(stride) = *result.max.add(line);
+            *to.add(stride + 1) = *result.sum.add(line);
+        }
+    }
+}
+
+/// Copies them back.
+///
+/// # Safety
+/// As for [`put_away`].
+#[inline(always)]
+pub unsafe fn take_up(view: &HeadView, running: &mut Running, carry: *const f32, row_stride: usize) {
+    let Running(result) = running;
+    let (stride, line_stride) = (head_stride(view.head_dim), carry_stride(view.head_dim));
+    for line in 0..view.height() {
+        let (row, g) = (line / view.group, line % view.group);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let from = carry.add((row * row_stride + g) * line_stride);
+            result.values.add(line * stride).copy_from_nonoverlapping(from, stride);
+            *result.max.add(line) = *from.add(stride);
+            *result.sum.add(line) = *from.add(stride + 1);
+        }
+    }
+}
+
 /// Divides by the sums and writes the output.
 ///
 /// # Safety

@@ -8,8 +8,10 @@
 use std::marker::PhantomData;
 
 use half::{bf16, f16};
+use ops::tier::TierSpec;
 use ops::{
-    Batch, BlockIndex, DType, Error, HeadShape, KvGeometry, PAGE_TOKENS_ALLOWED, SequenceRows, Tensor,
+    Batch, BlockIndex, DType, Error, HeadShape, KvGeometry, PAGE_TOKENS_ALLOWED, SeatIndex, SequenceRows,
+    Tensor,
 };
 
 use crate::isa::{Isa, Kernel};
@@ -19,22 +21,85 @@ use crate::pool::Pool;
 use crate::rows::rms_norm_row;
 use crate::simd::{LANES, Simd};
 use crate::tensor::CpuTensor;
+use crate::tier::Tier;
 use crate::tile::{Bf16, Element, F16, F32};
 
 /// Widest head.
 pub const HEAD_DIM_MAX: usize = 256;
 
-/// The pages of all layers: one allocation per layer, then block, then head.
+/// The KV cache: the pool in DRAM, and an HBM tier where there is one apart from it.
 #[derive(Debug)]
 pub struct Kv {
+    /// Before the pool, so that it is dropped first: its saver writes to the pool.
+    pub(crate) tier: Option<Box<Tier>>,
+    pub(crate) dram: Layers,
+}
+
+/// The pages of all layers in DRAM: one allocation per layer, then block, then head.
+#[derive(Debug)]
+pub struct Layers {
     geometry: KvGeometry,
     num_blocks: usize,
     layers: Vec<Buffer<u8>>,
 }
 
 impl Kv {
-    /// A pool of `num_blocks` blocks, all zero.
-    pub fn new(geometry: KvGeometry, num_blocks: usize) -> Result<Self, Error> {
+    /// A pool of `num_blocks` blocks, all zero, with an HBM tier if `tier` says so.
+    ///
+    /// # Errors
+    /// Pages or heads that are not supported; too small a tier; memory.
+    pub fn new(geometry: KvGeometry, num_blocks: usize, tier: Option<TierSpec>) -> Result<Self, Error> {
+        let dram = Layers::new(geometry, num_blocks)?;
+        let tier = tier.map(|spec| Tier::new(spec, geometry).map(Box::new)).transpose()?;
+        Ok(Kv { tier, dram })
+    }
+
+    /// Shape.
+    pub fn geometry(&self) -> &KvGeometry {
+        &self.dram.geometry
+    }
+
+    /// The bytes of a page from which digests are made: its local copy, or that in DRAM.
+    pub fn digest_page(&self, layer: usize, of: Pages, page: usize, head: usize) -> &[u8] {
+        let local = self.tier.as_ref().and_then(|tier| tier.local_page(of.seat, layer, page, head));
+        local.unwrap_or_else(|| self.dram.page_bytes(layer, of.table[page], head))
+    }
+
+    /// Offset of the pages of `page` of a sequence, head by head, in what [`Kv::shared`] points to.
+    fn write_offset(&self, layer: usize, of: Pages, page: usize) -> usize {
+        match &self.tier {
+            Some(tier) => tier.local_offset(of.seat, layer, page),
+            None => self.dram.offset(of.table[page], 0),
+        }
+    }
+
+    /// Where tokens of a layer are written, for the tasks of a fork.
+    fn shared(&mut self, layer: usize) -> Shared<u8> {
+        match &mut self.tier {
+            Some(tier) => tier.shared(),
+            None => Shared(self.dram.layers[layer].as_mut_ptr()),
+        }
+    }
+}
+
+/// The pages of a sequence: where they lie in DRAM, and its seat.
+#[derive(Clone, Copy, Debug)]
+pub struct Pages<'a> {
+    /// Block table.
+    pub table: &'a [BlockIndex],
+    /// Seat.
+    pub seat: SeatIndex,
+}
+
+impl<'a> Pages<'a> {
+    /// Those of `sequence`.
+    pub fn of(batch: &Batch<'a>, sequence: &SequenceRows) -> Self {
+        Pages { table: batch.block_table(sequence), seat: sequence.seat }
+    }
+}
+
+impl Layers {
+    fn new(geometry: KvGeometry, num_blocks: usize) -> Result<Self, Error> {
         let KvGeometry { head_dim, page_tokens, .. } = geometry;
         if !PAGE_TOKENS_ALLOWED.contains(&page_tokens) {
             return Err(Error::Unsupported(format!(
@@ -48,12 +113,7 @@ impl Kv {
         }
         let layer_bytes = num_blocks.saturating_mul(geometry.kv_heads * geometry.page_bytes());
         let layers = (0..geometry.num_layers).map(|_| Buffer::zeroed(layer_bytes, "KV cache"));
-        Ok(Kv { geometry, num_blocks, layers: layers.collect::<Result<_, _>>()? })
-    }
-
-    /// Shape.
-    pub fn geometry(&self) -> &KvGeometry {
-        &self.geometry
+        Ok(Layers { geometry, num_blocks, layers: layers.collect::<Result<_, _>>()? })
     }
 
     /// Offset of a page in its layer.
@@ -87,14 +147,22 @@ impl Kv {
         &self.layers[layer].as_slice()[self.offset(block, head)..][..self.geometry.page_bytes()]
     }
 
-    /// A layer, for the tasks of a fork.
-    fn shared(&mut self, layer: usize) -> Shared<u8> {
-        Shared(self.layers[layer].as_mut_ptr())
-    }
-
     /// Bytes from the start of a page to its V.
     pub fn value_offset(&self) -> usize {
         self.geometry.page_bytes() / 2
+    }
+
+    /// The pages of a block, of all heads.
+    pub fn block(&self, layer: usize, block: BlockIndex) -> &[u8] {
+        let bytes = self.geometry.kv_heads * self.geometry.page_bytes();
+        &self.layers[layer].as_slice()[self.offset(block, 0)..][..bytes]
+    }
+
+    /// The pages of `run` blocks from `block` on.
+    pub fn run_mut(&mut self, layer: usize, block: BlockIndex, run: usize) -> &mut [u8] {
+        let bytes = run * self.geometry.kv_heads * self.geometry.page_bytes();
+        let offset = self.offset(block, 0);
+        &mut self.layers[layer].as_mut_slice()[offset..][..bytes]
     }
 
     /// Element of a page that holds channel `c` of K at `slot`.
@@ -162,8 +230,8 @@ pub fn append(
     angles: &CpuTensor,
     batch: &Batch,
 ) {
-    let KvGeometry { kv_heads, head_dim, page_tokens, dtype, .. } = kv.geometry;
-    assert_eq!((heads.kv_heads, heads.head_dim), (kv_heads, head_dim), "heads of the cache");
+    let KvGeometry { head_dim, page_tokens, dtype, .. } = *kv.geometry();
+    assert_eq!((heads.kv_heads, heads.head_dim), (kv.geometry().kv_heads, head_dim), "heads of the cache");
     assert_eq!((qkv.rows(), qkv.cols()), (batch.num_rows(), heads.qkv_cols()), "shape of QKV");
     assert_eq!((angles.rows(), angles.cols()), (batch.num_rows(), head_dim), "shape of the angles");
     if let Some((q, k, _)) = qk_norm {
@@ -176,12 +244,16 @@ pub fn append(
     };
     for s in batch.sequences {
         let blocks = &batch.block_table(s)[..blocks_of(s).1];
-        assert!(blocks.iter().all(|b| b.at() < kv.num_blocks), "blocks of the pool");
+        assert!(blocks.iter().all(|b| b.at() < kv.dram.num_blocks), "blocks of the pool");
+    }
+    if let Some(tier) = &mut kv.tier {
+        tier.localize(&kv.dram, layer, batch);
     }
     let num_tasks = batch.sequences.iter().map(blocks_of).map(|(first, end)| end - first).sum();
     let (stride, rows) = (qkv.stride(), qkv.shared());
-    let (value_offset, page_bytes) = (kv.value_offset(), kv.geometry.page_bytes());
+    let (value_offset, page_bytes) = (kv.dram.value_offset(), kv.geometry().page_bytes());
     let pages = kv.shared(layer);
+    let kv = &*kv;
     pool.run(num_tasks, &|task, _| {
         let mut task = task;
         // Sequences are few and this search is short; a table of first tasks would have to be kept somewhere.
@@ -198,7 +270,7 @@ pub fn append(
         let block_start = block * page_tokens;
         let positions =
             block_start.max(s.first_position as usize)..(block_start + page_tokens).min(s.context_tokens());
-        let page = batch.block_table(s)[block].at() * kv_heads * page_bytes;
+        let page = kv.write_offset(layer, Pages::of(batch, s), block);
         for position in positions {
             let row = s.rows.start as usize + position - s.first_position as usize;
             // SAFETY: the row and the pages of the block belong to this task alone; shapes were checked above.

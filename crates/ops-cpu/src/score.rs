@@ -13,7 +13,7 @@ use ops::{Batch, DType, HeadShape, Tensor};
 use crate::digest::{Digests, Keys, summarise};
 use crate::isa::{Isa, Kernel};
 use crate::memory::{LINE_BYTES, Shared};
-use crate::pages::Kv;
+use crate::pages::{Kv, Pages};
 use crate::pool::Pool;
 use crate::selection::{LIFTED_MAX, Selections};
 use crate::simd::{LANES, Simd};
@@ -80,7 +80,7 @@ pub fn score(
                     digests,
                     kv,
                     layer,
-                    table: batch.block_table(&batch.sequences[row.sequence]),
+                    pages: Pages::of(batch, &batch.sequences[row.sequence]),
                     queries: qkv.row(row.row),
                     heads,
                     context: row.position + 1,
@@ -106,7 +106,7 @@ struct ScoreRun<'a> {
     digests: &'a Digests,
     kv: &'a Kv,
     layer: usize,
-    table: &'a [ops::BlockIndex],
+    pages: Pages<'a>,
     queries: &'a [f32],
     heads: HeadShape,
     context: usize,
@@ -150,7 +150,8 @@ impl<E: Element> Kernel for ScoreAs<'_, E> {
         }
         // At most the last candidate is not full.
         let full_end = w.run.end.min(w.context / w.method.partition_tokens);
-        let at = |partition: usize| layer[w.digests.offset(w.table, partition.min(full_end - 1))..].as_ptr();
+        let at =
+            |partition: usize| layer[w.digests.offset(w.pages.table, partition.min(full_end - 1))..].as_ptr();
         let mut next = [std::ptr::null(); TOGETHER];
         if w.run.start < full_end {
             for i in 0..TOGETHER {
@@ -277,7 +278,7 @@ fn open_digest<S: Simd, E: Element>(
     let kind = w.digests.spec().kind;
     let mut values = [0.0; LIFTED_MAX];
     let positions = partition * w.method.partition_tokens..w.context;
-    let keys = Keys { kv: w.kv, layer: w.layer, table: w.table, head, positions };
+    let keys = Keys { kv: w.kv, layer: w.layer, pages: w.pages, head, positions };
     summarise(kind, &keys, &mut values);
     values[kind.width(w.heads.head_dim)..].fill(0.0);
     let bytes_per_value = E::VECTOR_BYTES / LANES / E::K_PER_STEP;

@@ -13,9 +13,10 @@ use ops::{BlockIndex, SPLIT_TOKENS};
 
 use crate::memory::Buffer;
 use crate::merge::{Partial, Running, head_stride};
-use crate::pages::Kv;
+use crate::pages::Layers;
 use crate::simd::{LANES, Simd};
 use crate::tensor::odd_stride;
+use crate::tier::{Entry, Tier};
 use crate::tile::{
     Element, Fetch, FetchNothing, RowTiles, accumulate, round_to_lanes, tile_vectors, with_tile,
 };
@@ -38,7 +39,7 @@ const STREAM_HEIGHT_MAX: usize = 16;
 /// group. Row `r` and query head `g` make up line `r * group + g` of everything below.
 pub struct HeadView<'a> {
     /// Pages.
-    pub kv: &'a Kv,
+    pub kv: &'a Layers,
     /// Layer.
     pub layer: usize,
     /// KV head.
@@ -67,6 +68,19 @@ pub struct HeadView<'a> {
     pub num_rows: usize,
     /// The slots that its only row attends to; `None` for all up to its position, within the window.
     pub selected: Option<&'a [u64]>,
+    /// Where the pages are, if not in the pool.
+    pub frames: Option<Frames<'a>>,
+}
+
+/// The pages of an item in the frames of an HBM tier.
+#[derive(Clone, Copy)]
+pub struct Frames<'a> {
+    /// The tier.
+    pub tier: &'a Tier,
+    /// Its pages in order, of this head.
+    pub entries: &'a [Entry],
+    /// The first of them, where nothing is selected and they are consecutive.
+    pub first_page: usize,
 }
 
 impl HeadView<'_> {
@@ -203,7 +217,14 @@ impl Split {
         self.end = round_to_lanes(end);
         let first_page = split * (SPLIT_TOKENS / page_tokens);
         for page in self.first / page_tokens..num_pages {
-            self.pages[page] = view.kv.page(view.layer, view.blocks[first_page + page], view.head);
+            self.pages[page] = match view.frames {
+                None => view.kv.page(view.layer, view.blocks[first_page + page], view.head),
+                Some(Frames { tier, entries, first_page: first_entry }) => {
+                    let entry = entries[first_page + page - first_entry];
+                    debug_assert_eq!(entry.page as usize, first_page + page, "pages are consecutive");
+                    tier.frame(entry.frame as usize).as_ptr()
+                }
+            };
         }
         num_pages
     }
@@ -214,6 +235,20 @@ impl Split {
         let page_tokens = self.page_tokens;
         let per_split = SPLIT_TOKENS / page_tokens;
         let of_page = u64::MAX >> (64 - page_tokens);
+        if let Some(Frames { tier, entries, .. }) = view.frames {
+            let first = (split * per_split).min(entries.len());
+            let entries = &entries[first..entries.len().min(first + per_split)];
+            for (i, entry) in entries.iter().enumerate() {
+                let slot = entry.page as usize * page_tokens;
+                self.keep(
+                    i,
+                    tier.frame(entry.frame as usize).as_ptr(),
+                    bits[slot / 64] >> (slot % 64) & of_page,
+                );
+            }
+            self.end = round_to_lanes(entries.len() * page_tokens);
+            return entries.len();
+        }
         let mut skip = split * per_split;
         let mut num_pages = 0;
         for (i, &word) in bits.iter().enumerate() {
@@ -236,20 +271,26 @@ impl Split {
                     self.end = round_to_lanes(num_pages * page_tokens);
                     return num_pages;
                 }
-                self.pages[num_pages] = view.kv.page(view.layer, view.blocks[page], view.head);
-                let first = num_pages * page_tokens;
-                if page_tokens < LANES {
-                    self.kept[first / LANES] |= (slots << (first % LANES)) as u16;
-                } else {
-                    for vector in 0..page_tokens / LANES {
-                        self.kept[first / LANES + vector] = (slots >> (vector * LANES)) as u16;
-                    }
-                }
+                self.keep(num_pages, view.kv.page(view.layer, view.blocks[page], view.head), slots);
                 num_pages += 1;
             }
         }
         self.end = round_to_lanes(num_pages * page_tokens);
         num_pages
+    }
+
+    /// Sets page `i` of the split, and which of its slots are attended to.
+    #[inline(always)]
+    fn keep(&mut self, i: usize, page: *const u8, slots: u64) {
+        self.pages[i] = page;
+        let first = i * self.page_tokens;
+        if self.page_tokens < LANES {
+            self.kept[first / LANES] |= (slots << (first % LANES)) as u16;
+        } else {
+            for vector in 0..self.page_tokens / LANES {
+                self.kept[first / LANES + vector] = (slots >> (vector * LANES)) as u16;
+            }
+        }
     }
 
     /// Removes the scores of slots that are not selected.

@@ -52,6 +52,8 @@ fn a_mixed_step_allocates_nothing() {
             prompt_len: 10,
             blocks: 0..blocks,
             attention: Default::default(),
+            seat: ops::SeatIndex(0),
+            quota: 0,
         },
         SequenceRows {
             rows: 1..41,
@@ -59,6 +61,8 @@ fn a_mixed_step_allocates_nothing() {
             prompt_len: 640,
             blocks: blocks..blocks + 40,
             attention: Default::default(),
+            seat: ops::SeatIndex(0),
+            quota: 0,
         },
     ];
     let tables: Vec<BlockIndex> = (0..blocks + 40).map(BlockIndex).collect();
@@ -75,7 +79,7 @@ fn a_mixed_step_allocates_nothing() {
 
     let held = |backend: &mut CpuBackend| backend.reserve(HEADS, rows, 2, 1600, 1024).expect("memory");
     let reserved = held(&mut backend);
-    let mut kv = backend.kv(geometry, tables.len()).expect("memory");
+    let mut kv = backend.kv(geometry, tables.len(), None).expect("memory");
     let embedding = linear(&mut backend, VOCAB, HIDDEN);
     let qkv_weights = linear(&mut backend, HEADS.qkv_cols(), HIDDEN);
     let output_weights = linear(&mut backend, HIDDEN, HEADS.q_cols());
@@ -114,7 +118,7 @@ fn a_mixed_step_allocates_nothing() {
         backend.linear_forward(&mut qkv, &normed, &qkv_weights);
         let qk_norm = Some((&head_norm, &head_norm, 1e-6));
         backend.append(&mut kv, 0, &mut qkv, HEADS, qk_norm, &angles, &batch);
-        backend.attend(&mut attended, &kv, 0, &qkv, HEADS, None, &batch, None);
+        backend.attend(&mut attended, &kv, 0, &qkv, HEADS, None, &batch, None, 0);
         backend.linear_add(&mut x, &attended, &output_weights);
         backend.rms_norm(&mut normed, &x, &norm, 1e-6);
         backend.linear_forward(&mut gate_up, &normed, &gate_up_weights);

@@ -103,9 +103,11 @@ fn decode(isa: Isa, threads: usize, dtype: DType, context_reserved: usize) -> Ve
             prompt_len: context as u32,
             blocks: block..tables.len() as u32,
             attention: Default::default(),
+            seat: ops::SeatIndex(0),
+            quota: 0,
         });
     }
-    let mut kv = backend.kv(geometry, tables.len()).expect("memory");
+    let mut kv = backend.kv(geometry, tables.len(), None).expect("memory");
     for &block in &tables {
         for head in 0..2 {
             let (k, v) = (normals(&mut random, 16 * 64), normals(&mut random, 16 * 64));
@@ -123,7 +125,7 @@ fn decode(isa: Isa, threads: usize, dtype: DType, context_reserved: usize) -> Ve
     let qkv = normals(&mut random, positions.len() * heads.qkv_cols());
     let qkv = tensor(&mut backend, heads.qkv_cols(), &qkv);
     let mut out = backend.tensor(positions.len(), heads.q_cols()).expect("memory");
-    backend.attend(&mut out, &kv, 0, &qkv, heads, None, &batch, None);
+    backend.attend(&mut out, &kv, 0, &qkv, heads, None, &batch, None, 0);
     rows_of(&mut backend, &out)
 }
 
@@ -147,7 +149,7 @@ fn a_reused_page_is_cleared() {
             let mut backend = backend(isa, 1);
             let heads = HeadShape { q_heads: 1, kv_heads: 1, head_dim: 32 };
             let geometry = KvGeometry { num_layers: 1, kv_heads: 1, head_dim: 32, page_tokens: 16, dtype };
-            let mut kv = backend.kv(geometry, 1).expect("memory");
+            let mut kv = backend.kv(geometry, 1, None).expect("memory");
             let stale = vec![f32::NAN; 16 * 32];
             backend.write_page(&mut kv, 0, BlockIndex(0), 0, &stale, &stale);
             let mut qkv = tensor(&mut backend, heads.qkv_cols(), &[0.5; 96]);
@@ -159,6 +161,8 @@ fn a_reused_page_is_cleared() {
                 prompt_len: 1,
                 blocks: 0..1,
                 attention: Default::default(),
+                seat: ops::SeatIndex(0),
+                quota: 0,
             };
             let batch = Batch {
                 tokens: &[0],

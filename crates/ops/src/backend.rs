@@ -1,8 +1,10 @@
 //! The trait that a device implements.
 
+use crate::residency::SeatCounters;
 use crate::sample::{SampleOutput, SampleRow};
 use crate::sparse::{DigestSpec, SelectionLimits};
-use crate::{Batch, BlockIndex, DType, HeadShape, KvGeometry};
+use crate::tier::{TierSpec, TierState, TooSmall};
+use crate::{Batch, BlockIndex, DType, HeadShape, KvGeometry, SeatIndex};
 
 /// Why a backend refused or failed.
 #[derive(Debug, thiserror::Error)]
@@ -15,9 +17,21 @@ pub enum Error {
         /// Its size.
         bytes: u64,
     },
+    /// The HBM tier cannot hold even one wave.
+    #[error("an HBM tier needs at least {smallest} bytes for its frames")]
+    TierTooSmall {
+        /// The least that would do.
+        smallest: u64,
+    },
     /// The device cannot do what was asked; says what and what would help.
     #[error("{0}")]
     Unsupported(String),
+}
+
+impl From<TooSmall> for Error {
+    fn from(TooSmall { smallest }: TooSmall) -> Self {
+        Error::TierTooSmall { smallest }
+    }
 }
 
 /// A weight matrix as it lies on disk: row-major `[rows, cols]`, little-endian. For a linear layer rows are outputs.
@@ -109,9 +123,17 @@ pub trait Backend {
     /// A weight vector.
     fn vector(&mut self, view: WeightView) -> Result<Self::Vector, Error>;
 
-    /// A pool of `num_blocks` blocks. Memory may be committed lazily, but never more than
+    /// A pool of `num_blocks` blocks in DRAM. Memory may be committed lazily, but never more than
     /// `num_blocks * geometry.block_bytes()`.
-    fn kv(&mut self, geometry: KvGeometry, num_blocks: usize) -> Result<Self::Kv, Error>;
+    ///
+    /// Without a `tier` attention reads pages where they are: *unified memory*. With one, only the frames of an HBM tier
+    /// of that size are read from, and pages move between the two.
+    fn kv(
+        &mut self,
+        geometry: KvGeometry,
+        num_blocks: usize,
+        tier: Option<TierSpec>,
+    ) -> Result<Self::Kv, Error>;
 
     /// Digests for a pool of `num_blocks` blocks of `geometry`: `num_blocks * spec.block_bytes(geometry)` bytes, which
     /// may be committed lazily.
@@ -169,6 +191,10 @@ pub trait Backend {
         scale: f32,
     );
 
+    /// Before the first layer of a step: gives every seat of `batch` its quota, taking frames from those that have too many
+    /// first. In unified memory nothing.
+    fn balance(&mut self, kv: &mut Self::Kv, batch: &Batch);
+
     /// For each row `[q | k | v]` of `qkv`: normalises every head of q and k by `qk_norm` (weights `[head_dim]`, eps)
     /// where given, rotates q and k by `angles` (half-split pairs `(c, c + head_dim / 2)`, Su et al. 2021), both in
     /// place, and writes k and v into the open page at the row's position. The first slot of a page clears the rest of
@@ -187,6 +213,10 @@ pub trait Backend {
     /// Makes the digests of the partitions that the rows of `batch` complete, from the keys in `kv`.
     fn digest(&mut self, digests: &mut Self::Digests, kv: &Self::Kv, layer: usize, batch: &Batch);
 
+    /// Saves the pages that the rows of `batch` fill to DRAM: they are *saving* until a copy is complete, which may be after
+    /// this returns, and *clean* from then on. Comes after the digests are made. In unified memory nothing.
+    fn save(&mut self, kv: &mut Self::Kv, layer: usize, batch: &Batch);
+
     /// Scores the candidates of every row of [`Batch::sparse_rows`] against the queries in `qkv`, as the row's method
     /// says. Rows that attend to everything in this layer are passed over.
     fn score(
@@ -203,13 +233,33 @@ pub trait Backend {
     /// Turns scores into selections: the always-set and the `take` best candidates, ties to the earlier one.
     fn select(&mut self, selection: &mut Self::Selection, layer: usize, heads: HeadShape, batch: &Batch);
 
+    /// Finds a frame for every page that [`Backend::attend`] will read with the same arguments, and returns in how many
+    /// *waves* that has to be done, at least one.
+    ///
+    /// Pages before the local ones of a seat are looked up, row by row, head by head, page by page in ascending order. If
+    /// no more than the quota of (seat, layer) are named, all of them become resident, and the oldest others give way.
+    /// Else what is resident is used, the first missing ones take free frames, and the rest passes through the frames of a
+    /// wave, whole splits at a time; nothing gives way.
+    fn resolve(
+        &mut self,
+        kv: &mut Self::Kv,
+        layer: usize,
+        heads: HeadShape,
+        window: Option<usize>,
+        batch: &Batch,
+        selection: Option<&Self::Selection>,
+    ) -> usize;
+
+    /// Fetches the pages that [`Backend::resolve`] missed and `wave` needs, of all sequences and heads at once.
+    fn gather(&mut self, kv: &mut Self::Kv, wave: usize);
+
     /// Causal attention of the query part of `qkv` over the pages of each sequence, positions `0..=position` of the
     /// row, the last `window` of them where given: `out[h] = softmax(q_h K^T / sqrt(head_dim)) V`, `[rows, q_cols]`.
     /// With a `selection`, made for this batch and layer, the rows of [`Batch::sparse_rows`] attend to exactly the
     /// slots in it; then there is no window.
     ///
     /// Partial results are made per split, the pages that hold [`crate::SPLIT_TOKENS`] slots and follow one another
-    /// among those selected, and merged in ascending order.
+    /// among those selected, and merged in ascending order, wave after wave. `out` is complete after the last wave.
     fn attend(
         &mut self,
         out: &mut Self::Tensor,
@@ -220,15 +270,37 @@ pub trait Backend {
         window: Option<usize>,
         batch: &Batch,
         selection: Option<&Self::Selection>,
+        wave: usize,
     );
 
     /// Draws one token per entry of `rows` from `logits` (`[.., vocab]`), as [`crate::sample::sample`] does; clears
     /// `out` first.
     fn sample(&mut self, out: &mut SampleOutput, logits: &Self::Tensor, rows: &[SampleRow]);
 
+    // ---- the HBM tier, between steps -----------------------------------------------------------------------------
+
+    /// Forgets what HBM holds for `seat`, once everything that it was saving is in DRAM.
+    fn release(&mut self, kv: &mut Self::Kv, seat: SeatIndex);
+
+    /// Tokens of `seat` whose pages are clean in all layers; everything in unified memory.
+    fn saved_tokens(&mut self, kv: &mut Self::Kv, seat: SeatIndex) -> usize;
+
+    /// The state of the HBM tier; `None` in unified memory.
+    fn tier_state(&self, kv: &Self::Kv) -> Option<TierState>;
+
+    /// What happened to the pages of `seat` since it was last released, and the cache frames that it holds.
+    fn seat_counters(&self, kv: &Self::Kv, seat: SeatIndex) -> (SeatCounters, usize);
+
+    /// Panics unless the tables agree with each other, and every resident page of the sequences of `batch` with its copy in
+    /// DRAM. Slow: for tests.
+    fn check_tier(&mut self, kv: &Self::Kv, batch: &Batch);
+
+    /// The resident pages of (seat, layer), ascending: `(head, page)`. For tests.
+    fn read_resident(&mut self, kv: &Self::Kv, seat: SeatIndex, layer: usize) -> Vec<(usize, usize)>;
+
     // ---- pages, for tests and benches --------------------------------------------------------------------------
 
-    /// Writes whole pages of K and V, `[page_tokens, head_dim]` each, for one (layer, block, head).
+    /// Writes whole pages of K and V, `[page_tokens, head_dim]` each, for one (layer, block, head) in DRAM.
     fn write_page(
         &mut self,
         kv: &mut Self::Kv,

@@ -1,7 +1,7 @@
 //! The batch of one step, as flat arrays.
 
-use crate::BlockIndex;
 use crate::sparse::{Attention, Method, RowPlan};
+use crate::{BlockIndex, SeatIndex};
 
 /// The rows of one sequence in a step: `rows.len()` consecutive tokens that start at position `first_position`.
 ///
@@ -20,6 +20,10 @@ pub struct SequenceRows {
     pub blocks: std::ops::Range<u32>,
     /// How rows from `prompt_len` on attend.
     pub attention: Attention,
+    /// Its place among the running sequences. Several entries of a batch may have one seat only if they are of one sequence.
+    pub seat: SeatIndex,
+    /// Extents of cache frames that it may hold per layer, where the device has an HBM tier of its own.
+    pub quota: u32,
 }
 
 /// A row that attends to a selection, if its budget is below its context.

@@ -17,11 +17,14 @@ mod dtype;
 mod page;
 mod random;
 pub mod reference;
+pub mod residency;
 pub mod sample;
 pub mod sparse;
+pub mod tier;
 
 pub use backend::{Backend, DeviceInfo, Error, Tensor, WeightView};
 pub use batch::{Batch, SequenceRows, SparseRow};
 pub use dtype::DType;
 pub use page::{BlockIndex, HeadShape, KvGeometry, PAGE_TOKENS_ALLOWED, SPLIT_TOKENS};
 pub use random::Random;
+pub use residency::SeatIndex;

@@ -188,6 +188,19 @@ impl RowPlan {
         self.candidates.is_empty() && self.tail_start <= self.sink_end
     }
 
+    /// Pages of `page_tokens` slots that the row attends to per KV head, at most, if its context has `context` tokens and its
+    /// partitions `partition_tokens`.
+    pub fn pages_max(&self, context: usize, partition_tokens: usize, page_tokens: usize) -> usize {
+        let all = context.div_ceil(page_tokens);
+        if self.is_dense() {
+            return all;
+        }
+        let first_of_tail = self.tail_start.max(self.sink_end) / page_tokens;
+        let per_partition = partition_tokens.div_ceil(page_tokens);
+        let selected = (self.take + self.outliers.1) * per_partition;
+        (self.sink_end.div_ceil(page_tokens) + selected + all - first_of_tail).min(all)
+    }
+
     /// Slots that the row attends to, if every partition taken has `partition_tokens`.
     pub fn attended(&self, context: usize, partition_tokens: usize) -> usize {
         let tail = context - self.tail_start.max(self.sink_end);

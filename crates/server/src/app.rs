@@ -33,6 +33,8 @@ pub struct App {
     pub policies: sparse::Served,
     /// Budget of requests that name none.
     pub budget: sparse::Budget,
+    /// Bytes of a page in the HBM tier; `None` in unified memory.
+    pub hbm_page_bytes: Option<u64>,
     /// Bounds on single requests.
     pub limits: Limits,
     /// Keys that open the API; empty leaves it open.

@@ -4,10 +4,11 @@
 use std::path::PathBuf;
 
 use engine::{ModelRunner, Runner};
-use model::{DeviceKv, Limits, Model, Source, Workspace, kv_geometry};
+use model::{DeviceKv, KvSpec, Limits, Model, Source, Workspace, kv_geometry};
 use ops::sample::{SampleOutput, SampleRow, SamplingParams};
 use ops::sparse::{Attention, Method, SelectionLimits};
-use ops::{Batch, BlockIndex, DType, Random, SequenceRows};
+use ops::tier::{TierSpec, TooSmall};
+use ops::{Batch, BlockIndex, DType, Random, SeatIndex, SequenceRows};
 use ops_cpu::{CpuBackend, CpuOptions};
 use sparse::Served;
 
@@ -22,27 +23,53 @@ const POLICIES: [&str; SEQUENCES] = ["quest", "arkvale:sinks=16:window=16", "ran
 /// Tokens of the prompts of sequences that attend sparsely.
 const PROMPT: usize = 150;
 
+/// Rows of a step at most.
+const ROWS_MAX: usize = 256;
+
 struct Device {
     runner: ModelRunner<CpuBackend>,
+    /// Extents of cache frames of each sequence and layer.
+    quota: u32,
     vocab: usize,
     methods: Vec<Method>,
 }
 
 fn load(folder: &str, dtype: DType, threads: usize) -> Device {
+    load_tiered(folder, dtype, threads, None)
+}
+
+/// With an HBM tier of so many bytes more than the least, if any are given.
+fn load_tiered(folder: &str, dtype: DType, threads: usize, hbm: Option<u64>) -> Device {
     let source = Source::Directory(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..").join(folder));
     let mut backend = CpuBackend::new(CpuOptions { threads: Some(threads), isa: None }).expect("a backend");
     let model = Model::load(&mut backend, &source, Some(dtype), &mut |_, _| {}).expect("a model");
-    let limits = Limits { rows_max: 256, logits_rows_max: 2, sequences_max: SEQUENCES, context_max: CONTEXT };
+    let limits =
+        Limits { rows_max: ROWS_MAX, logits_rows_max: 2, sequences_max: SEQUENCES, context_max: CONTEXT };
     let workspace = Workspace::new(&mut backend, model.config(), limits).expect("memory");
     let geometry = kv_geometry(model.config(), PAGE_TOKENS, model.dtype());
     let num_blocks = SEQUENCES * geometry.blocks(CONTEXT);
     let (served, variants) = Served::variants(&POLICIES.map(str::to_owned)).expect("policies");
     let methods: Vec<Method> = variants.iter().filter_map(|v| v.method).collect();
-    let limits = SelectionLimits::new(&methods, model.config().heads, PAGE_TOKENS, 256, CONTEXT);
-    let kv = DeviceKv::with_selections(&mut backend, geometry, num_blocks, served.digests(), limits);
-    let kv = kv.expect("memory");
+    let limits = SelectionLimits::new(&methods, model.config().heads, PAGE_TOKENS, ROWS_MAX, CONTEXT);
+    let digests = served.digests().to_vec();
+    let tier = hbm.map(|more| {
+        let spec = TierSpec {
+            bytes: 0,
+            seats: SEQUENCES,
+            context_max: CONTEXT,
+            inject_tokens_max: ROWS_MAX,
+            partition_tokens_max: 32,
+            poison: true,
+        };
+        let TooSmall { smallest } = spec.layout(&geometry).expect_err("nothing is too small");
+        TierSpec { bytes: smallest + more, ..spec }
+    });
+    let extents = tier.map_or(0, |tier| tier.layout(&geometry).expect("large enough").extents);
+    let quota = (extents / geometry.num_layers / SEQUENCES) as u32;
+    let spec = KvSpec { tier, digests, selections: Some(limits), ..KvSpec::dense(geometry, num_blocks) };
+    let kv = DeviceKv::new(&mut backend, &spec).expect("memory");
     let vocab = model.config().vocab_size;
-    Device { runner: ModelRunner::new(backend, model, workspace, kv), vocab, methods }
+    Device { runner: ModelRunner::new(backend, model, workspace, kv), quota, vocab, methods }
 }
 
 /// Token drawn, bits of its log-probability, bits of the likeliest.
@@ -102,7 +129,12 @@ impl Step {
                     None => Attention::Dense,
                     Some(budget) => Attention::Sparse { method: fed.place as u16, budget },
                 },
+                seat: SeatIndex(fed.place as u32),
+                quota: device.quota,
             });
+            if fed.done == 0 {
+                device.runner.release(SeatIndex(fed.place as u32));
+            }
             fed.done += count;
             samples.push(SampleRow {
                 row: tokens.len() - 1,
@@ -175,17 +207,49 @@ fn a_mixed_batch_equals_one_by_one() {
     }
 }
 
+/// From the smallest legal HBM up, with frames that hold nothing full of NaN: the same bits.
+#[test]
+fn tiers_change_no_bit() {
+    for (folder, dtype) in [
+        ("demo-model", DType::Bf16),
+        ("demo-model", DType::F32),
+        ("xtask/golden/models/llama-rope-dynamic", DType::F32),
+        ("xtask/golden/models/mistral-window", DType::Bf16),
+        ("xtask/golden/models/qwen3-qknorm", DType::F16),
+    ] {
+        for budget in [None, Some(64)] {
+            let unified = run_mixed(&mut load(folder, dtype, 2), budget);
+            for more in [0, 1 << 16, 1 << 19, 1 << 30] {
+                let mut device = load_tiered(folder, dtype, 3, Some(more));
+                let tiered = run_mixed(&mut device, budget);
+                let what = format!("{folder} in {dtype}, {budget:?}, {more} bytes above the least");
+                assert_eq!(draws(&tiered), draws(&unified), "{what}");
+                let pages = device.runner.tier_state().expect("tiers").pages;
+                match more {
+                    0 => assert!(pages.streamed > 0 && pages.hits + pages.misses == 0, "{what}: {pages:?}"),
+                    1073741824 => assert!(pages.hits > 0 && pages.streamed + pages.evictions == 0, "{what}"),
+                    _ => {}
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn a_warm_step_allocates_nothing() {
-    let mut device = load("demo-model", DType::Bf16, 2);
-    for budget in [None, Some(48)] {
-        run_mixed(&mut device, budget);
-        let mut all: Vec<Fed> = (0..SEQUENCES).map(|i| Fed::new(i, budget, CONTEXT, device.vocab)).collect();
-        let mut step = Step::default();
-        let mut fed: Vec<&mut Fed> = all.iter_mut().collect();
-        step.run(&mut device, &mut fed, &[200, 30, 1]);
-        for counts in [[1, 1, 1], [50, 1, 1], [1, 100, 100], [1, 1, 1]] {
-            assert_eq!(step.run(&mut device, &mut fed, &counts), 0, "{budget:?}, rows {counts:?}");
+    for hbm in [None, Some(0), Some(1 << 18)] {
+        let mut device = load_tiered("demo-model", DType::Bf16, 2, hbm);
+        for budget in [None, Some(48)] {
+            run_mixed(&mut device, budget);
+            let mut all: Vec<Fed> =
+                (0..SEQUENCES).map(|i| Fed::new(i, budget, CONTEXT, device.vocab)).collect();
+            let mut step = Step::default();
+            let mut fed: Vec<&mut Fed> = all.iter_mut().collect();
+            step.run(&mut device, &mut fed, &[200, 30, 1]);
+            for counts in [[1, 1, 1], [50, 1, 1], [1, 100, 100], [1, 1, 1]] {
+                let allocations = step.run(&mut device, &mut fed, &counts);
+                assert_eq!(allocations, 0, "{hbm:?}, {budget:?}, rows {counts:?}");
+            }
         }
     }
 }

@@ -26,6 +26,7 @@ pub fn config(num_blocks: usize) -> Config {
         page_tokens: 8,
         num_blocks,
         prefix_cache: true,
+        tier: None,
         prefix_limit: None,
     }
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use ops::{Backend, Batch, BlockIndex, DType, SequenceRows};
-use sparseserve_model::{DeviceKv, Limits, Model, Source, Workspace, kv_geometry};
+use sparseserve_model::{DeviceKv, KvSpec, Limits, Model, Source, Workspace, kv_geometry};
 
 const PAGE_TOKENS: usize = 16;
 
@@ -37,7 +37,7 @@ impl<'a, B: Backend> Sequence<'a, B> {
         let num_blocks = geometry.blocks(context_max);
         // Neighbours in the sequence are not neighbours in the pool.
         let blocks = (0..num_blocks as u32).rev().map(|i| BlockIndex(i ^ 1)).collect();
-        let kv = DeviceKv::new(backend, geometry, num_blocks + 1).unwrap();
+        let kv = DeviceKv::new(backend, &KvSpec::dense(geometry, num_blocks + 1)).unwrap();
         Sequence { backend, model, workspace, kv, blocks, prompt_len: prompt_len as u32, length: 0 }
     }
 
@@ -52,6 +52,8 @@ impl<'a, B: Backend> Sequence<'a, B> {
             prompt_len: self.prompt_len,
             blocks: 0..self.blocks.len() as u32,
             attention: Default::default(),
+            seat: ops::SeatIndex(0),
+            quota: 0,
         }];
         let batch = Batch {
             tokens,

@@ -6,15 +6,17 @@
 //! and stay below 1 % of the largest output; elsewhere only the order of f32 additions differs.
 
 mod sparse;
+mod tier;
 
 use crate::reference::{Matrix, Reference};
 use crate::sample::{SampleOutput, SampleRow, SamplingParams};
 use crate::sparse::Method;
 use crate::{
     Backend, Batch, BlockIndex, DType, HeadShape, KvGeometry, PAGE_TOKENS_ALLOWED, Random, SPLIT_TOKENS,
-    SequenceRows, Tensor, WeightView,
+    SeatIndex, SequenceRows, Tensor, WeightView,
 };
 pub use sparse::check_sparse;
+pub use tier::check_tiers;
 
 /// Every element type.
 pub const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
@@ -57,6 +59,8 @@ pub fn check_all<B: Backend>(make: &mut dyn FnMut() -> B, seed: u64) {
         check_attention(&mut make(), dtype, seed);
         check_sparse(&mut make(), dtype, seed);
     }
+    // What moves pages does not look into them: one type a time is enough.
+    check_tiers(make, DTYPES[seed as usize % DTYPES.len()], seed);
     check_rows(&mut make(), seed);
     check_rope_angles(&mut make(), seed);
     check_sample(&mut make(), seed);
@@ -253,7 +257,7 @@ pub fn check_pages<B: Backend>(backend: &mut B, dtype: DType, seed: u64) {
     for page_tokens in PAGE_TOKENS_ALLOWED {
         for head_dim in [32, 80, 128] {
             let geometry = KvGeometry { num_layers: 2, kv_heads: 3, head_dim, page_tokens, dtype };
-            let mut kv = backend.kv(geometry, 4).expect("memory");
+            let mut kv = backend.kv(geometry, 4, None).expect("memory");
             let mut written = Vec::new();
             for layer in 0..2 {
                 for block in 0..4 {
@@ -313,6 +317,8 @@ impl Work {
                 prompt_len: context as u32,
                 blocks: blocks..blocks + table.len() as u32,
                 attention: Default::default(),
+                seat: SeatIndex(work.sequences.len() as u32),
+                quota: 0,
             });
         }
         work
@@ -348,7 +354,7 @@ impl<B: Backend> Layer<'_, B> {
         self.backend.rope_angles(&mut angles, &work.positions, inv_freq, &vec![0; rows], 1.0);
         let norm = self.q_norm.as_ref().map(|(q, k)| (q, k, 1e-6));
         self.backend.append(&mut self.kv, 1, &mut x, self.heads, norm, &angles, &work.batch());
-        self.backend.attend(&mut out, &self.kv, 1, &x, self.heads, self.window, &work.batch(), None);
+        self.backend.attend(&mut out, &self.kv, 1, &x, self.heads, self.window, &work.batch(), None, 0);
         (rows_of(self.backend, &x), rows_of(self.backend, &out))
     }
 }
@@ -409,8 +415,8 @@ pub fn check_attention<B: Backend>(backend: &mut B, dtype: DType, seed: u64) {
 
         let mut oracle = Reference::default();
         let (kv, kv_oracle) = (
-            backend.kv(geometry, blocks.len()).expect("memory"),
-            oracle.kv(geometry, blocks.len()).expect("memory"),
+            backend.kv(geometry, blocks.len(), None).expect("memory"),
+            oracle.kv(geometry, blocks.len(), None).expect("memory"),
         );
         let q_norm = normed.then(|| (backend.vector(view(0)).unwrap(), backend.vector(view(1)).unwrap()));
         let oracle_norm = normed.then(|| (oracle.vector(view(0)).unwrap(), oracle.vector(view(1)).unwrap()));

@@ -160,7 +160,7 @@ impl<B: Backend> Bench<B> {
         let HeadShape { kv_heads, head_dim, .. } = heads;
         let geometry = KvGeometry { num_layers: LAYER + 1, kv_heads, head_dim, page_tokens, dtype };
         let num_blocks = tables.iter().map(Vec::len).sum();
-        let mut kv = backend.kv(geometry, num_blocks).expect("memory");
+        let mut kv = backend.kv(geometry, num_blocks, None).expect("memory");
         for (s, table) in tables.iter().enumerate() {
             for (i, &block) in table.iter().enumerate() {
                 for head in 0..kv_heads {
@@ -209,7 +209,7 @@ impl<B: Backend> Bench<B> {
     fn attend(&mut self, backend: &mut B, x: &B::Tensor, work: &Work) -> Vec<f32> {
         let mut out = backend.tensor(work.tokens.len(), self.heads.q_cols()).expect("memory");
         let selection = Some(&self.selection);
-        backend.attend(&mut out, &self.kv, LAYER, x, self.heads, None, &work.batch(), selection);
+        backend.attend(&mut out, &self.kv, LAYER, x, self.heads, None, &work.batch(), selection, 0);
         rows_of(backend, &out)
     }
 

@@ -3,13 +3,19 @@
 //! Nothing here is tuned or blocked. Weights and KV are rounded to their element type; activations are not.
 
 mod sparse;
+mod tier;
 
+use tier::NaiveTier;
+
+use crate::residency::SeatCounters;
 use crate::sample::{SampleOutput, SampleRow, SampleScratch, sample};
 use crate::sparse::{DigestSpec, SelectionLimits};
+use crate::tier::{TierSpec, TierState};
 pub use sparse::{DigestTable, Selections};
 
 use crate::{
-    Backend, Batch, BlockIndex, DType, DeviceInfo, Error, HeadShape, KvGeometry, Tensor, WeightView,
+    Backend, Batch, BlockIndex, DType, DeviceInfo, Error, HeadShape, KvGeometry, SeatIndex, Tensor,
+    WeightView,
 };
 
 /// The scalar backend.
@@ -69,9 +75,16 @@ pub struct Pages {
     geometry: KvGeometry,
     num_blocks: usize,
     values: Vec<f32>,
+    tier: Option<NaiveTier>,
 }
 
 impl Pages {
+    /// A page: K, then V.
+    fn copy(&self, layer: usize, block: BlockIndex, head: usize) -> Vec<f32> {
+        let len = 2 * self.geometry.page_tokens * self.geometry.head_dim;
+        self.values[self.at(layer, block, head, 0)..][..len].to_vec()
+    }
+
     /// Where K (`part` 0) or V (`part` 1) of a page begins.
     fn at(&self, layer: usize, block: BlockIndex, head: usize, part: usize) -> usize {
         let g = &self.geometry;
@@ -139,9 +152,18 @@ impl Backend for Reference {
         Ok(decode(view, DType::F32))
     }
 
-    fn kv(&mut self, geometry: KvGeometry, num_blocks: usize) -> Result<Pages, Error> {
+    fn kv(
+        &mut self,
+        geometry: KvGeometry,
+        num_blocks: usize,
+        tier: Option<TierSpec>,
+    ) -> Result<Pages, Error> {
         let elements = num_blocks * geometry.block_bytes() / geometry.dtype.bytes();
-        Ok(Pages { geometry, num_blocks, values: vec![0.0; elements] })
+        let tier = match tier {
+            None => None,
+            Some(spec) => Some(NaiveTier::new(spec, spec.layout(&geometry)?)),
+        };
+        Ok(Pages { geometry, num_blocks, values: vec![0.0; elements], tier })
     }
 
     fn digests(
@@ -235,6 +257,12 @@ impl Backend for Reference {
         }
     }
 
+    fn balance(&mut self, kv: &mut Pages, batch: &Batch) {
+        if let Some(tier) = &mut kv.tier {
+            tier.balance(kv.geometry.num_layers, batch);
+        }
+    }
+
     fn append(
         &mut self,
         kv: &mut Pages,
@@ -249,6 +277,9 @@ impl Backend for Reference {
         batch.check(page_tokens);
         assert_eq!((qkv.cols, angles.cols), (heads.qkv_cols(), heads.head_dim), "columns");
         let d = heads.head_dim;
+        if let Some(tier) = &mut kv.tier {
+            tier.begin(page_tokens, batch);
+        }
         for sequence in batch.sequences {
             let table = batch.block_table(sequence);
             for row in sequence.rows.clone() {
@@ -283,6 +314,13 @@ impl Backend for Reference {
         digests.update(kv, layer, batch);
     }
 
+    fn save(&mut self, kv: &mut Pages, layer: usize, batch: &Batch) {
+        let KvGeometry { page_tokens, kv_heads, .. } = kv.geometry;
+        if let Some(tier) = &mut kv.tier {
+            tier.save(page_tokens, kv_heads, layer, batch);
+        }
+    }
+
     fn score(
         &mut self,
         selection: &mut Selections,
@@ -300,6 +338,28 @@ impl Backend for Reference {
         selection.select(layer, heads, batch);
     }
 
+    fn resolve(
+        &mut self,
+        kv: &mut Pages,
+        layer: usize,
+        heads: HeadShape,
+        window: Option<usize>,
+        batch: &Batch,
+        selection: Option<&Selections>,
+    ) -> usize {
+        if let Some(tier) = &mut kv.tier {
+            tier.resolve((layer, kv.geometry.page_tokens), heads, window, batch, selection);
+        }
+        1
+    }
+
+    fn gather(&mut self, kv: &mut Pages, _wave: usize) {
+        if let Some(mut tier) = kv.tier.take() {
+            tier.gather(|layer, block, head| kv.copy(layer, block, head));
+            kv.tier = Some(tier);
+        }
+    }
+
     fn attend(
         &mut self,
         out: &mut Matrix,
@@ -310,6 +370,7 @@ impl Backend for Reference {
         window: Option<usize>,
         batch: &Batch,
         selection: Option<&Selections>,
+        _wave: usize,
     ) {
         assert!(selection.is_none() || window.is_none(), "a window is no layer for selections");
         batch.check(kv.geometry.page_tokens);
@@ -333,7 +394,14 @@ impl Backend for Reference {
                         .filter(|p| bits.is_none_or(|b| b[p / 64] >> (p % 64) & 1 == 1))
                         .collect();
                     let q = &qkv.row(row)[h * d..][..d];
-                    let slot = |p, part| &kv.values[kv.slot(layer, table, p, kv_head, part)..][..d];
+                    let slot = |p: usize, part: usize| {
+                        let page_tokens = kv.geometry.page_tokens;
+                        let tier = kv.tier.as_ref();
+                        match tier.and_then(|t| t.page(sequence.seat, layer, kv_head, p / page_tokens)) {
+                            Some(page) => &page[(part * page_tokens + p % page_tokens) * d..][..d],
+                            None => &kv.values[kv.slot(layer, table, p, kv_head, part)..][..d],
+                        }
+                    };
                     let scores: Vec<f32> = attended.iter().map(|&p| dot(q, slot(p, 0)) * scale).collect();
                     let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
                     let weights: Vec<f32> = scores.iter().map(|s| (s - max).exp()).collect();
@@ -355,6 +423,36 @@ impl Backend for Reference {
         for row in rows {
             sample(out, logits.row(row.row), row, &mut self.scratch);
         }
+    }
+
+    fn release(&mut self, kv: &mut Pages, seat: SeatIndex) {
+        if let Some(tier) = &mut kv.tier {
+            tier.release(seat);
+        }
+    }
+
+    fn saved_tokens(&mut self, kv: &mut Pages, seat: SeatIndex) -> usize {
+        let KvGeometry { num_layers, page_tokens, .. } = kv.geometry;
+        kv.tier.as_ref().map_or(usize::MAX, |tier| tier.saved_tokens(num_layers, page_tokens, seat))
+    }
+
+    fn tier_state(&self, kv: &Pages) -> Option<TierState> {
+        kv.tier.as_ref().map(|tier| tier.state(kv.geometry.page_bytes()))
+    }
+
+    fn seat_counters(&self, kv: &Pages, seat: SeatIndex) -> (SeatCounters, usize) {
+        let layers = kv.geometry.num_layers;
+        kv.tier.as_ref().map_or_else(Default::default, |tier| tier.counters(layers, seat))
+    }
+
+    fn check_tier(&mut self, kv: &Pages, batch: &Batch) {
+        if let Some(tier) = &kv.tier {
+            tier.check(kv, batch);
+        }
+    }
+
+    fn read_resident(&mut self, kv: &Pages, seat: SeatIndex, layer: usize) -> Vec<(usize, usize)> {
+        kv.tier.as_ref().map_or_else(Vec::new, |tier| tier.resident(seat, layer))
     }
 
     fn write_page(
@@ -474,7 +572,7 @@ mod tests {
         let heads = HeadShape { q_heads: 1, kv_heads: 1, head_dim: 2 };
         let geometry =
             KvGeometry { num_layers: 1, kv_heads: 1, head_dim: 2, page_tokens: 8, dtype: DType::F32 };
-        let mut kv = b.kv(geometry, 1).unwrap();
+        let mut kv = b.kv(geometry, 1, None).unwrap();
         let (mut k, mut v) = (vec![0.0; 16], vec![0.0; 16]);
         k[2] = 3f32.ln() * 2f32.sqrt();
         (v[0], v[3]) = (4.0, 8.0);
@@ -488,6 +586,8 @@ mod tests {
             prompt_len: 1,
             blocks: 0..1,
             attention: Default::default(),
+            seat: SeatIndex(0),
+            quota: 0,
         };
         let batch = Batch {
             tokens: &[0],
@@ -496,9 +596,9 @@ mod tests {
             block_tables: &[BlockIndex(0)],
             methods: &[],
         };
-        b.attend(&mut out, &kv, 0, &qkv, heads, None, &batch, None);
+        b.attend(&mut out, &kv, 0, &qkv, heads, None, &batch, None, 0);
         assert!((out.row(0)[0] - 1.0).abs() < 1e-6 && (out.row(0)[1] - 6.0).abs() < 1e-6, "{:?}", out.row(0));
-        b.attend(&mut out, &kv, 0, &qkv, heads, Some(1), &batch, None);
+        b.attend(&mut out, &kv, 0, &qkv, heads, Some(1), &batch, None, 0);
         assert_eq!(out.row(0), [0.0, 8.0]);
     }
 

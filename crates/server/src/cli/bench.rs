@@ -9,7 +9,7 @@ use engine::{ModelRunner, Runner};
 use model::DeviceKv;
 use ops::sample::{SampleOutput, SampleRow, SamplingParams};
 use ops::sparse::{Attention, Method, Score, padded_width};
-use ops::{Backend, Batch, BlockIndex, DType, KvGeometry, Random, SequenceRows};
+use ops::{Backend, Batch, BlockIndex, DType, KvGeometry, Random, SeatIndex, SequenceRows};
 use ops_cpu::bench::{Bound, Options, Row};
 use ops_cpu::ceiling::Ceiling;
 use ops_cpu::{CpuOptions, Pool};
@@ -250,6 +250,8 @@ struct Work {
     num_layers: usize,
     /// Bytes of a digest over the KV heads of a layer.
     digest_bytes: f64,
+    /// Extents of cache frames per sequence and layer, in an HBM tier.
+    quota: u32,
 }
 
 impl Work {
@@ -287,6 +289,7 @@ impl Work {
             methods: sparse.iter().map(|s| s.method).collect(),
             num_layers: config.num_layers,
             digest_bytes,
+            quota: prepared.tier.map_or(0, |t| (t.layout.extents / config.num_layers / batch) as u32),
         }
     }
 
@@ -336,6 +339,7 @@ impl Work {
         let mut tokens: Vec<u32> = (0..self.batch as u32).map(|i| i % self.vocab).collect();
         let mut out = SampleOutput::default();
         let (mut timed, mut bound) = (Vec::with_capacity(steps), 0.0);
+        runner.release(SeatIndex(0));
         for step in 0..=steps {
             let position = context + step;
             let positions = vec![position as u32; self.batch];
@@ -385,6 +389,7 @@ impl Work {
             let prompt: Vec<u32> = (0..tokens).map(|_| random.below(self.vocab as usize) as u32).collect();
             let positions: Vec<u32> = (0..tokens as u32).collect();
             let before = limits.seconds(self.weight_bytes, operations);
+            runner.release(SeatIndex(0));
             let start = Instant::now();
             let mut done = 0;
             while done < tokens {
@@ -423,6 +428,8 @@ impl Work {
             prompt_len: u32::try_from(prompt).unwrap_or(u32::MAX),
             blocks,
             attention,
+            seat: SeatIndex(table as u32),
+            quota: self.quota,
         }
     }
 }

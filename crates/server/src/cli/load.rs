@@ -5,10 +5,11 @@ use std::path::Path;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use engine::{Config, Handle, Metrics, ModelRunner, REPLAY_ROWS};
+use engine::{Config, Handle, Metrics, ModelRunner, REPLAY_ROWS, TierShare};
 use indicatif::{ProgressBar, ProgressStyle};
-use model::{Checkpoint, DeviceKv, Limits, Model, ModelConfig, Rope, Source, Workspace};
+use model::{Checkpoint, DeviceKv, KvSpec, Limits, Model, ModelConfig, Rope, Source, Workspace};
 use ops::sparse::{DigestSpec, SelectionLimits};
+use ops::tier::{TierLayout, TierSpec, TooSmall};
 use ops::{Backend, DType, DeviceInfo, KvGeometry};
 use ops_cpu::{CpuBackend, CpuOptions};
 use prometheus::Registry;
@@ -19,7 +20,7 @@ use super::failure::Failure;
 use super::hub;
 use super::plan::{Demand, MemoryPlan};
 use super::settings::{ComputeSettings, EngineSettings, ModelChoice};
-use super::size::Size;
+use super::size::{Bytes, Size};
 
 /// Alternatives per token that log-probabilities may ask for.
 pub const MAX_LOGPROBS: u32 = 20;
@@ -44,7 +45,7 @@ impl From<model::Error> for Failure {
 impl From<ops::Error> for Failure {
     fn from(error: ops::Error) -> Self {
         match error {
-            ops::Error::Unsupported(_) => Failure::Input(error.into()),
+            ops::Error::Unsupported(_) | ops::Error::TierTooSmall { .. } => Failure::Input(error.into()),
             ops::Error::OutOfMemory { .. } => Failure::Runtime(error.into()),
         }
     }
@@ -73,6 +74,49 @@ pub fn device(settings: &ComputeSettings) -> Result<Device, Failure> {
     Ok(CpuBackend::new(CpuOptions { threads: Some(settings.threads), isa: Some(settings.isa) })?)
 }
 
+/// An HBM tier as planned.
+#[derive(Clone, Copy, Debug)]
+pub struct Tier {
+    /// What the device is asked for.
+    pub spec: TierSpec,
+    /// How it divides that.
+    pub layout: TierLayout,
+    /// Bytes of digests, which lie in HBM, too.
+    pub digest_bytes: u64,
+    /// The least that would do for all of it.
+    pub smallest_bytes: u64,
+}
+
+impl Tier {
+    /// What `plan` leaves beside the digests of all blocks, for sequences as in `spec`.
+    fn new(
+        spec: TierSpec,
+        geometry: &KvGeometry,
+        plan: &MemoryPlan,
+        digest_block_bytes: u64,
+    ) -> Result<Self, Failure> {
+        let digest_bytes = plan.num_blocks as u64 * digest_block_bytes;
+        let Err(TooSmall { smallest }) = spec.layout(geometry) else {
+            unreachable!("no tier works without a byte")
+        };
+        let smallest_bytes = digest_bytes + smallest;
+        let spec = TierSpec { bytes: plan.hbm_bytes.saturating_sub(digest_bytes), ..spec };
+        let layout = spec.layout(geometry).map_err(|_| {
+            Failure::input(format!(
+                "--hbm is too small: digests {} + one wave and the open pages of {} requests {} = {}, and --hbm allows {}; \
+                 --hbm {} would do, lower --max-num-seqs or --max-inject-tokens need less",
+                Bytes(digest_bytes),
+                spec.seats,
+                Bytes(smallest),
+                Bytes(smallest_bytes),
+                Bytes(plan.hbm_bytes),
+                smallest_bytes,
+            ))
+        })?;
+        Ok(Tier { spec, layout, digest_bytes, smallest_bytes })
+    }
+}
+
 /// A model of which everything is decided and no weight is read.
 pub struct Prepared<B: Backend = Device> {
     /// Its configuration.
@@ -91,6 +135,8 @@ pub struct Prepared<B: Backend = Device> {
     pub device: DeviceInfo,
     /// Digests that the device keeps.
     pub digests: Vec<DigestSpec>,
+    /// The HBM tier, where there is one.
+    pub tier: Option<Tier>,
     selections: Option<SelectionLimits>,
     source: Source,
     backend: B,
@@ -146,6 +192,7 @@ impl<B: Backend> Prepared<B> {
             activation_bytes: limits.activation_bytes(&config) + selection_bytes,
             kv: geometry,
             digest_block_bytes: digests.iter().map(|d| d.block_bytes(&geometry) as u64).sum(),
+            hbm: settings.hbm,
             max_context,
             max_num_seqs: settings.max_num_seqs,
             max_inject_tokens: settings.max_inject_tokens,
@@ -155,6 +202,21 @@ impl<B: Backend> Prepared<B> {
         let workspace = Workspace::new(&mut backend, &config, limits)?;
         demand.activation_bytes = workspace.bytes() + selection_bytes;
         let plan = MemoryPlan::new(limit, &demand, settings.dram)?;
+        let tier = match settings.hbm {
+            None => None,
+            Some(_) => {
+                let partitions = digests.iter().map(|d| d.partition_tokens);
+                let spec = TierSpec {
+                    bytes: 0,
+                    seats: settings.max_num_seqs,
+                    context_max: max_context,
+                    inject_tokens_max: settings.max_inject_tokens,
+                    partition_tokens_max: partitions.max().unwrap_or(1),
+                    poison: false,
+                };
+                Some(Tier::new(spec, &geometry, &plan, demand.digest_block_bytes)?)
+            }
+        };
         let device = backend.info();
         Ok(Prepared {
             config,
@@ -166,6 +228,7 @@ impl<B: Backend> Prepared<B> {
             device,
             digests,
             selections,
+            tier,
             source,
             backend,
             workspace,
@@ -189,6 +252,12 @@ impl<B: Backend> Prepared<B> {
             page_tokens: self.geometry.page_tokens,
             num_blocks: self.plan.num_blocks,
             prefix_cache: settings.prefix_cache,
+            tier: self.tier.map(|tier| TierShare {
+                extents: tier.layout.extents,
+                layers: self.geometry.num_layers,
+                kv_heads: self.geometry.kv_heads,
+                rule: settings.quota_rule,
+            }),
             prefix_limit: Rope::new(&self.config.rope).prefix_limit(),
         }
     }
@@ -227,11 +296,15 @@ impl<B: Backend> Prepared<B> {
         });
         bar.finish_and_clear();
         let model = model?;
-        let (backend, blocks) = (&mut self.backend, self.plan.num_blocks);
-        let mut kv = match self.selections {
-            None => DeviceKv::new(backend, self.geometry, blocks)?,
-            Some(limits) => DeviceKv::with_selections(backend, self.geometry, blocks, &self.digests, limits)?,
+        let backend = &mut self.backend;
+        let spec = KvSpec {
+            geometry: self.geometry,
+            num_blocks: self.plan.num_blocks,
+            tier: self.tier.map(|tier| tier.spec),
+            digests: self.digests,
+            selections: self.selections,
         };
+        let mut kv = DeviceKv::new(backend, &spec)?;
         fill(backend, &mut kv);
         tracing::info!(seconds = start.elapsed().as_secs_f64(), "model loaded");
         Ok(ModelRunner::new(self.backend, model, self.workspace, kv))

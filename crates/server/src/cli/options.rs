@@ -296,6 +296,13 @@ pub struct EngineOptions {
     /// DRAM for the KV cache: 4GiB, 4GB, 60% of the memory limit [default: what requests can use and memory allows]
     #[arg(long, value_name = "SIZE", env = "SPARSESERVE_DRAM")]
     pub dram: Option<Size>,
+    /// HBM for KV, apart from DRAM: 512MiB, or 10% of the KV in DRAM. On a CPU an arena plays its part [default: attention reads
+    /// KV where it is]
+    #[arg(long, value_name = "SIZE", env = "SPARSESERVE_HBM")]
+    pub hbm: Option<Size>,
+    /// HBM of a request beyond what one step needs: auto follows its misses, N is a multiple of a step's need [default: auto]
+    #[arg(long, value_name = "auto|N", env = "SPARSESERVE_BUFFERING")]
+    pub buffering: Option<String>,
     /// Compute every prompt, even where its beginning is known
     #[arg(long, env = "SPARSESERVE_NO_PREFIX_CACHE", num_args = 0..=1, require_equals = true)]
     #[arg(default_missing_value = "true", value_parser = boolean, value_name = "BOOL")]
@@ -538,6 +545,8 @@ impl EngineOptions {
             max_inject_tokens: self.max_inject_tokens.or(file.max_inject_tokens),
             page_tokens: self.page_tokens.or(file.page_tokens),
             dram: self.dram.or(file.dram),
+            hbm: self.hbm.or(file.hbm),
+            buffering: self.buffering.or(file.buffering),
             no_prefix_cache: self.no_prefix_cache.or(file.no_prefix_cache),
             sparse: self.sparse.or(file.sparse),
         }

@@ -17,6 +17,8 @@ pub struct Demand {
     pub kv: KvGeometry,
     /// Bytes of digests per block of it.
     pub digest_block_bytes: u64,
+    /// An HBM tier, which on a CPU is memory like any other.
+    pub hbm: Option<Size>,
     /// Tokens of the longest request.
     pub max_context: usize,
     /// Requests that run at once.
@@ -29,6 +31,20 @@ impl Demand {
     /// Bytes of a block with its digests.
     fn block_bytes(&self) -> u64 {
         self.kv.block_bytes() as u64 + self.digest_block_bytes
+    }
+
+    /// Bytes of the HBM tier beside `kv_bytes` of blocks with their digests.
+    fn hbm_bytes(&self, kv_bytes: u64) -> u64 {
+        self.hbm.map_or(0, |size| size.of(kv_bytes))
+    }
+
+    /// What is left for blocks of `bytes` for them and the HBM tier.
+    fn blocks_of(&self, bytes: u64) -> u64 {
+        match self.hbm {
+            None => bytes,
+            Some(Size::Bytes(hbm)) => bytes.saturating_sub(hbm),
+            Some(Size::Percent(percent)) => (bytes as f64 / (1.0 + percent / 100.0)) as u64,
+        }
     }
 }
 
@@ -49,6 +65,8 @@ pub struct MemoryPlan {
     pub num_blocks: usize,
     /// Tokens that the KV pool holds.
     pub kv_tokens: usize,
+    /// The HBM tier, digests included; 0 without one.
+    pub hbm_bytes: u64,
 }
 
 /// A tenth of the limit, within bounds: below, the tokenizer and a few connections must fit; above, more buys nothing.
@@ -77,7 +95,7 @@ impl MemoryPlan {
             Some(_) => headroom_beside_chosen_pool(limit.bytes),
             None => headroom(limit.bytes),
         };
-        let left = limit.bytes.saturating_sub(fixed.saturating_add(headroom_bytes));
+        let left = demand.blocks_of(limit.bytes.saturating_sub(fixed.saturating_add(headroom_bytes)));
         let kv_bytes = match dram {
             Some(size) => size.of(limit.bytes),
             None => left.min(one_request.saturating_mul(demand.max_num_seqs as u64)),
@@ -109,14 +127,16 @@ impl MemoryPlan {
         }
         // Block indices are u32, and the last of them is none.
         let num_blocks = (kv_bytes / block_bytes).min(u64::from(u32::MAX) - 1) as usize;
+        let kv_bytes = num_blocks as u64 * block_bytes;
         Ok(MemoryPlan {
             limit,
             weights_bytes: demand.weights_bytes,
             activation_bytes: demand.activation_bytes,
             headroom_bytes,
-            kv_bytes: num_blocks as u64 * block_bytes,
+            kv_bytes,
             num_blocks,
             kv_tokens: num_blocks * geometry.page_tokens,
+            hbm_bytes: demand.hbm_bytes(kv_bytes),
         })
     }
 }
@@ -124,6 +144,9 @@ impl MemoryPlan {
 /// `weights A + activations B + headroom C + KV D = E, the limit is F (source)`
 fn sum(demand: &Demand, headroom_bytes: u64, kv: (&str, u64), limit: &MemoryLimit) -> String {
     let mut terms = vec![("weights", demand.weights_bytes), ("activations", demand.activation_bytes), kv];
+    if demand.hbm.is_some() {
+        terms.push(("--hbm", demand.hbm_bytes(kv.1)));
+    }
     if headroom_bytes > 0 {
         terms.push(("headroom", headroom_bytes));
     }
@@ -186,6 +209,7 @@ mod tests {
                 dtype: DType::Bf16,
             },
             digest_block_bytes: 0,
+            hbm: None,
             max_context: 131_072,
             max_num_seqs: 2,
             max_inject_tokens: 512,

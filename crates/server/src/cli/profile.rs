@@ -2,9 +2,14 @@
 
 use std::time::{Duration, Instant};
 
+use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow};
 use ops::sparse::{DigestSpec, SelectionLimits};
-use ops::{Backend, Batch, BlockIndex, DType, DeviceInfo, Error, HeadShape, KvGeometry, Tensor, WeightView};
+use ops::tier::{TierSpec, TierState};
+use ops::{
+    Backend, Batch, BlockIndex, DType, DeviceInfo, Error, HeadShape, KvGeometry, SeatIndex, Tensor,
+    WeightView,
+};
 
 /// One kind of operation, as often as it ran since [`Profiled::start`].
 pub struct Entry {
@@ -42,14 +47,15 @@ impl<B> Profiled<B> {
         entries
     }
 
-    fn timed(&mut self, name: &'static str, shape: (usize, usize), run: impl FnOnce(&mut B)) {
+    fn timed<T>(&mut self, name: &'static str, shape: (usize, usize), run: impl FnOnce(&mut B) -> T) -> T {
         let start = Instant::now();
-        run(&mut self.inner);
+        let result = run(&mut self.inner);
         let time = start.elapsed();
         match self.entries.iter_mut().find(|e| e.name == name && e.shape == shape) {
             Some(entry) => (entry.calls, entry.time) = (entry.calls + 1, entry.time + time),
             None => self.entries.push(Entry { name, shape, calls: 1, time }),
         }
+        result
     }
 }
 
@@ -94,8 +100,13 @@ impl<B: Backend> Backend for Profiled<B> {
         self.inner.vector(view)
     }
 
-    fn kv(&mut self, geometry: KvGeometry, num_blocks: usize) -> Result<B::Kv, Error> {
-        self.inner.kv(geometry, num_blocks)
+    fn kv(
+        &mut self,
+        geometry: KvGeometry,
+        num_blocks: usize,
+        tier: Option<TierSpec>,
+    ) -> Result<B::Kv, Error> {
+        self.inner.kv(geometry, num_blocks, tier)
     }
 
     fn digests(
@@ -191,6 +202,30 @@ impl<B: Backend> Backend for Profiled<B> {
         self.timed("select", (0, 0), |b| b.select(selection, layer, heads, batch));
     }
 
+    fn balance(&mut self, kv: &mut B::Kv, batch: &Batch) {
+        self.timed("balance", (0, 0), |b| b.balance(kv, batch));
+    }
+
+    fn save(&mut self, kv: &mut B::Kv, layer: usize, batch: &Batch) {
+        self.timed("save", (0, 0), |b| b.save(kv, layer, batch));
+    }
+
+    fn resolve(
+        &mut self,
+        kv: &mut B::Kv,
+        layer: usize,
+        heads: HeadShape,
+        window: Option<usize>,
+        batch: &Batch,
+        selection: Option<&B::Selection>,
+    ) -> usize {
+        self.timed("resolve", (0, 0), |b| b.resolve(kv, layer, heads, window, batch, selection))
+    }
+
+    fn gather(&mut self, kv: &mut B::Kv, wave: usize) {
+        self.timed("gather", (0, 0), |b| b.gather(kv, wave));
+    }
+
     fn attend(
         &mut self,
         out: &mut B::Tensor,
@@ -201,12 +236,39 @@ impl<B: Backend> Backend for Profiled<B> {
         window: Option<usize>,
         batch: &Batch,
         selection: Option<&B::Selection>,
+        wave: usize,
     ) {
-        self.timed("attend", (0, 0), |b| b.attend(out, kv, layer, qkv, heads, window, batch, selection));
+        self.timed("attend", (0, 0), |b| {
+            b.attend(out, kv, layer, qkv, heads, window, batch, selection, wave);
+        });
     }
 
     fn sample(&mut self, out: &mut SampleOutput, logits: &B::Tensor, rows: &[SampleRow]) {
         self.timed("sample", (0, 0), |b| b.sample(out, logits, rows));
+    }
+
+    fn release(&mut self, kv: &mut B::Kv, seat: SeatIndex) {
+        self.inner.release(kv, seat);
+    }
+
+    fn saved_tokens(&mut self, kv: &mut B::Kv, seat: SeatIndex) -> usize {
+        self.inner.saved_tokens(kv, seat)
+    }
+
+    fn tier_state(&self, kv: &B::Kv) -> Option<TierState> {
+        self.inner.tier_state(kv)
+    }
+
+    fn seat_counters(&self, kv: &B::Kv, seat: SeatIndex) -> (SeatCounters, usize) {
+        self.inner.seat_counters(kv, seat)
+    }
+
+    fn check_tier(&mut self, kv: &B::Kv, batch: &Batch) {
+        self.inner.check_tier(kv, batch);
+    }
+
+    fn read_resident(&mut self, kv: &B::Kv, seat: SeatIndex, layer: usize) -> Vec<(usize, usize)> {
+        self.inner.read_resident(kv, seat, layer)
     }
 
     fn write_page(

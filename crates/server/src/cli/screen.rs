@@ -3,6 +3,7 @@
 use std::fmt;
 
 use ops::DType;
+use ops::residency::EXTENT_FRAMES;
 
 use super::load::Prepared;
 use super::settings::{EngineSettings, ModelChoice};
@@ -33,6 +34,8 @@ impl Screen<'_> {
             kv_tokens = plan.kv_tokens,
             kv_token_bytes = geometry.token_bytes(),
             page_tokens = geometry.page_tokens,
+            hbm_bytes = plan.hbm_bytes,
+            hbm_smallest_bytes = self.prepared.tier.map_or(0, |tier| tier.smallest_bytes),
             max_context,
             max_num_seqs = self.settings.max_num_seqs,
             max_inject_tokens = self.settings.max_inject_tokens,
@@ -109,8 +112,19 @@ impl fmt::Display for Screen<'_> {
             Bytes(geometry.token_bytes() as u64),
             self.prepared.kv_requests(),
         )?;
-        let left =
-            plan.limit.bytes.saturating_sub(plan.weights_bytes + plan.activation_bytes + plan.kv_bytes);
+        if let Some(tier) = &self.prepared.tier {
+            let cache = (tier.layout.extents * EXTENT_FRAMES * geometry.page_bytes()) as u64;
+            writeln!(
+                f,
+                "    HBM          {}: cache {}, digests {}, the rest open pages, waves and tables; at least {}",
+                Bytes(plan.hbm_bytes),
+                Bytes(cache),
+                Bytes(tier.digest_bytes),
+                Bytes(tier.smallest_bytes),
+            )?;
+        }
+        let planned = plan.weights_bytes + plan.activation_bytes + plan.kv_bytes + plan.hbm_bytes;
+        let left = plan.limit.bytes.saturating_sub(planned);
         writeln!(f, "    left         {}", Bytes(left))?;
         let sparse = &self.settings.sparse;
         if sparse.served.methods().is_empty() {

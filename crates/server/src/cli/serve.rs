@@ -104,6 +104,7 @@ async fn answer(
 ) -> Result<(), Failure> {
     let shutdown = Shutdown { signals: stop_signals()?, drain_timeout: server.drain_timeout };
     let (max_context, vocab_size) = (prepared.max_context, prepared.config.vocab_size);
+    let hbm_page_bytes = prepared.tier.map(|_| prepared.geometry.page_bytes() as u64);
     let engine = EngineThread::start(prepared, &settings, server.max_waiting)?;
     let sandbox = text.template.map(Sandbox::of_this_program).transpose()?;
     let limits = Limits { top_logprobs: MAX_LOGPROBS, ..Limits::for_context(max_context) };
@@ -117,6 +118,7 @@ async fn answer(
         max_context,
         vocab_size,
         defaults: text.defaults,
+        hbm_page_bytes,
         policies: settings.sparse.served,
         budget: settings.sparse.budget,
         body_memory: limits.body_memory(),

@@ -4,6 +4,7 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use kv::QuotaRule;
 use ops::{DType, PAGE_TOKENS_ALLOWED};
 use ops_cpu::{Isa, THREADS_MAX};
 
@@ -117,6 +118,10 @@ pub struct EngineSettings {
     pub page_tokens: usize,
     /// The KV pool; `None` is what requests can use and memory allows.
     pub dram: Option<Size>,
+    /// The HBM tier; `None` where attention reads KV where it is.
+    pub hbm: Option<Size>,
+    /// How requests share it.
+    pub quota_rule: QuotaRule,
     /// Whether known beginnings of prompts are taken from the KV pool.
     pub prefix_cache: bool,
     /// What generated tokens attend to.
@@ -159,9 +164,23 @@ impl EngineSettings {
             )?,
             page_tokens,
             dram: options.dram,
+            hbm: options.hbm,
+            quota_rule: quota_rule(options.buffering.as_deref())?,
             prefix_cache: !options.no_prefix_cache.unwrap_or(false),
             sparse: SparseSettings::resolve(options.sparse)?,
         })
+    }
+}
+
+fn quota_rule(buffering: Option<&str>) -> Result<QuotaRule, Failure> {
+    match buffering {
+        None | Some("auto") => Ok(QuotaRule::Adaptive),
+        Some(text) => match text.parse() {
+            Ok(ratio @ 0..=64) => Ok(QuotaRule::Fixed(ratio)),
+            _ => {
+                Err(Failure::input(format!("--buffering {text:?} is neither auto nor a number from 0 to 64")))
+            }
+        },
     }
 }
 
@@ -281,6 +300,10 @@ mod tests {
             (
                 EngineOptions { max_num_seqs: Some(99_999_999_999), ..Default::default() },
                 "--max-num-seqs 99999999999: at most 1000000",
+            ),
+            (
+                EngineOptions { buffering: Some("many".into()), ..Default::default() },
+                "--buffering \"many\" is neither",
             ),
             (compute(ComputeOptions { threads: Some(0), ..Default::default() }), "--threads 0"),
             (

@@ -169,6 +169,7 @@ mod tests {
             page_tokens: 16,
             num_blocks: 1,
             prefix_cache: false,
+            tier: None,
             prefix_limit: None,
         };
         let registry = prometheus::Registry::new();
@@ -186,6 +187,7 @@ mod tests {
             max_context: 16,
             vocab_size: 856,
             defaults: GenerationDefaults::default(),
+            hbm_page_bytes: None,
             policies: sparse::Served::dense(),
             budget: sparse::Budget::Tokens(1024),
             body_memory: limits.body_memory(),

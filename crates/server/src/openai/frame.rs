@@ -97,7 +97,7 @@ impl Frame {
 
     /// Counts a choice that has ended; `finish_reason` and `stop_reason` of it.
     pub fn finished(&mut self, finish: &Finish) -> (&'static str, Option<StopReason>) {
-        self.usage.add(finish, &self.params.sparse);
+        self.usage.add(finish, &self.params.sparse, self.app.hbm_page_bytes);
         finish_reason(&finish.reason, &self.app.defaults.end_tokens)
     }
 

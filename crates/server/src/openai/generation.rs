@@ -3,7 +3,9 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use engine::{Attended, Disconnected, FinishReason, Request, RequestId, Sink, TokenLogprobs, Update};
+use engine::{
+    Attended, Disconnected, FinishReason, PageUse, Request, RequestId, Sink, TokenLogprobs, Update,
+};
 use tokio::sync::mpsc;
 
 use super::{ApiError, Params};
@@ -62,6 +64,8 @@ pub struct Finish {
     pub generated_tokens: u32,
     /// What they attended to, where that was not everything.
     pub attended: Option<Attended>,
+    /// What became of its pages in an HBM tier.
+    pub pages: PageUse,
 }
 
 /// Why an answer ended.
@@ -133,6 +137,7 @@ struct Counts {
     cached_tokens: u32,
     generated_tokens: u32,
     attended: Option<Attended>,
+    pages: PageUse,
 }
 
 /// The engine's end of the channel. It has no bound of its own: a request sends at most `max_tokens` updates, and the
@@ -212,6 +217,7 @@ impl Generation {
             Update::Finished { reason, usage } => {
                 self.counts.cached_tokens = usage.cached_tokens;
                 self.counts.attended = usage.attended;
+                self.counts.pages = usage.pages;
                 match (self.stopped.take(), reason) {
                     (Some(stop), _) => self.end(Reason::Stop(stop)),
                     (None, FinishReason::EndToken(token)) => self.finish(Reason::EndToken(token)),
@@ -265,7 +271,7 @@ impl Generation {
         if !self.delta.text.is_empty() || !self.delta.tokens.is_empty() {
             self.events.push_back(Event::Delta(std::mem::take(&mut self.delta)));
         }
-        let Counts { prompt_tokens, cached_tokens, generated_tokens, attended } = self.counts;
+        let Counts { prompt_tokens, cached_tokens, generated_tokens, attended, pages } = self.counts;
         self.span.in_scope(|| {
             let reason = reason.name();
             tracing::info!(prompt_tokens, cached_tokens, generated_tokens, reason, "finished");
@@ -276,6 +282,7 @@ impl Generation {
             cached_tokens,
             generated_tokens,
             attended,
+            pages,
         }));
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use engine::Attended;
+use engine::{Attended, PageUse};
 use serde::Serialize;
 
 use super::generation::{Finish, Reason};
@@ -31,8 +31,25 @@ struct Receipt {
     context_tokens_per_step: f64,
     /// Steps for which the budget was raised to what the policy attends to at least.
     raised_steps: u32,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    tier: Option<TierReceipt>,
     #[serde(skip)]
     sum: Attended,
+}
+
+/// What became of a request's pages in the HBM tier, prompt and answer together.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+struct TierReceipt {
+    /// Pages that were needed and in HBM.
+    pages_hit: u64,
+    /// Pages that were needed and had to be fetched.
+    pages_missed: u64,
+    /// Bytes of those.
+    fetched_bytes: u64,
+    /// Seconds that its steps waited for pages, whoever's they were.
+    stall_seconds: f64,
+    /// Bytes of cache frames held at once, at most.
+    resident_peak_bytes: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default, Serialize)]
@@ -42,7 +59,9 @@ struct PromptTokensDetails {
 
 impl Usage {
     /// Adds a finished choice.
-    pub fn add(&mut self, finish: &Finish, sparse: &SparseParams) {
+    ///
+    /// `page_bytes` is given where there is an HBM tier.
+    pub fn add(&mut self, finish: &Finish, sparse: &SparseParams, page_bytes: Option<u64>) {
         self.prompt_tokens += finish.prompt_tokens;
         self.completion_tokens += finish.generated_tokens;
         self.total_tokens += finish.prompt_tokens + finish.generated_tokens;
@@ -54,6 +73,9 @@ impl Usage {
                 ..Receipt::default()
             });
             receipt.add(finish.attended.unwrap_or_default());
+            if let Some(page_bytes) = page_bytes {
+                receipt.tier.get_or_insert_default().add(&finish.pages, page_bytes);
+            }
         }
     }
 }
@@ -69,6 +91,17 @@ impl Receipt {
         self.attended_tokens_per_step = per_step(sum.tokens);
         self.context_tokens_per_step = per_step(sum.context_tokens);
         (self.steps, self.raised_steps) = (sum.steps, sum.raised_steps);
+    }
+}
+
+impl TierReceipt {
+    fn add(&mut self, pages: &PageUse, page_bytes: u64) {
+        let missed = pages.misses + pages.streamed;
+        self.pages_hit += pages.hits;
+        self.pages_missed += missed;
+        self.fetched_bytes += missed * page_bytes;
+        self.stall_seconds += pages.stall_nanos as f64 * 1e-9;
+        self.resident_peak_bytes = self.resident_peak_bytes.max(pages.resident_peak * page_bytes);
     }
 }
 

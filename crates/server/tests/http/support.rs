@@ -116,6 +116,7 @@ pub async fn start(options: Options) -> Server {
         page_tokens: 16,
         num_blocks: 1024,
         prefix_cache: true,
+        tier: None,
         prefix_limit: None,
     };
     let parrot =
@@ -140,6 +141,7 @@ pub async fn start(options: Options) -> Server {
         max_context: options.max_context,
         vocab_size: VOCAB,
         defaults,
+        hbm_page_bytes: None,
         policies: sparse::Served::new(options.policies, &Default::default()).unwrap(),
         budget: sparse::Budget::Tokens(64),
         body_memory: options.limits.body_memory(),

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use ops::sparse::{Attention, Method, SelectionLimits};
-use ops::{Backend, Batch, BlockIndex, DType, HeadShape, KvGeometry, SequenceRows};
+use ops::{Backend, Batch, BlockIndex, DType, HeadShape, KvGeometry, SeatIndex, SequenceRows};
 use ops_cpu::{CpuBackend, CpuOptions};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -93,7 +93,7 @@ impl Step {
         let num_blocks = geometry.blocks(tokens);
         let mut backend = CpuBackend::new(CpuOptions::default())?;
         backend.reserve(heads, 1, 1, tokens, heads.qkv_cols())?;
-        let mut kv = backend.kv(geometry, num_blocks)?;
+        let mut kv = backend.kv(geometry, num_blocks, None)?;
         let table: Vec<BlockIndex> = (0..num_blocks as u32).map(BlockIndex).collect();
         for (i, &block) in table.iter().enumerate() {
             for head in 0..kv_heads {
@@ -126,7 +126,7 @@ impl Step {
         let mut out = backend.tensor(1, heads.q_cols())?;
         let dense = rows(position, 1, tokens, Attention::Dense);
         let dense = batch(&[0], &positions, std::slice::from_ref(&dense), &table, &methods);
-        backend.attend(&mut out, &kv, 0, &qkv, heads, None, &dense, None);
+        backend.attend(&mut out, &kv, 0, &qkv, heads, None, &dense, None, 0);
         let out_dense = backend.row(&out, 0).to_vec();
         let everything = || (0..tokens).collect::<Vec<usize>>();
         let all = vec![everything(); kv_heads];
@@ -139,7 +139,7 @@ impl Step {
         let sparse = batch(&[0], &positions, std::slice::from_ref(&sparse), &table, &methods);
         backend.score(&mut selection, &digests, &kv, 0, &qkv, heads, &sparse);
         backend.select(&mut selection, 0, heads, &sparse);
-        backend.attend(&mut out, &kv, 0, &qkv, heads, None, &sparse, Some(&selection));
+        backend.attend(&mut out, &kv, 0, &qkv, heads, None, &sparse, Some(&selection), 0);
         let indices = (0..kv_heads).map(|head| match backend.read_selection(&selection, 0, head) {
             None => everything(),
             Some(bits) => (0..tokens).filter(|p| bits[p / 64] >> (p % 64) & 1 == 1).collect(),
@@ -166,7 +166,15 @@ impl Step {
 fn rows(first_position: u32, count: usize, prompt_tokens: usize, attention: Attention) -> SequenceRows {
     let prompt_len = prompt_tokens as u32;
     let blocks = 0..(first_position + count as u32).div_ceil(PAGE_TOKENS as u32);
-    SequenceRows { rows: 0..count as u32, first_position, prompt_len, blocks, attention }
+    SequenceRows {
+        rows: 0..count as u32,
+        first_position,
+        prompt_len,
+        blocks,
+        attention,
+        seat: SeatIndex(0),
+        quota: 0,
+    }
 }
 
 fn batch<'a>(

@@ -1,0 +1,447 @@
+//! The HBM tier on a CPU: an arena of frames that plays its part, so that everything that moves pages is real.
+//!
+//! See [`ops::tier`] for the kinds of frames, and [`Backend`](ops::Backend) for what each operation promises. Copies between
+//! the tiers run on all threads, one call per layer for all sequences and heads (SparseServe's FlashH2D); runs of adjacent
+//! blocks are saved by plain copies, since their pages lie alike in both tiers, and single blocks through [`Saver`].
+
+mod waves;
+
+use std::ops::Range;
+
+use ops::residency::{EXTENT_FRAMES, FrameIndex, Residency, SeatCounters};
+use ops::tier::{TierLayout, TierSpec, TierState};
+use ops::{Batch, Error, KvGeometry, SPLIT_TOKENS, SeatIndex, SequenceRows};
+
+use crate::memory::{Buffer, Shared};
+use crate::pages::Layers;
+use crate::pool::Pool;
+use crate::saver::Saver;
+pub use waves::{Entry, WavePart};
+use waves::{Fetch, Item, Wave};
+
+/// Staging chunks beside those that decode may need: a block of one layer each.
+const STAGING_CHUNKS: usize = 64;
+
+/// An arena of frames and what is known about them.
+#[derive(Debug)]
+pub struct Tier {
+    geometry: KvGeometry,
+    spec: TierSpec,
+    layout: TierLayout,
+    /// Cache frames, then local, fresh and wave frames.
+    arena: Buffer<u8>,
+    residency: Residency,
+    /// `[seat][layer]`.
+    homes: Vec<Home>,
+    /// Local pages of a seat in this step, `[seat]`.
+    local: Vec<Local>,
+    /// What the rows of a batch attend to in a layer, item by item.
+    items: Vec<Item>,
+    /// `[item][head]`: its entries.
+    ranges: Vec<Range<u32>>,
+    entries: Vec<Entry>,
+    waves: Vec<Wave>,
+    /// What is to be copied before the wave at hand.
+    fetches: Vec<Fetch>,
+    /// Of the last `resolve`.
+    layer: usize,
+    saver: Saver,
+    fetched_bytes: u64,
+    saved_bytes: u64,
+    stall_nanos: u64,
+    extra_waves: u64,
+}
+
+/// What is known of the last pages of a (seat, layer).
+#[derive(Clone, Copy, Debug, Default)]
+struct Home {
+    /// Pages in its local frames.
+    from: u32,
+    end: u32,
+    /// Pages that were sent to DRAM, and those of them that are known to be there.
+    sent: u32,
+    clean: u32,
+    /// Of the last page that was sent.
+    ticket: u64,
+}
+
+/// The local pages of a seat in a step.
+#[derive(Clone, Copy, Debug, Default)]
+struct Local {
+    pages: (u32, u32),
+    /// In fresh frames from this block of them on, or in its own local frames.
+    fresh: Option<u32>,
+}
+
+impl Tier {
+    /// Frames as `spec` says.
+    ///
+    /// # Errors
+    /// Too small a bound; memory.
+    pub fn new(spec: TierSpec, geometry: KvGeometry) -> Result<Self, Error> {
+        let layout = spec.layout(&geometry)?;
+        let arena = Buffer::zeroed(layout.frame_bytes as usize, "HBM tier")?;
+        let staging = STAGING_CHUNKS + spec.seats;
+        let pages_max = spec.context_max.div_ceil(geometry.page_tokens);
+        let mut tier = Tier {
+            geometry,
+            spec,
+            layout,
+            arena,
+            residency: Residency::new(spec.residency(&geometry, &layout)),
+            homes: vec![Home::default(); spec.seats * geometry.num_layers],
+            local: vec![Local::default(); spec.seats],
+            items: Vec::with_capacity(2 * spec.seats + spec.inject_tokens_max),
+            ranges: Vec::new(),
+            entries: Vec::with_capacity(2 * spec.seats * geometry.kv_heads * pages_max),
+            waves: Vec::with_capacity(2 * spec.seats + spec.context_max.div_ceil(SPLIT_TOKENS)),
+            fetches: Vec::with_capacity(spec.seats * geometry.kv_heads * pages_max),
+            layer: 0,
+            saver: Saver::new(staging, geometry.kv_heads * geometry.page_bytes())?,
+            fetched_bytes: 0,
+            saved_bytes: 0,
+            stall_nanos: 0,
+            extra_waves: 0,
+        };
+        tier.ranges.reserve(tier.items.capacity() * geometry.kv_heads);
+        if spec.poison {
+            tier.poison(0..tier.frames());
+        }
+        Ok(tier)
+    }
+
+    fn frames(&self) -> usize {
+        self.local_base() + self.layout.local_frames + self.fresh_frames() + self.layout.wave_frames
+    }
+
+    fn fresh_frames(&self) -> usize {
+        self.layout.fresh_blocks * self.geometry.kv_heads
+    }
+
+    fn local_base(&self) -> usize {
+        self.layout.extents * EXTENT_FRAMES
+    }
+
+    fn fresh_base(&self) -> usize {
+        self.local_base() + self.layout.local_frames
+    }
+
+    fn wave_base(&self) -> usize {
+        self.fresh_base() + self.fresh_frames()
+    }
+
+    /// Fills frames with NaN, whatever the type.
+    fn poison(&mut self, frames: Range<usize>) {
+        let bytes = self.geometry.page_bytes();
+        self.arena.as_mut_slice()[frames.start * bytes..frames.end * bytes].fill(0xff);
+    }
+
+    fn home(&self, seat: SeatIndex, layer: usize) -> usize {
+        assert!(seat.at() < self.spec.seats, "{seat:?} of {}", self.spec.seats);
+        seat.at() * self.geometry.num_layers + layer
+    }
+
+    /// The local frame of `page` for head 0; those of the other heads follow.
+    fn ring_frame(&self, seat: SeatIndex, layer: usize, page: usize) -> usize {
+        let pages = self.layout.local_pages;
+        self.local_base() + (self.home(seat, layer) * pages + page % pages) * self.geometry.kv_heads
+    }
+
+    /// The frame of a local page for head 0, wherever it is in this step; `None` if it is not local.
+    fn local_frame(&self, seat: SeatIndex, layer: usize, page: usize) -> Option<usize> {
+        let Local { pages: (start, end), fresh } = self.local[seat.at()];
+        if !(start as usize..end as usize).contains(&page) {
+            return None;
+        }
+        Some(match fresh {
+            None => self.ring_frame(seat, layer, page),
+            Some(block) => {
+                self.fresh_base() + (block as usize + page - start as usize) * self.geometry.kv_heads
+            }
+        })
+    }
+
+    /// The bytes of a frame.
+    pub fn frame(&self, frame: usize) -> &[u8] {
+        let bytes = self.geometry.page_bytes();
+        &self.arena.as_slice()[frame * bytes..(frame + 1) * bytes]
+    }
+
+    /// The bytes of a local page; `None` if it is not local.
+    pub fn local_page(&self, seat: SeatIndex, layer: usize, page: usize, head: usize) -> Option<&[u8]> {
+        self.local_frame(seat, layer, page).map(|frame| self.frame(frame + head))
+    }
+
+    /// Offset in the arena at which head 0 of a local page is written.
+    ///
+    /// # Panics
+    /// When the page is not local.
+    pub fn local_offset(&self, seat: SeatIndex, layer: usize, page: usize) -> usize {
+        let frame = self.local_frame(seat, layer, page).expect("tokens are written to local pages");
+        frame * self.geometry.page_bytes()
+    }
+
+    /// The arena, for the tasks of a fork.
+    pub fn shared(&mut self) -> Shared<u8> {
+        Shared(self.arena.as_mut_ptr())
+    }
+
+    // ---- balance -------------------------------------------------------------------------------------------------
+
+    /// Gives the seats of `batch` their quotas.
+    pub fn balance(&mut self, batch: &Batch) {
+        let done = self.saver.done();
+        for s in batch.sequences {
+            for layer in 0..self.geometry.num_layers {
+                self.publish(s.seat, layer, done);
+                self.shrink(s.seat, layer, s.quota as usize);
+            }
+        }
+        for s in batch.sequences {
+            for layer in 0..self.geometry.num_layers {
+                self.residency.grow(s.seat, layer, s.quota as usize);
+            }
+        }
+    }
+
+    fn shrink(&mut self, seat: SeatIndex, layer: usize, extents: usize) {
+        let bytes = self.geometry.page_bytes();
+        let poison = self.spec.poison;
+        let arena = self.arena.as_mut_slice();
+        self.residency.shrink(seat, layer, extents, &mut |from: FrameIndex, to| {
+            if let Some(to) = to {
+                arena.copy_within(from.at() * bytes..(from.at() + 1) * bytes, to.at() * bytes);
+            }
+            if poison {
+                arena[from.at() * bytes..(from.at() + 1) * bytes].fill(0xff);
+            }
+        });
+    }
+
+    /// Notes that what was sent is in DRAM, if it is.
+    fn publish(&mut self, seat: SeatIndex, layer: usize, done: u64) {
+        let home = self.home(seat, layer);
+        let home = &mut self.homes[home];
+        if home.ticket <= done {
+            home.clean = home.sent;
+        }
+    }
+
+    /// Waits until pages below `page` are in DRAM.
+    fn wait_for(&mut self, seat: SeatIndex, layer: usize, page: usize) {
+        let at = self.home(seat, layer);
+        if page as u32 >= self.homes[at].clean && page < self.homes[at].sent as usize {
+            self.saver.wait(self.homes[at].ticket);
+            self.homes[at].clean = self.homes[at].sent;
+        }
+    }
+
+    // ---- append --------------------------------------------------------------------------------------------------
+
+    /// Decides where the local pages of each sequence are in this step, and brings what they hold already.
+    pub fn localize(&mut self, dram: &Layers, layer: usize, batch: &Batch) {
+        let KvGeometry { page_tokens, kv_heads, .. } = self.geometry;
+        let block_bytes = kv_heads * self.geometry.page_bytes();
+        let open = self.spec.partition_tokens_max.max(page_tokens);
+        let mut fresh_used = 0;
+        if self.spec.poison {
+            self.poison(self.fresh_base()..self.wave_base());
+        }
+        for s in batch.sequences {
+            let first = s.first_position as usize;
+            let start = (first / open * open / page_tokens).saturating_sub(1);
+            let end = s.context_tokens().div_ceil(page_tokens);
+            let fresh = (s.num_rows() > 1).then(|| {
+                let block = fresh_used;
+                fresh_used += end - start;
+                assert!(fresh_used <= self.layout.fresh_blocks, "fresh frames for the rows of a step");
+                block as u32
+            });
+            self.local[s.seat.at()] = Local { pages: (start as u32, end as u32), fresh };
+            let at = self.home(s.seat, layer);
+            let Home { from, end: ring_end, .. } = self.homes[at];
+            let in_ring = |page: usize| (from as usize..ring_end as usize).contains(&page);
+            for page in start..first.div_ceil(page_tokens) {
+                let frame = self.local_frame(s.seat, layer, page).expect("a local page");
+                let to = frame * self.geometry.page_bytes();
+                if in_ring(page) {
+                    let from = self.ring_frame(s.seat, layer, page) * self.geometry.page_bytes();
+                    if from != to {
+                        self.arena.as_mut_slice().copy_within(from..from + block_bytes, to);
+                    }
+                } else {
+                    // A prefix that others computed, or pages that were filled from outside.
+                    self.wait_for(s.seat, layer, page);
+                    let block = dram.block(layer, batch.block_table(s)[page]);
+                    self.arena.as_mut_slice()[to..to + block_bytes].copy_from_slice(block);
+                    self.fetched_bytes += block_bytes as u64;
+                }
+            }
+            let home = &mut self.homes[at];
+            // Full pages before this step are in DRAM or on their way.
+            if home.sent < s.first_position / page_tokens as u32 {
+                (home.sent, home.clean) =
+                    (s.first_position / page_tokens as u32, s.first_position / page_tokens as u32);
+            }
+            if fresh.is_none() {
+                (home.from, home.end) = (start as u32, end as u32);
+            }
+        }
+    }
+
+    // ---- save ----------------------------------------------------------------------------------------------------
+
+    /// Sends the pages that the rows of `batch` fill to DRAM, and keeps the last ones of a prompt in local frames.
+    pub fn save(&mut self, pool: &mut Pool, dram: &mut Layers, layer: usize, batch: &Batch) {
+        let KvGeometry { page_tokens, kv_heads, .. } = self.geometry;
+        let block_bytes = kv_heads * self.geometry.page_bytes();
+        for s in batch.sequences {
+            let table = batch.block_table(s);
+            let full = s.first_position as usize / page_tokens..s.context_tokens() / page_tokens;
+            let at = self.home(s.seat, layer);
+            let mut page = full.start;
+            while page < full.end {
+                let adjacent = |page: &usize| table[*page].0 == table[*page - 1].0 + 1;
+                let run = 1 + (page + 1..full.end).take_while(adjacent).count();
+                let frame = self.local_frame(s.seat, layer, page).expect("a page that fills is local");
+                let from = frame * self.geometry.page_bytes();
+                if run > 1 {
+                    // Fresh frames lie as blocks do.
+                    let to = dram.run_mut(layer, table[page], run);
+                    copy_run(pool, &self.arena.as_slice()[from..from + run * block_bytes], to, block_bytes);
+                } else {
+                    let from = self.arena.as_slice()[from..from + block_bytes].as_ptr();
+                    let to = dram.run_mut(layer, table[page], 1).as_mut_ptr();
+                    // Decode never waits for prompts: these leave it chunks.
+                    let reserve = if s.num_rows() > 1 { self.spec.seats } else { 0 };
+                    // SAFETY: a block of one layer each. Nobody reads the block in DRAM before its ticket is done, nor
+                    // writes it while a sequence holds it; `Kv` drops the tier, and so the saver, before the pool.
+                    self.homes[at].ticket = unsafe { self.saver.send(from, to, block_bytes, reserve) };
+                }
+                page += run;
+            }
+            self.saved_bytes += (full.len() * block_bytes) as u64;
+            self.residency.counters_mut(s.seat).saved += (full.len() * kv_heads) as u64;
+            self.homes[at].sent = full.end as u32;
+            if self.homes[at].ticket <= self.saver.done() {
+                self.homes[at].clean = full.end as u32;
+            }
+            if self.local[s.seat.at()].fresh.is_some() {
+                self.keep_tail(s, layer);
+            }
+        }
+    }
+
+    /// Copies the last pages of a prompt, which the next step may need, from fresh to local frames.
+    fn keep_tail(&mut self, s: &SequenceRows, layer: usize) {
+        let block_bytes = self.geometry.kv_heads * self.geometry.page_bytes();
+        let (start, end) = self.local[s.seat.at()].pages;
+        let from = start.max(end.saturating_sub(self.layout.local_pages as u32));
+        for page in from..end {
+            let frame = self.local_frame(s.seat, layer, page as usize).expect("a local page");
+            let source = frame * self.geometry.page_bytes();
+            let to = self.ring_frame(s.seat, layer, page as usize) * self.geometry.page_bytes();
+            self.arena.as_mut_slice().copy_within(source..source + block_bytes, to);
+        }
+        let at = self.home(s.seat, layer);
+        (self.homes[at].from, self.homes[at].end) = (from, end);
+    }
+
+    // ---- between steps -------------------------------------------------------------------------------------------
+
+    /// Forgets `seat`.
+    pub fn release(&mut self, seat: SeatIndex) {
+        for layer in 0..self.geometry.num_layers {
+            let at = self.home(seat, layer);
+            self.saver.wait(self.homes[at].ticket);
+            self.homes[at] = Home::default();
+        }
+        self.local[seat.at()] = Local::default();
+        let (bytes, poison) = (self.geometry.page_bytes(), self.spec.poison);
+        let arena = self.arena.as_mut_slice();
+        self.residency.release(seat, &mut |frame| {
+            if poison {
+                arena[frame.at() * bytes..(frame.at() + 1) * bytes].fill(0xff);
+            }
+        });
+    }
+
+    /// Tokens of `seat` that are in DRAM in all layers.
+    pub fn saved_tokens(&mut self, seat: SeatIndex) -> usize {
+        let done = self.saver.done();
+        let layers = 0..self.geometry.num_layers;
+        let clean = layers.map(|layer| {
+            self.publish(seat, layer, done);
+            self.homes[self.home(seat, layer)].clean
+        });
+        clean.min().unwrap_or(0) as usize * self.geometry.page_tokens
+    }
+
+    /// The state of the tier.
+    pub fn state(&self) -> TierState {
+        let frames = self.frames() as u64;
+        let cache_frames = self.local_base() as u64;
+        TierState {
+            cache_frames,
+            cache_used: self.residency.frames_in_use() as u64,
+            pinned_frames: frames - cache_frames,
+            free_extents: self.residency.free_extents() as u64,
+            saving_pages: self.saver.in_flight() * self.geometry.kv_heads as u64,
+            table_bytes: self.residency.bytes_in_use(),
+            fetched_bytes: self.fetched_bytes,
+            saved_bytes: self.saved_bytes,
+            stall_nanos: self.stall_nanos,
+            extra_waves: self.extra_waves,
+            pages: self.residency.totals(),
+        }
+    }
+
+    /// What happened to the pages of `seat`, and the cache frames that it holds.
+    pub fn counters(&self, seat: SeatIndex) -> (SeatCounters, usize) {
+        (*self.residency.counters(seat), self.residency.frames_of(seat))
+    }
+
+    /// The resident pages of (seat, layer), ascending.
+    pub fn resident(&self, seat: SeatIndex, layer: usize) -> Vec<(usize, usize)> {
+        let mut pages: Vec<_> =
+            self.residency.resident(seat, layer).map(|(head, page, _)| (head, page)).collect();
+        pages.sort_unstable();
+        pages
+    }
+
+    /// Panics unless tables are whole and every resident page equals its copy in DRAM.
+    pub fn check(&self, dram: &Layers, batch: &Batch) {
+        self.residency.check();
+        for s in batch.sequences {
+            for layer in 0..self.geometry.num_layers {
+                for (head, page, frame) in self.residency.resident(s.seat, layer) {
+                    let block = batch.block_table(s)[page];
+                    assert!(
+                        self.frame(frame.at()) == dram.page_bytes(layer, block, head),
+                        "{:?} layer {layer} head {head} page {page}: a clean page equals its copy in DRAM",
+                        s.seat
+                    );
+                }
+            }
+        }
+    }
+
+    /// Bytes beside the frames and the residency tables: staging, and lists of a step.
+    pub fn host_bytes(&self) -> usize {
+        self.saver.bytes()
+            + self.entries.capacity() * size_of::<Entry>()
+            + self.fetches.capacity() * size_of::<Fetch>()
+            + self.homes.len() * size_of::<Home>()
+    }
+}
+
+/// Copies a run of blocks on all threads.
+fn copy_run(pool: &mut Pool, from: &[u8], to: &mut [u8], block_bytes: usize) {
+    assert_eq!(from.len(), to.len(), "a run of blocks");
+    let to = Shared(to.as_mut_ptr());
+    pool.run(from.len() / block_bytes, &|task, _| {
+        let block = &from[task * block_bytes..(task + 1) * block_bytes];
+        // SAFETY: block `task` of the target, which is as long as the source.
+        unsafe { to.at(task * block_bytes).copy_from_nonoverlapping(block.as_ptr(), block_bytes) };
+    });
+}

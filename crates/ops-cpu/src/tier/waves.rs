@@ -1,0 +1,379 @@
+//! From what a layer attends to, to frames: look up, take, cut into waves, fetch.
+
+use std::ops::Range;
+use std::time::Instant;
+
+use ops::sparse::Attention;
+use ops::{Batch, BlockIndex, HeadShape, SPLIT_TOKENS, SeatIndex, SequenceRows};
+
+use super::Tier;
+use crate::memory::Shared;
+use crate::pages::Layers;
+use crate::pool::Pool;
+use crate::selection::Selections;
+use crate::simd::LANES;
+
+/// Pages per task of a copy.
+const PAGES_PER_TASK: usize = 4;
+
+/// No frame yet.
+const NONE: u32 = u32::MAX;
+
+/// Rows that attend alike: those of a sequence that attend to everything, or one sparse row.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Item {
+    seat: SeatIndex,
+    /// Page of its first entry, where its pages are consecutive.
+    first_page: u32,
+    /// Splits, absolute ones where its pages are consecutive.
+    splits: (u32, u32),
+    /// Whether some of its pages pass through wave frames.
+    streams: bool,
+}
+
+/// A page that is attended to, and its frame.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    /// Page of the sequence.
+    pub page: u32,
+    /// Where it lies in DRAM, once it is full.
+    block: BlockIndex,
+    /// Frame of the arena.
+    pub frame: u32,
+}
+
+/// What of an item is attended to in a wave.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wave {
+    number: u32,
+    item: u32,
+    splits: (u32, u32),
+}
+
+/// The part of an item in a wave.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WavePart {
+    /// Its splits.
+    pub splits: Range<usize>,
+    /// Whether nothing of the item came before.
+    pub starts: bool,
+    /// Whether nothing of it follows.
+    pub ends: bool,
+}
+
+/// A page to copy to a frame.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Fetch {
+    seat: SeatIndex,
+    head: u32,
+    page: u32,
+    block: BlockIndex,
+    frame: u32,
+}
+
+impl Tier {
+    /// Finds frames for all that the rows of `batch` attend to; returns the number of waves.
+    pub fn resolve(
+        &mut self,
+        layer: usize,
+        heads: HeadShape,
+        window: Option<usize>,
+        batch: &Batch,
+        selection: Option<&Selections>,
+    ) -> usize {
+        self.items.clear();
+        self.ranges.clear();
+        self.entries.clear();
+        self.fetches.clear();
+        self.waves.clear();
+        self.layer = layer;
+        self.list(heads, window, batch, selection);
+        let mut first = 0;
+        while first < self.items.len() {
+            let seat = self.items[first].seat;
+            let count = self.items[first..].iter().take_while(|i| i.seat == seat).count();
+            self.find(first..first + count);
+            first += count;
+        }
+        let waves = self.cut();
+        self.extra_waves += waves as u64 - 1;
+        waves
+    }
+
+    /// Lists items, their pages, and the frames of those that are local.
+    fn list(
+        &mut self,
+        heads: HeadShape,
+        window: Option<usize>,
+        batch: &Batch,
+        selection: Option<&Selections>,
+    ) {
+        let page_tokens = self.geometry.page_tokens;
+        let per_split = SPLIT_TOKENS / page_tokens;
+        let mut place = 0;
+        for s in batch.sequences {
+            let table = batch.block_table(s);
+            let (first, end) = (s.first_position as usize, s.context_tokens());
+            let sparse = selection.is_some() && s.attention != Attention::Dense;
+            let sparse_from = if sparse { (s.prompt_len as usize).clamp(first, end) } else { end };
+            if sparse_from > first {
+                self.list_all(s, heads, first..sparse_from, window, batch);
+            }
+            for position in sparse_from..end {
+                let selection = selection.expect("sparse rows are counted where there is one");
+                if selection.get(place, 0).is_none() {
+                    self.list_all(s, heads, position..position + 1, window, batch);
+                } else {
+                    let mut longest = 0;
+                    for head in 0..heads.kv_heads {
+                        let (bits, pages) = selection.get(place, head).expect("all heads select or none");
+                        let start = self.entries.len();
+                        pages_of(bits, page_tokens, |page| {
+                            self.entries.push(Entry { page: page as u32, block: table[page], frame: NONE });
+                        });
+                        self.ranges.push(start as u32..self.entries.len() as u32);
+                        longest = longest.max(pages);
+                    }
+                    let splits = (0, longest.div_ceil(per_split) as u32);
+                    self.items.push(Item { seat: s.seat, first_page: 0, splits, streams: false });
+                }
+                place += 1;
+            }
+        }
+    }
+
+    /// Lists an item whose rows, at `positions`, attend to everything within the window.
+    fn list_all(
+        &mut self,
+        s: &SequenceRows,
+        heads: HeadShape,
+        positions: Range<usize>,
+        window: Option<usize>,
+        batch: &Batch,
+    ) {
+        let table = batch.block_table(s);
+        let page_tokens = self.geometry.page_tokens;
+        let first = window.map_or(0, |w| (positions.start + 1).saturating_sub(w));
+        // Whole vectors are read.
+        let run = page_tokens.max(LANES);
+        let pages = first / run * run / page_tokens..positions.end.div_ceil(page_tokens);
+        for _ in 0..heads.kv_heads {
+            let start = self.entries.len() as u32;
+            let entry = |page: usize| Entry { page: page as u32, block: table[page], frame: NONE };
+            self.entries.extend(pages.clone().map(entry));
+            self.ranges.push(start..self.entries.len() as u32);
+        }
+        let splits = ((first / SPLIT_TOKENS) as u32, positions.end.div_ceil(SPLIT_TOKENS) as u32);
+        self.items.push(Item { seat: s.seat, first_page: pages.start as u32, splits, streams: false });
+    }
+
+    /// Finds or takes frames for the items of one seat.
+    fn find(&mut self, items: Range<usize>) {
+        let (kv_heads, layer) = (self.geometry.kv_heads, self.layer);
+        let seat = self.items[items.start].seat;
+        let ranges = items.start * kv_heads..items.end * kv_heads;
+        let mut cold = 0;
+        self.each_cold(ranges.clone(), |_, _, _| cold += 1);
+        self.residency.begin(seat, layer);
+        let fits = cold <= self.residency.quota(seat, layer);
+        if fits {
+            let mut misses = 0;
+            self.each_cold(ranges.clone(), |tier, at, head| {
+                let page = tier.entries[at].page as usize;
+                match tier.residency.need(seat, layer, head, page) {
+                    Some(frame) => tier.entries[at].frame = frame.0,
+                    None => misses += 1,
+                }
+            });
+            let (bytes, poison) = (self.geometry.page_bytes(), self.spec.poison);
+            let arena = self.arena.as_mut_slice();
+            self.residency.fit(seat, layer, misses, &mut |frame| {
+                if poison {
+                    arena[frame.at() * bytes..(frame.at() + 1) * bytes].fill(0xff);
+                }
+            });
+        }
+        let mut streams = false;
+        self.each_cold(ranges, |tier, at, head| {
+            let Entry { page, block, frame } = tier.entries[at];
+            if frame != NONE {
+                return;
+            }
+            let known = match fits {
+                // Another item of this step missed it, too.
+                true => tier.residency.find(seat, layer, head, page as usize),
+                false => tier.residency.need(seat, layer, head, page as usize),
+            };
+            let room = fits || tier.residency.held(seat, layer) < tier.residency.quota(seat, layer);
+            tier.entries[at].frame = if let Some(frame) = known {
+                frame.0
+            } else if room {
+                let frame = tier.residency.insert(seat, layer, head, page as usize).0;
+                tier.fetches.push(Fetch { seat, head: head as u32, page, block, frame });
+                frame
+            } else {
+                tier.residency.counters_mut(seat).streamed += 1;
+                streams = true;
+                NONE
+            };
+        });
+        for item in &mut self.items[items] {
+            item.streams = streams;
+        }
+    }
+
+    /// Visits the entries in `ranges`, index and head, that are not local, and sets the frames of those that are.
+    fn each_cold(&mut self, ranges: Range<usize>, mut visit: impl FnMut(&mut Self, usize, usize)) {
+        let kv_heads = self.geometry.kv_heads;
+        for i in ranges {
+            let seat = self.items[i / kv_heads].seat;
+            let (local_start, _) = self.local[seat.at()].pages;
+            for at in self.ranges[i].start as usize..self.ranges[i].end as usize {
+                let page = self.entries[at].page;
+                if page < local_start {
+                    visit(self, at, i % kv_heads);
+                } else if self.entries[at].frame == NONE {
+                    let frame = self.local_frame(seat, self.layer, page as usize).expect("a local page");
+                    self.entries[at].frame = (frame + i % kv_heads) as u32;
+                }
+            }
+        }
+    }
+
+    /// Cuts the items into waves; returns how many there are.
+    fn cut(&mut self) -> usize {
+        let kv_heads = self.geometry.kv_heads;
+        let (mut wave, mut used) = (0, 0);
+        for item in 0..self.items.len() {
+            let Item { splits: (start, end), streams, .. } = self.items[item];
+            if !streams {
+                // All of its frames stay: as good in the first wave as in any.
+                self.waves.push(Wave { number: 0, item: item as u32, splits: (start, end) });
+                continue;
+            }
+            let mut from = start;
+            for split in start..end {
+                let passing: usize = (0..kv_heads)
+                    .map(|head| {
+                        let entries = self.split_entries(item, head, split as usize);
+                        self.entries[entries].iter().filter(|e| e.frame == NONE).count()
+                    })
+                    .sum();
+                assert!(passing <= self.layout.wave_frames, "a wave holds a split of all heads");
+                if used + passing > self.layout.wave_frames {
+                    if split > from {
+                        self.waves.push(Wave { number: wave, item: item as u32, splits: (from, split) });
+                    }
+                    (wave, used, from) = (wave + 1, 0, split);
+                }
+                used += passing;
+            }
+            self.waves.push(Wave { number: wave, item: item as u32, splits: (from, end) });
+        }
+        wave as usize + 1
+    }
+
+    /// The entries of an item and head that lie in `split`.
+    fn split_entries(&self, item: usize, head: usize, split: usize) -> Range<usize> {
+        let per_split = SPLIT_TOKENS / self.geometry.page_tokens;
+        let first_page = self.items[item].first_page as usize;
+        let range = &self.ranges[item * self.geometry.kv_heads + head];
+        let len = range.len();
+        let first = (split * per_split).saturating_sub(first_page).min(len);
+        let end = ((split + 1) * per_split).saturating_sub(first_page).min(len);
+        range.start as usize + first..range.start as usize + end
+    }
+
+    /// What of an item is attended to in `wave`.
+    pub fn part(&self, item: usize, wave: usize) -> Option<WavePart> {
+        let whole = self.items[item].splits;
+        let found = self.waves.iter().find(|w| w.item as usize == item && w.number as usize == wave)?;
+        Some(WavePart {
+            splits: found.splits.0 as usize..found.splits.1 as usize,
+            starts: found.splits.0 == whole.0,
+            ends: found.splits.1 == whole.1,
+        })
+    }
+
+    /// The pages of an item and head, in order, and the number of the first where they are consecutive.
+    pub fn entries(&self, item: usize, head: usize) -> (&[Entry], usize) {
+        let range = &self.ranges[item * self.geometry.kv_heads + head];
+        let entries = &self.entries[range.start as usize..range.end as usize];
+        (entries, self.items[item].first_page as usize)
+    }
+
+    /// Fetches what `wave` needs.
+    pub fn gather(&mut self, pool: &mut Pool, dram: &Layers, wave: usize) {
+        // Pages that stay are fetched before the first wave.
+        if wave > 0 {
+            self.fetches.clear();
+        }
+        if self.spec.poison {
+            self.poison(self.wave_base()..self.frames());
+        }
+        self.pass(wave);
+        if self.fetches.is_empty() {
+            return;
+        }
+        let start = Instant::now();
+        let layer = self.layer;
+        for i in 0..self.fetches.len() {
+            let Fetch { seat, page, .. } = self.fetches[i];
+            self.wait_for(seat, layer, page as usize);
+        }
+        let bytes = self.geometry.page_bytes();
+        let arena = Shared(self.arena.as_mut_ptr());
+        let fetches = &self.fetches;
+        pool.run(fetches.len().div_ceil(PAGES_PER_TASK), &|task, _| {
+            for fetch in fetches.iter().skip(task * PAGES_PER_TASK).take(PAGES_PER_TASK) {
+                let page = dram.page_bytes(layer, fetch.block, fetch.head as usize);
+                // SAFETY: each frame is the target of one copy, and lies in the arena.
+                unsafe {
+                    arena.at(fetch.frame as usize * bytes).copy_from_nonoverlapping(page.as_ptr(), bytes);
+                }
+            }
+        });
+        self.fetched_bytes += (fetches.len() * bytes) as u64;
+        self.stall_nanos += start.elapsed().as_nanos() as u64;
+    }
+
+    /// Gives the pages that pass through in `wave` a frame each.
+    fn pass(&mut self, wave: usize) {
+        let mut next = self.wave_base() as u32;
+        for i in 0..self.waves.len() {
+            let Wave { number, item, splits } = self.waves[i];
+            let Item { seat, streams, .. } = self.items[item as usize];
+            if number as usize != wave || !streams {
+                continue;
+            }
+            for split in splits.0..splits.1 {
+                for head in 0..self.geometry.kv_heads {
+                    for at in self.split_entries(item as usize, head, split as usize) {
+                        let Entry { page, block, frame } = self.entries[at];
+                        if frame == NONE {
+                            self.entries[at].frame = next;
+                            self.fetches.push(Fetch { seat, head: head as u32, page, block, frame: next });
+                            next += 1;
+                        }
+                    }
+                }
+            }
+        }
+        assert!(next as usize <= self.frames(), "a wave fits its frames");
+    }
+}
+
+/// Calls `visit` with every page of `page_tokens` slots that has a bit in `bits`.
+fn pages_of(bits: &[u64], page_tokens: usize, mut visit: impl FnMut(usize)) {
+    let of_page = u64::MAX >> (64 - page_tokens);
+    for (i, &word) in bits.iter().enumerate() {
+        if word == 0 {
+            continue;
+        }
+        for shift in (0..64).step_by(page_tokens) {
+            if word >> shift & of_page != 0 {
+                visit((i * 64 + shift) / page_tokens);
+            }
+        }
+    }
+}

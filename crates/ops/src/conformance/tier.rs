@@ -1,0 +1,435 @@
+//! The HBM tier: requests of all kinds come, share, grow and go, on a device with tiers, the same device without, and the
+//! oracle. Outputs must be the same bits with and without tiers; what is resident, hit, missed and evicted must be what the
+//! naive model says; every resident page must equal its copy in DRAM.
+
+use super::{Random, Reference, assert_same_bits, heads_of, normals, rows_of, tensor};
+use crate::sparse::{
+    Always, Attention, DigestKind, DigestSpec, Method, Reduce, Scope, Score, SelectionLimits,
+};
+use crate::tier::{TierSpec, TooSmall};
+use crate::{
+    Backend, Batch, BlockIndex, DType, HeadShape, KvGeometry, SPLIT_TOKENS, SeatIndex, SequenceRows,
+};
+
+const LAYERS: usize = 2;
+const SEATS: usize = 4;
+const INJECT: usize = 96;
+const CONTEXT: usize = 2 * SPLIT_TOKENS + 200;
+
+/// Shapes, and what the requests may ask for.
+struct Case {
+    heads: HeadShape,
+    page_tokens: usize,
+    digests: Vec<DigestSpec>,
+    methods: Vec<Method>,
+    /// Of layer 1.
+    window: Option<usize>,
+}
+
+fn cases() -> Vec<Case> {
+    let spec = |kind, partition_tokens| DigestSpec { kind, partition_tokens };
+    let plain = Method {
+        dense_layers: 0,
+        partition_tokens: 16,
+        score: Score::Digest { digests: 0 },
+        reduce: Reduce::Mean,
+        softmax: false,
+        scope: Scope::KvHead,
+        always: Always { sink_tokens: 0, recent_tokens: 1, generated_tokens: 0, outliers: 0 },
+        open_competes: false,
+        take_min: 1,
+    };
+    let sinks = Always { sink_tokens: 20, recent_tokens: 40, ..plain.always };
+    let none = Always { recent_tokens: 0, ..plain.always };
+    vec![
+        Case {
+            heads: heads_of(4, 2, 32),
+            page_tokens: 16,
+            digests: vec![spec(DigestKind::MinMax, 16), spec(DigestKind::CuboidMean, 32)],
+            methods: vec![
+                plain,
+                Method { always: none, open_competes: true, take_min: 3, ..plain },
+                Method { always: sinks, partition_tokens: 32, score: Score::Digest { digests: 1 }, ..plain },
+                Method { dense_layers: 1, ..plain },
+                Method { score: Score::Recency, partition_tokens: 1, always: sinks, ..plain },
+            ],
+            window: None,
+        },
+        Case {
+            heads: heads_of(3, 3, 32),
+            page_tokens: 8,
+            digests: vec![spec(DigestKind::MinMax, 64)],
+            methods: vec![Method { partition_tokens: 64, ..plain }],
+            window: Some(100),
+        },
+        Case {
+            heads: heads_of(8, 1, 64),
+            page_tokens: 64,
+            digests: vec![spec(DigestKind::Mean, 8)],
+            methods: vec![Method { partition_tokens: 8, scope: Scope::Layer, ..plain }],
+            window: None,
+        },
+    ]
+}
+
+/// A device with its cache.
+struct World<'a, B: Backend> {
+    backend: &'a mut B,
+    kv: B::Kv,
+    digests: Vec<B::Digests>,
+    selection: B::Selection,
+}
+
+/// What a layer of a step came to.
+struct Seen {
+    out: Vec<f32>,
+    /// Of each sparse row and head.
+    selections: Vec<Option<Vec<u64>>>,
+}
+
+impl<'a, B: Backend> World<'a, B> {
+    fn new(
+        backend: &'a mut B,
+        case: &Case,
+        geometry: KvGeometry,
+        num_blocks: usize,
+        tier: Option<TierSpec>,
+    ) -> Self {
+        let heads = case.heads;
+        let digests = case.digests.iter().map(|&spec| backend.digests(spec, geometry, num_blocks));
+        let digests = digests.collect::<Result<Vec<_>, _>>().expect("memory");
+        let rows = INJECT + SEATS;
+        let limits = SelectionLimits::new(&case.methods, heads, geometry.page_tokens, rows, CONTEXT);
+        let (selection, _) = backend.selection(limits).expect("memory");
+        backend.reserve(heads, rows, SEATS, CONTEXT, heads.qkv_cols()).expect("scratch");
+        let kv = backend.kv(geometry, num_blocks, tier).expect("memory");
+        World { backend, kv, digests, selection }
+    }
+
+    /// One layer of a step; `given` selections take the place of its own.
+    fn layer(
+        &mut self,
+        case: &Case,
+        layer: usize,
+        qkv: &[f32],
+        batch: &Batch,
+        given: Option<&[Option<Vec<u64>>]>,
+    ) -> Seen {
+        let World { backend, kv, digests, selection } = self;
+        let heads = case.heads;
+        let rows = batch.num_rows();
+        let mut x = tensor(*backend, heads.qkv_cols(), qkv);
+        let mut angles = backend.tensor(rows, heads.head_dim).expect("memory");
+        let inv_freq: Vec<f32> = (0..heads.head_dim / 2).map(|c| 0.9f32.powi(c as i32)).collect();
+        backend.rope_angles(&mut angles, batch.positions, &inv_freq, &vec![0; rows], 1.0);
+        backend.append(kv, layer, &mut x, heads, None, &angles, batch);
+        let window = if layer == 1 { case.window } else { None };
+        if window.is_none() {
+            for digests in digests.iter_mut() {
+                backend.digest(digests, kv, layer, batch);
+            }
+        }
+        backend.save(kv, layer, batch);
+        let mut selections = Vec::new();
+        let selects = window.is_none() && batch.sparse_rows().next().is_some();
+        if selects {
+            backend.score(selection, digests, kv, layer, &x, heads, batch);
+            backend.select(selection, layer, heads, batch);
+            for place in 0..batch.sparse_rows().count() {
+                for head in 0..heads.kv_heads {
+                    match given.and_then(|given| given[selections.len()].as_ref()) {
+                        Some(bits) => backend.write_selection(selection, place, head, bits),
+                        None => assert!(
+                            given.is_none() || backend.read_selection(selection, place, head).is_none()
+                        ),
+                    }
+                    selections.push(backend.read_selection(selection, place, head));
+                }
+            }
+        }
+        let selection = selects.then_some(&*selection);
+        let mut out = backend.tensor(rows, heads.q_cols()).expect("memory");
+        let waves = backend.resolve(kv, layer, heads, window, batch, selection);
+        for wave in 0..waves {
+            backend.gather(kv, wave);
+            backend.attend(&mut out, kv, layer, &x, heads, window, batch, selection, wave);
+        }
+        Seen { out: rows_of(*backend, &out), selections }
+    }
+}
+
+/// A request.
+struct Request {
+    seat: SeatIndex,
+    blocks: Vec<BlockIndex>,
+    /// Blocks at the front that another request filled.
+    shared: usize,
+    prompt: usize,
+    done: usize,
+    attention: Attention,
+    /// Of its tokens: what a position contributes does not depend on the step in which it runs.
+    key: u64,
+}
+
+/// The requests of a run, and the blocks that they use.
+struct Traffic {
+    random: Random,
+    requests: Vec<Request>,
+    /// In no order, so that runs of adjacent blocks are as likely as single ones.
+    free: Vec<BlockIndex>,
+    owners: Vec<u32>,
+    page_tokens: usize,
+    methods: usize,
+}
+
+impl Traffic {
+    /// Lets a request come, with the saved prefix of another now and then.
+    fn arrive(&mut self, saved: impl Fn(SeatIndex) -> usize) {
+        let seat = (0..SEATS as u32).map(SeatIndex).find(|s| self.requests.iter().all(|r| r.seat != *s));
+        let Some(seat) = seat else { return };
+        let random = &mut self.random;
+        let prompt = [40, 300, 700, CONTEXT - 60][random.below(4)] + random.below(50);
+        let wanted = (prompt + 50).min(CONTEXT).div_ceil(self.page_tokens);
+        let attention = match random.below(self.methods + 1) {
+            0 => Attention::Dense,
+            method => {
+                let budget = [0, 64, 200, 600, CONTEXT][random.below(5)] as u32;
+                Attention::Sparse { method: method as u16 - 1, budget }
+            }
+        };
+        let (mut blocks, mut key) = (Vec::new(), random.next_u64());
+        if let (Some(other), true) = (self.requests.first(), random.below(2) == 0) {
+            let whole = saved(other.seat).min(other.prompt).min(prompt - 1) / self.page_tokens;
+            blocks.extend_from_slice(&other.blocks[..whole]);
+            key = other.key;
+        }
+        if self.free.len() < wanted - blocks.len() {
+            return;
+        }
+        let shared = blocks.len();
+        while blocks.len() < wanted {
+            blocks.extend(self.free.pop());
+        }
+        blocks.iter().for_each(|b| self.owners[b.at()] += 1);
+        let done = shared * self.page_tokens;
+        self.requests.push(Request { seat, blocks, shared, prompt, done, attention, key });
+    }
+
+    /// Lets a request go; returns its seat.
+    fn leave(&mut self) -> Option<SeatIndex> {
+        if self.requests.is_empty() {
+            return None;
+        }
+        let at = self.random.below(self.requests.len());
+        let request = self.requests.swap_remove(at);
+        for block in &request.blocks {
+            self.owners[block.at()] -= 1;
+            if self.owners[block.at()] == 0 {
+                self.free.push(*block);
+            }
+        }
+        Some(request.seat)
+    }
+}
+
+/// One step's arrays.
+#[derive(Default)]
+struct Step {
+    tokens: Vec<u32>,
+    positions: Vec<u32>,
+    sequences: Vec<SequenceRows>,
+    tables: Vec<BlockIndex>,
+    keys: Vec<u64>,
+}
+
+impl Step {
+    fn of(traffic: &mut Traffic, quota_max: usize) -> Self {
+        let mut step = Step::default();
+        let mut inject = INJECT;
+        for request in &mut traffic.requests {
+            let left = (request.blocks.len() * traffic.page_tokens).min(CONTEXT) - request.done;
+            if left == 0 || traffic.random.below(6) == 0 {
+                continue;
+            }
+            let in_prompt = request.done < request.prompt;
+            let rows = match traffic.random.below(8) {
+                // Some of its answer once more, as after a preemption.
+                0 if !in_prompt => 3,
+                _ if !in_prompt => 1,
+                1 => 1,
+                _ => INJECT / 2 + traffic.random.below(INJECT / 2),
+            };
+            let rows = rows.min(left).min(if rows > 1 { inject } else { 1 });
+            let rows = if in_prompt { rows.min(request.prompt - request.done) } else { rows };
+            if rows == 0 {
+                continue;
+            }
+            inject -= if rows > 1 { rows } else { 0 };
+            let (row, table) = (step.tokens.len() as u32, step.tables.len() as u32);
+            step.positions.extend(request.done as u32..(request.done + rows) as u32);
+            step.tokens.resize(step.positions.len(), 0);
+            step.keys.extend(std::iter::repeat_n(request.key, rows));
+            step.tables.extend_from_slice(&request.blocks);
+            step.sequences.push(SequenceRows {
+                rows: row..row + rows as u32,
+                first_position: request.done as u32,
+                prompt_len: request.prompt as u32,
+                blocks: table..table + request.blocks.len() as u32,
+                attention: request.attention,
+                seat: request.seat,
+                quota: traffic.random.below(quota_max / SEATS + 1) as u32,
+            });
+            request.done += rows;
+        }
+        step
+    }
+
+    fn batch<'a>(&'a self, methods: &'a [Method]) -> Batch<'a> {
+        Batch {
+            tokens: &self.tokens,
+            positions: &self.positions,
+            sequences: &self.sequences,
+            block_tables: &self.tables,
+            methods,
+        }
+    }
+
+    /// The inputs of a layer.
+    fn qkv(&self, layer: usize, cols: usize) -> Vec<f32> {
+        let row = |(&key, &position): (&u64, &u32)| {
+            normals(&mut Random::keyed(key, u64::from(position) << 8 | layer as u64), cols)
+        };
+        self.keys.iter().zip(&self.positions).flat_map(row).collect()
+    }
+}
+
+/// The whole of it, with HBM from the smallest legal size up.
+pub fn check_tiers<B: Backend>(make: &mut dyn FnMut() -> B, dtype: DType, seed: u64) {
+    for (index, case) in cases().iter().enumerate() {
+        let geometry = KvGeometry {
+            num_layers: LAYERS,
+            kv_heads: case.heads.kv_heads,
+            head_dim: case.heads.head_dim,
+            page_tokens: case.page_tokens,
+            dtype,
+        };
+        let partitions = case.digests.iter().map(|d| d.partition_tokens);
+        let spec = TierSpec {
+            bytes: 0,
+            seats: SEATS,
+            context_max: CONTEXT,
+            inject_tokens_max: INJECT,
+            partition_tokens_max: partitions.max().unwrap_or(1),
+            poison: true,
+        };
+        let Err(TooSmall { smallest }) = spec.layout(&geometry) else { panic!("nothing is too small") };
+        let mut seen = [0; 5];
+        let pool = (SEATS * CONTEXT / case.page_tokens * geometry.block_bytes()) as u64;
+        for more in [0, pool / 8, pool / 2, 4 * pool] {
+            let spec = TierSpec { bytes: smallest + more, ..spec };
+            let what = format!("seed {seed} tiers {dtype} case {index} hbm {smallest} + {more}");
+            let of_run = run(make, case, geometry, spec, &what, Random::keyed(seed, 40 + index as u64));
+            seen.iter_mut().zip(of_run).for_each(|(sum, n)| *sum += n);
+        }
+        assert!(
+            seen[..4].iter().all(|&n| n > 0),
+            "case {index} is no test: hits, misses, evictions, streamed, waves are {seen:?}"
+        );
+    }
+}
+
+fn run<B: Backend>(
+    make: &mut dyn FnMut() -> B,
+    case: &Case,
+    geometry: KvGeometry,
+    spec: TierSpec,
+    what: &str,
+    mut random: Random,
+) -> [u64; 5] {
+    let num_blocks = SEATS * CONTEXT.div_ceil(case.page_tokens);
+    let (mut tiered, mut unified, mut oracle) = (make(), make(), Reference::default());
+    let mut tiered = World::new(&mut tiered, case, geometry, num_blocks, Some(spec));
+    let mut unified = World::new(&mut unified, case, geometry, num_blocks, None);
+    let mut oracle = World::new(&mut oracle, case, geometry, num_blocks, Some(spec));
+    let mut free: Vec<BlockIndex> = (0..num_blocks as u32).rev().map(BlockIndex).collect();
+    for i in 0..free.len() / 2 {
+        let other = random.below(free.len());
+        free.swap(i, other);
+    }
+    let mut traffic = Traffic {
+        random,
+        requests: Vec::new(),
+        free,
+        owners: vec![0; num_blocks],
+        page_tokens: case.page_tokens,
+        methods: case.methods.len(),
+    };
+    let quota_max =
+        tiered.backend.tier_state(&tiered.kv).map_or(0, |s| s.cache_frames as usize / 32 / LAYERS);
+    let mut seen = [0; 5];
+    for number in 0..40 {
+        let what = format!("{what} step {number}");
+        if traffic.random.below(12) == 0
+            && let Some(seat) = traffic.leave()
+        {
+            count(&mut seen, &tiered, seat);
+            tiered.backend.release(&mut tiered.kv, seat);
+            oracle.backend.release(&mut oracle.kv, seat);
+        }
+        let saved: Vec<usize> = (0..SEATS as u32)
+            .map(|seat| tiered.backend.saved_tokens(&mut tiered.kv, SeatIndex(seat)))
+            .collect();
+        traffic.arrive(|seat| saved[seat.at()]);
+        let step = Step::of(&mut traffic, quota_max);
+        if step.tokens.is_empty() {
+            continue;
+        }
+        let batch = step.batch(&case.methods);
+        tiered.backend.balance(&mut tiered.kv, &batch);
+        oracle.backend.balance(&mut oracle.kv, &batch);
+        for layer in 0..LAYERS {
+            let qkv = step.qkv(layer, case.heads.qkv_cols());
+            let expected = unified.layer(case, layer, &qkv, &batch, None);
+            let got = tiered.layer(case, layer, &qkv, &batch, None);
+            assert!(got.selections == expected.selections, "{what} layer {layer}: selections");
+            assert_same_bits(&format!("{what} layer {layer}: tiered"), &got.out, &expected.out);
+            oracle.layer(case, layer, &qkv, &batch, Some(&got.selections));
+        }
+        tiered.backend.check_tier(&tiered.kv, &batch);
+        oracle.backend.check_tier(&oracle.kv, &batch);
+        for request in &traffic.requests {
+            let seat = request.seat;
+            let got = tiered.backend.seat_counters(&tiered.kv, seat);
+            let expected = oracle.backend.seat_counters(&oracle.kv, seat);
+            assert_eq!(got, expected, "{what} {seat:?}: counters");
+            for layer in 0..LAYERS {
+                let got = tiered.backend.read_resident(&tiered.kv, seat, layer);
+                let expected = oracle.backend.read_resident(&oracle.kv, seat, layer);
+                assert_eq!(got, expected, "{what} {seat:?} layer {layer}: resident pages");
+            }
+            let done = request.done / case.page_tokens * case.page_tokens;
+            let saved = tiered.backend.saved_tokens(&mut tiered.kv, seat);
+            let is_shared_only = request.done == request.shared * case.page_tokens;
+            assert!(saved <= done || is_shared_only, "{what} {seat:?}: {saved} tokens saved of {done}");
+        }
+    }
+    for request in &traffic.requests {
+        count(&mut seen, &tiered, request.seat);
+    }
+    let (got, expected) = (tiered.backend.tier_state(&tiered.kv), oracle.backend.tier_state(&oracle.kv));
+    let (got, expected) = (got.expect("tiers"), expected.expect("tiers"));
+    assert_eq!(
+        (got.cache_frames, got.cache_used, got.free_extents),
+        (expected.cache_frames, expected.cache_used, expected.free_extents),
+        "{what}"
+    );
+    seen[4] = got.extra_waves;
+    seen
+}
+
+/// Adds what happened to the pages of a seat.
+fn count<B: Backend>(seen: &mut [u64; 5], world: &World<B>, seat: SeatIndex) {
+    let (counters, _) = world.backend.seat_counters(&world.kv, seat);
+    let of_seat = [counters.hits, counters.misses, counters.evictions, counters.streamed];
+    seen.iter_mut().zip(of_seat).for_each(|(sum, n)| *sum += n);
+}

@@ -1,0 +1,186 @@
+//! The HBM tier: how a bound on its size is divided, and what a step reports.
+//!
+//! Where a device has a tier of its own, DRAM holds every page that is full, and HBM four kinds of frames:
+//!
+//! * *local* frames: the last pages of every sequence, whose partitions are still open. Pinned; tokens are written there.
+//! * *fresh* frames: the pages that the prompt tokens of a step write in one layer. The next layer uses them again.
+//! * *cache* frames: copies of DRAM pages that were selected, found through [`crate::residency`].
+//! * *wave* frames: what a selection needs beyond its quota passes through them, a wave at a time.
+//!
+//! A page is *open* while tokens are written to it, *saving* from the step in which it fills until its copy in DRAM is
+//! complete, then *clean*. Only clean pages are ever in the cache, so an eviction writes nothing back.
+
+use crate::residency::{EXTENT_FRAMES, ResidencyShape, SeatCounters};
+use crate::{KvGeometry, SPLIT_TOKENS};
+
+/// What an HBM tier is asked to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TierSpec {
+    /// Bytes of frames and of the tables that lead to them. Digests and activations are not among them.
+    pub bytes: u64,
+    /// Sequences at once.
+    pub seats: usize,
+    /// Tokens of the longest context.
+    pub context_max: usize,
+    /// Rows of a step beyond one per sequence.
+    pub inject_tokens_max: usize,
+    /// Tokens of the longest partition of any method.
+    pub partition_tokens_max: usize,
+    /// Whether frames that hold nothing are filled with NaN, so that reading one shows: for tests.
+    pub poison: bool,
+}
+
+/// The frames of an HBM tier by kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TierLayout {
+    /// Pages that a (seat, layer, KV head) keeps locally: those of an open partition, and one that is being saved.
+    pub local_pages: usize,
+    /// All local frames.
+    pub local_frames: usize,
+    /// Fresh frames: blocks, times KV heads.
+    pub fresh_blocks: usize,
+    /// Wave frames.
+    pub wave_frames: usize,
+    /// Extents of cache frames.
+    pub extents: usize,
+    /// Bytes of frames.
+    pub frame_bytes: u64,
+    /// Bytes of residency tables, were all leaves in use.
+    pub table_bytes: u64,
+}
+
+/// An HBM tier that is too small for a single wave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TooSmall {
+    /// The least that would do, in bytes.
+    pub smallest: u64,
+}
+
+/// Splits per layer that a wave can hold where there is room for more.
+const WAVE_SPLITS_MAX: usize = 8;
+
+impl TierSpec {
+    /// Divides the bytes: what cannot be done without first, then more room for waves, and the rest is cache.
+    ///
+    /// # Errors
+    /// When there is not even room for one wave.
+    pub fn layout(&self, geometry: &KvGeometry) -> Result<TierLayout, TooSmall> {
+        let KvGeometry { num_layers, kv_heads, page_tokens, .. } = *geometry;
+        let page_bytes = geometry.page_bytes() as u64;
+        let local_pages = self.partition_tokens_max.div_ceil(page_tokens).max(1) + 1;
+        let local_frames = self.seats * num_layers * kv_heads * local_pages;
+        // A sequence with several rows begins and ends within pages, and brings the open ones along.
+        let prompts = self.seats.min(self.inject_tokens_max);
+        let fresh_blocks = self.inject_tokens_max.div_ceil(page_tokens) + prompts * (local_pages + 2);
+        let split_frames = kv_heads * (SPLIT_TOKENS / page_tokens);
+        let shape = |extents| ResidencyShape {
+            seats: self.seats,
+            layers: num_layers,
+            kv_heads,
+            pages_max: self.context_max.div_ceil(page_tokens),
+            extents,
+        };
+        let pinned = local_frames + fresh_blocks * kv_heads + split_frames;
+        let smallest = pinned as u64 * page_bytes + shape(0).fixed_bytes();
+        let Some(left) = self.bytes.checked_sub(smallest) else { return Err(TooSmall { smallest }) };
+        let more_splits = (left / 8 / (split_frames as u64 * page_bytes)) as usize;
+        let wave_frames = split_frames * (1 + more_splits.min(WAVE_SPLITS_MAX - 1));
+        let left = left - (wave_frames - split_frames) as u64 * page_bytes;
+        let extent_bytes = EXTENT_FRAMES as u64 * page_bytes + (shape(1).bytes() - shape(0).bytes());
+        // More frames than pages could ever be resident buy nothing.
+        let useful = self.seats * num_layers * (shape(0).pages_max * kv_heads).div_ceil(EXTENT_FRAMES);
+        let extents = (left / extent_bytes).min(useful as u64) as usize;
+        let frames = pinned - split_frames + wave_frames + extents * EXTENT_FRAMES;
+        Ok(TierLayout {
+            local_pages,
+            local_frames,
+            fresh_blocks,
+            wave_frames,
+            extents,
+            frame_bytes: frames as u64 * page_bytes,
+            table_bytes: shape(extents).bytes(),
+        })
+    }
+
+    /// The residency tables that go with `layout`.
+    pub fn residency(&self, geometry: &KvGeometry, layout: &TierLayout) -> ResidencyShape {
+        ResidencyShape {
+            seats: self.seats,
+            layers: geometry.num_layers,
+            kv_heads: geometry.kv_heads,
+            pages_max: self.context_max.div_ceil(geometry.page_tokens),
+            extents: layout.extents,
+        }
+    }
+}
+
+/// The state of a tier between two steps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TierState {
+    /// Cache frames.
+    pub cache_frames: u64,
+    /// Cache frames that hold a page.
+    pub cache_used: u64,
+    /// Frames that cannot be evicted: local, fresh and wave frames.
+    pub pinned_frames: u64,
+    /// Extents of cache frames that nobody owns.
+    pub free_extents: u64,
+    /// Pages on their way to DRAM.
+    pub saving_pages: u64,
+    /// Bytes of residency tables in use.
+    pub table_bytes: u64,
+    /// Bytes copied from DRAM to HBM, since the start.
+    pub fetched_bytes: u64,
+    /// Bytes copied from HBM to DRAM, since the start.
+    pub saved_bytes: u64,
+    /// Time that steps spent waiting for pages, since the start, in nanoseconds.
+    pub stall_nanos: u64,
+    /// Waves beyond one per layer, since the start.
+    pub extra_waves: u64,
+    /// What happened to the pages of all seats, since the start.
+    pub pages: SeatCounters,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::DType;
+
+    const GEOMETRY: KvGeometry =
+        KvGeometry { num_layers: 4, kv_heads: 2, head_dim: 64, page_tokens: 16, dtype: DType::Bf16 };
+
+    fn spec(bytes: u64) -> TierSpec {
+        TierSpec {
+            bytes,
+            seats: 3,
+            context_max: 4096,
+            inject_tokens_max: 128,
+            partition_tokens_max: 32,
+            poison: false,
+        }
+    }
+
+    #[test]
+    fn the_smallest_tier_has_one_wave_and_no_cache() {
+        let TooSmall { smallest } = spec(0).layout(&GEOMETRY).unwrap_err();
+        let layout = spec(smallest).layout(&GEOMETRY).expect("the smallest tier is legal");
+        assert_eq!(spec(smallest - 1).layout(&GEOMETRY), Err(TooSmall { smallest }));
+        assert_eq!((layout.extents, layout.wave_frames), (0, 2 * 32));
+        assert_eq!((layout.local_pages, layout.local_frames), (3, 3 * 4 * 2 * 3));
+        assert_eq!(layout.fresh_blocks, 8 + 3 * 5);
+        assert!(layout.frame_bytes <= smallest);
+    }
+
+    #[test]
+    fn all_of_it_stays_within_the_bound_and_more_buys_cache() {
+        let TooSmall { smallest } = spec(0).layout(&GEOMETRY).unwrap_err();
+        let mut before = 0;
+        for more in [0, 1 << 16, 1 << 20, 1 << 22, 1 << 24, 1 << 26, 1 << 40] {
+            let layout = spec(smallest + more).layout(&GEOMETRY).expect("large enough");
+            assert!(layout.frame_bytes + layout.table_bytes <= smallest + more, "{layout:?} of {more} more");
+            assert!(layout.extents >= before);
+            before = layout.extents;
+        }
+        assert_eq!(before, 3 * 4 * 16, "every page of every context");
+    }
+}
