@@ -34,7 +34,11 @@ impl Naive {
         let mut order: Vec<(u64, usize)> =
             (0..frames.len()).filter_map(|f| frames[f].map(|(_, _, needed)| (age(needed), f))).collect();
         order.sort_by_key(|&(age, frame)| (std::cmp::Reverse(age), frame));
-        order[..count].iter().map(|&(_, f)| frames[f].take().map(|(head, page, _)| (head, page))).collect::<Option<_>>().expect("held")
+        order[..count]
+            .iter()
+            .map(|&(_, f)| frames[f].take().map(|(head, page, _)| (head, page)))
+            .collect::<Option<_>>()
+            .expect("held")
     }
 }
 
@@ -73,7 +77,11 @@ impl Bench {
             match (found, hit) {
                 (Some(held), Some(frame)) => {
                     held.2 = step;
-                    assert_eq!(self.naive.bytes[&frame], (seat, layer, head, page), "a hit is the right page");
+                    assert_eq!(
+                        self.naive.bytes[&frame],
+                        (seat, layer, head, page),
+                        "a hit is the right page"
+                    );
                 }
                 _ => missed.push((head, page)),
             }
@@ -144,8 +152,11 @@ impl Bench {
         self.tables.check();
         for seat in 0..SHAPE.seats as u32 {
             for layer in 0..SHAPE.layers {
-                let mut found: Vec<(usize, usize)> =
-                    self.tables.resident(SeatIndex(seat), layer).map(|(head, page, _)| (head, page)).collect();
+                let mut found: Vec<(usize, usize)> = self
+                    .tables
+                    .resident(SeatIndex(seat), layer)
+                    .map(|(head, page, _)| (head, page))
+                    .collect();
                 found.sort_unstable();
                 let none = (Vec::new(), 0);
                 let (frames, _) = self.naive.owners.get(&(seat, layer)).unwrap_or(&none);

@@ -1,8 +1,10 @@
 //! One behaviour per test.
 
+use kv::QuotaRule;
+
 use super::fake_runner::{NAN_TOKEN, expected_answer, expected_prompt_logprobs};
-use super::support::{Bench, Listener, config, prompt, request};
-use crate::config::Config;
+use super::support::{Bench, Listener, config, prompt, request, sparse};
+use crate::config::{Config, TierShare};
 use crate::engine::Event;
 use crate::request::{FinishReason, Refusal, Request, Update, Usage};
 
@@ -320,6 +322,31 @@ fn shutdown_fails_everyone_and_drain_nobody() {
     for listener in [running, late] {
         assert!(matches!(listener.end(), Some(Update::Failed(_))));
     }
+}
+
+/// Receipts and metrics tell the same pages, also of requests that were preempted.
+#[test]
+fn pages_are_counted_once() {
+    let tier = TierShare { extents: 12, layers: 2, kv_heads: 2, rule: QuotaRule::Adaptive };
+    let mut bench = Bench::new(Config { tier: Some(tier), ..config(20) });
+    let listeners: Vec<Listener> = (0..4)
+        .map(|i| {
+            let request =
+                Request { sparse: Some(sparse(8, 16)), ..request(prompt(i, 30 + 7 * i as usize), 40) };
+            bench.start(request).1
+        })
+        .collect();
+    bench.finish();
+    let usages: Vec<Usage> = listeners.iter().map(usage).collect();
+    assert!(usages.iter().any(|u| u.preemptions > 0), "blocks are short");
+    let sum = |of: fn(&Usage) -> u64| usages.iter().map(of).sum::<u64>() as f64;
+    let pages = |event| bench.metric("sparseserve_kv_pages_total", Some(event));
+    assert_eq!(sum(|u| u.pages.hits), pages("hit"));
+    assert_eq!(sum(|u| u.pages.misses), pages("miss"));
+    assert_eq!(sum(|u| u.pages.streamed), pages("streamed"));
+    assert!(usages.iter().all(|u| u.pages.resident_peak == 5 && u.pages.stall_nanos > 0));
+    assert_eq!(bench.metric("sparseserve_hbm_frames", Some("empty")), 32.0 * 6.0);
+    assert!(bench.metric("sparseserve_kv_stall_microseconds_total", None) > 0.0);
 }
 
 #[test]

@@ -1,11 +1,12 @@
 //! Random requests, aborts and hang-ups under random limits: every answer equals the one by definition, whatever else
 //! runs, and no block is lost.
 
+use kv::QuotaRule;
 use ops::Random;
 
 use super::fake_runner::{Fault, Prediction, expected_answer, expected_prompt_logprobs, known_kv};
 use super::support::{Bench, Listener, config, prompt, request, sparse};
-use crate::config::Config;
+use crate::config::{Config, TierShare};
 use crate::engine::Event;
 use crate::request::{FinishReason, Request, RequestId, TokenLogprobs, Update};
 
@@ -41,6 +42,12 @@ fn random_config(random: &mut Random) -> Config {
     config.max_inject_tokens = [1, 3, 8, 17, 64, 300][random.below(6)];
     config.max_context = 60 + random.below(160);
     config.prefix_cache = random.below(5) > 0;
+    config.tier = (random.below(2) == 0).then(|| TierShare {
+        extents: random.below(100),
+        layers: 2,
+        kv_heads: 2,
+        rule: [QuotaRule::Adaptive, QuotaRule::Fixed(2)][random.below(2)],
+    });
     config.prefix_limit = if random.below(4) == 0 { Some(random.below(100)) } else { None };
     config
 }
@@ -231,6 +238,15 @@ fn answers_do_not_depend_on_what_else_runs() {
 fn canary_lost_writes_are_noticed() {
     for seed in 0..120 {
         fuzz(seed, 600, Some(Fault::LosesWrites));
+    }
+}
+
+/// Blocks that are shared before they are in DRAM, and seats that are taken over with what lies there.
+#[test]
+fn canary_a_careless_tier_is_noticed() {
+    for fault in [Fault::SavesNothing, Fault::KeepsSeats] {
+        let noticed = (0..120).any(|seed| std::panic::catch_unwind(|| fuzz(seed, 600, Some(fault))).is_err());
+        assert!(noticed, "{fault:?} and nobody noticed");
     }
 }
 

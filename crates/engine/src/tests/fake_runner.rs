@@ -3,10 +3,13 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
+use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow, Sampled};
 use ops::sparse::Attention;
-use ops::{Batch, SequenceRows};
+use ops::tier::TierState;
+use ops::{Batch, SeatIndex, SequenceRows};
 
+use super::fake_tier::FakeTier;
 use crate::request::{FinishReason, Request, Sparse, TokenLogprobs};
 use crate::run::Runner;
 
@@ -110,10 +113,15 @@ pub enum Fault {
     LosesWrites,
     /// Reads one token of the context from the block before.
     ReadsNeighbour,
+    /// Says that everything is saved, whether it is or not.
+    SavesNothing,
+    /// Keeps what it holds for seats that were left.
+    KeepsSeats,
 }
 
 pub struct FakeRunner {
     pub fault: Option<Fault>,
+    pub tier: Option<FakeTier>,
     page_tokens: usize,
     /// What is in each slot of each block; `None` before it is first written.
     kv: Vec<Option<Kv>>,
@@ -129,6 +137,7 @@ impl FakeRunner {
     pub fn new(num_blocks: usize, page_tokens: usize) -> Self {
         FakeRunner {
             fault: None,
+            tier: None,
             page_tokens,
             kv: vec![None; num_blocks * page_tokens],
             context: Vec::with_capacity(num_blocks * page_tokens),
@@ -157,6 +166,9 @@ impl Runner for FakeRunner {
             table[position / self.page_tokens].at() * self.page_tokens + position % self.page_tokens
         };
         self.num_steps += 1;
+        if let Some(tier) = &self.tier {
+            tier.check(batch);
+        }
         self.sparse_rows_max = self.sparse_rows_max.max(batch.sparse_rows().count());
         self.last_step.clear();
         for (i, sequence) in batch.sequences.iter().enumerate() {
@@ -172,11 +184,13 @@ impl Runner for FakeRunner {
             for row in sequence.rows.clone() {
                 let position = batch.positions[row as usize] as usize;
                 let to = &mut self.kv[slot(batch.block_table(sequence), position)];
-                if to.is_none() || self.fault != Some(Fault::LosesWrites) {
-                    let sparse = sparse_of(batch, sequence);
-                    let prompt_len = sequence.prompt_len as usize;
-                    let tag = tag(sequence.attention, sparse, prompt_len, position);
-                    *to = Some((batch.tokens[row as usize], tag));
+                let sparse = sparse_of(batch, sequence);
+                let tag = tag(sequence.attention, sparse, sequence.prompt_len as usize, position);
+                let kv = (batch.tokens[row as usize], tag);
+                match &mut self.tier {
+                    Some(tier) => tier.write(sequence, position, kv),
+                    None if to.is_none() || self.fault != Some(Fault::LosesWrites) => *to = Some(kv),
+                    None => {}
                 }
             }
         }
@@ -189,8 +203,10 @@ impl Runner for FakeRunner {
             assert_eq!(sequence.prompt_len as usize, sample.prompt.len());
             let table = batch.block_table(sequence);
             self.context.clear();
-            let read =
-                (0..=position).map(|p| self.kv[slot(table, p)].expect("a slot is written before it is read"));
+            let read = (0..=position).map(|p| {
+                let local = self.tier.as_ref().and_then(|tier| tier.read(sequence.seat, p));
+                local.unwrap_or_else(|| self.kv[slot(table, p)].expect("a slot is written before it is read"))
+            });
             self.context.extend(read);
             if self.fault == Some(Fault::ReadsNeighbour) && position >= self.page_tokens {
                 self.context[position] = self.context[position - self.page_tokens];
@@ -217,5 +233,27 @@ impl Runner for FakeRunner {
             }
             out.sampled.push(sampled);
         }
+        if let Some(tier) = &mut self.tier {
+            tier.save(batch, &mut self.kv);
+        }
+    }
+
+    fn release(&mut self, seat: SeatIndex) {
+        if let Some(tier) = self.tier.as_mut().filter(|_| self.fault != Some(Fault::KeepsSeats)) {
+            tier.release(seat, &mut self.kv);
+        }
+    }
+
+    fn saved_tokens(&mut self, seat: SeatIndex) -> usize {
+        let tier = self.tier.as_ref().filter(|_| self.fault != Some(Fault::SavesNothing));
+        tier.map_or(usize::MAX, |tier| tier.saved_tokens(seat))
+    }
+
+    fn tier_state(&self) -> Option<TierState> {
+        self.tier.as_ref().map(FakeTier::state)
+    }
+
+    fn seat_counters(&self, seat: SeatIndex) -> (SeatCounters, usize) {
+        self.tier.as_ref().map_or_else(Default::default, |tier| tier.counters(seat))
     }
 }

@@ -4,5 +4,6 @@ mod allocations;
 mod directed;
 mod engine_fuzz;
 mod fake_runner;
+mod fake_tier;
 mod handle;
 mod support;

@@ -9,6 +9,7 @@ use ops::sparse::{Always, Method, Reduce, Scope, Score};
 use prometheus::Registry;
 
 use super::fake_runner::{FakeRunner, VOCAB};
+use super::fake_tier::FakeTier;
 use crate::config::Config;
 use crate::engine::{Engine, Event};
 use crate::metrics::Metrics;
@@ -120,7 +121,9 @@ impl Bench {
     pub fn new(config: Config) -> Self {
         let registry = Registry::new();
         let metrics = Arc::new(Metrics::new(&registry).unwrap());
-        let runner = FakeRunner::new(config.num_blocks, config.page_tokens);
+        let mut runner = FakeRunner::new(config.num_blocks, config.page_tokens);
+        runner.tier =
+            config.tier.map(|tier| FakeTier::new(9, config.page_tokens, tier.extents / tier.layers));
         Bench { engine: Engine::new(config, metrics, runner), registry, now: Cell::new(0), num_submitted: 0 }
     }
 

@@ -1,0 +1,113 @@
+//! The HBM tier of the fake device: what is written lies with its seat until it is saved, some steps later. Whoever reads a
+//! block too early, or leaves a seat without a word, gets a wrong answer.
+
+use std::collections::BTreeMap;
+
+use ops::residency::SeatCounters;
+use ops::tier::TierState;
+use ops::{Batch, BlockIndex, Random, SeatIndex, SequenceRows};
+
+use super::fake_runner::Kv;
+
+/// A tier whose saves take a random number of steps.
+pub struct FakeTier {
+    random: Random,
+    page_tokens: usize,
+    /// Extents per layer.
+    extents: usize,
+    seats: BTreeMap<SeatIndex, Seat>,
+    state: TierState,
+}
+
+#[derive(Default)]
+struct Seat {
+    /// By position, what is not saved.
+    written: BTreeMap<usize, Kv>,
+    saved: usize,
+    table: Vec<BlockIndex>,
+    counters: SeatCounters,
+}
+
+impl FakeTier {
+    pub fn new(seed: u64, page_tokens: usize, extents: usize) -> Self {
+        FakeTier {
+            random: Random::new(seed),
+            page_tokens,
+            extents,
+            seats: BTreeMap::new(),
+            state: TierState::default(),
+        }
+    }
+
+    /// Before a step: quotas fit.
+    pub fn check(&self, batch: &Batch) {
+        let quotas: usize = batch.sequences.iter().map(|s| s.quota as usize).sum();
+        assert!(quotas <= self.extents, "quotas of {quotas} extents of {}", self.extents);
+    }
+
+    pub fn write(&mut self, sequence: &SequenceRows, position: usize, kv: Kv) {
+        let first = sequence.first_position as usize;
+        let seat = self.seats.entry(sequence.seat).or_insert_with(|| {
+            // Whole pages before it were computed by others.
+            Seat { saved: first / self.page_tokens * self.page_tokens, ..Seat::default() }
+        });
+        assert!(seat.saved <= first, "{:?} goes on where it was", sequence.seat);
+        seat.written.insert(position, kv);
+    }
+
+    /// What is read at `position`, if it is not read from DRAM.
+    pub fn read(&self, seat: SeatIndex, position: usize) -> Option<Kv> {
+        self.seats.get(&seat).and_then(|seat| seat.written.get(&position)).copied()
+    }
+
+    /// After a step: saves some of what is full, into `dram`.
+    pub fn save(&mut self, batch: &Batch, dram: &mut [Option<Kv>]) {
+        for sequence in batch.sequences {
+            let table = batch.block_table(sequence);
+            let full = sequence.context_tokens() / self.page_tokens;
+            let late = self.random.below(3).min(full);
+            let seat = self.seats.get_mut(&sequence.seat).expect("a seat that was written to");
+            seat.table = table.to_vec();
+            seat.save(self.page_tokens, full - late, dram);
+            let step = SeatCounters { hits: 3, misses: 2, streamed: 1, ..SeatCounters::default() };
+            seat.counters.add(&step);
+            self.state.pages.add(&step);
+        }
+        self.state.stall_nanos += 1000;
+        self.state.cache_frames = 32 * self.extents as u64;
+    }
+
+    /// Waits for what is being saved, and forgets the seat.
+    pub fn release(&mut self, seat: SeatIndex, dram: &mut [Option<Kv>]) {
+        if let Some(mut left) = self.seats.remove(&seat) {
+            let end = left.written.keys().last().map_or(0, |last| last + 1);
+            left.save(self.page_tokens, end / self.page_tokens, dram);
+        }
+    }
+
+    pub fn saved_tokens(&self, seat: SeatIndex) -> usize {
+        self.seats.get(&seat).map_or(0, |seat| seat.saved)
+    }
+
+    pub fn state(&self) -> TierState {
+        self.state
+    }
+
+    pub fn counters(&self, seat: SeatIndex) -> (SeatCounters, usize) {
+        self.seats.get(&seat).map_or_else(Default::default, |seat| (seat.counters, 5))
+    }
+}
+
+impl Seat {
+    /// Saves pages below `end`, if they are not saved.
+    fn save(&mut self, page_tokens: usize, end: usize, dram: &mut [Option<Kv>]) {
+        while self.saved / page_tokens < end {
+            for position in self.saved..self.saved + page_tokens {
+                let kv = self.written.remove(&position).expect("a full page was written");
+                let slot = self.table[position / page_tokens].at() * page_tokens + position % page_tokens;
+                dram[slot] = Some(kv);
+            }
+            self.saved += page_tokens;
+        }
+    }
+}
