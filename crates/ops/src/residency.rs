@@ -99,6 +99,8 @@ struct Owner {
     held: u32,
     /// Its step, modulo [`STAMPS`].
     now: u8,
+    /// An extent, plus one, before which no frame is free; none if nobody knows.
+    free_from: u32,
 }
 
 /// What happened to the pages of a seat, since it was last released.
@@ -382,7 +384,17 @@ impl Residency {
 
     /// The lowest free frame of an owner for a page.
     fn place(&mut self, owner: usize, head: usize, page: usize, stamp: u8) -> FrameIndex {
-        let extent = self.extents(owner).find(|&e| self.occupied[e] != u32::MAX).expect("a free frame");
+        let known = self.owners[owner].free_from;
+        let mut next = if known == NONE { self.owners[owner].first } else { known };
+        let extent = loop {
+            assert!(next != NONE, "a free frame");
+            let extent = next as usize - 1;
+            if self.occupied[extent] != u32::MAX {
+                break extent;
+            }
+            next = self.next[extent];
+        };
+        self.owners[owner].free_from = next;
         let within = self.occupied[extent].trailing_ones() as usize;
         let frame = extent * EXTENT_FRAMES + within;
         self.occupied[extent] |= 1 << within;
@@ -423,7 +435,7 @@ impl Residency {
             None => std::mem::replace(&mut self.owners[owner].first, NONE),
             Some(last) => std::mem::replace(&mut self.next[last], NONE),
         };
-        self.owners[owner].extents = extents as u32;
+        (self.owners[owner].extents, self.owners[owner].free_from) = (extents as u32, NONE);
         while taken != NONE {
             let extent = taken as usize - 1;
             for frame in frames_in_use(extent, self.occupied[extent]) {
@@ -506,6 +518,7 @@ impl Residency {
         let (page, head) = self.page_of(frame);
         self.occupied[frame / EXTENT_FRAMES] &= !(1 << (frame % EXTENT_FRAMES));
         self.owners[owner].held -= 1;
+        self.owners[owner].free_from = NONE;
         let entry = self.entry(owner, head, page);
         let leaf = self.directory[entry] as usize - 1;
         let place = std::mem::replace(&mut self.leaves[leaf][page % LEAF_PAGES], NONE);

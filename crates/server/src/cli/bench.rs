@@ -7,6 +7,7 @@ use std::time::Instant;
 use engine::Sparse;
 use engine::{ModelRunner, Runner};
 use model::DeviceKv;
+use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow, SamplingParams};
 use ops::sparse::{Attention, Method, Score, padded_width};
 use ops::{Backend, Batch, BlockIndex, DType, KvGeometry, Random, SeatIndex, SequenceRows};
@@ -162,7 +163,7 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
     let mut limits = Limits { ceiling: Ceiling::new(isa, threads)?, pool: Pool::new(threads)?, dtype };
 
     let prefill = args.prefill.map(|tokens| work.prefill(&mut runner, &mut limits, tokens));
-    let decode = work.decode(&mut runner, &mut limits, args.context, args.steps);
+    let (decode, pages) = work.decode(&mut runner, &mut limits, args.context, args.steps);
     let profile = runner.backend().take();
     let mut out = std::io::stdout().lock();
     if args.json {
@@ -170,6 +171,7 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
             "model": choice.name(), "dtype": dtype.name(), "threads": threads, "isa": isa.name(),
             "context": args.context, "batch": args.batch, "prefill_tokens": args.prefill,
             "prefill": prefill.as_ref().map(Phase::json), "decode": decode.json(),
+            "pages": pages.as_ref().map(|pages| pages_json(pages, args.steps)),
             "profile": args.profile.then(|| profile_json(&profile, args.steps)),
         });
         writeln!(out, "{object}")?;
@@ -179,11 +181,37 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
             writeln!(out, "prefill of {tokens} tokens: {phase}")?;
         }
         writeln!(out, "decode of {} after {} tokens: {decode}", args.batch, args.context)?;
+        if let Some(pages) = &pages {
+            write_pages(&mut out, pages, args.steps)?;
+        }
         if args.profile {
             write_profile(&mut out, &profile, args.steps)?;
         }
     }
     Ok(())
+}
+
+/// What the steps did to the pages of an HBM tier.
+fn write_pages(out: &mut dyn Write, pages: &SeatCounters, steps: usize) -> std::io::Result<()> {
+    writeln!(
+        out,
+        "pages: {:.1} % hit; a step fetches {:.1} to stay and {:.1} to pass through, and evicts {:.1}",
+        100.0 * pages.hits as f64 / pages.needed().max(1) as f64,
+        pages.misses as f64 / steps as f64,
+        pages.streamed as f64 / steps as f64,
+        pages.evictions as f64 / steps as f64,
+    )
+}
+
+fn pages_json(pages: &SeatCounters, steps: usize) -> Value {
+    let per_step = |count: u64| count as f64 / steps as f64;
+    json!({
+        "hit_rate": pages.hits as f64 / pages.needed().max(1) as f64,
+        "overlap": pages.hits_by_age[1] as f64 / pages.needed().max(1) as f64,
+        "misses_per_step": per_step(pages.misses),
+        "streamed_per_step": per_step(pages.streamed),
+        "evictions_per_step": per_step(pages.evictions),
+    })
 }
 
 /// Time of each operation in a step, and its share of all of them.
@@ -326,19 +354,20 @@ impl Work {
         (tokens * self.kv_token_bytes / layers + digests, tokens)
     }
 
-    /// Decodes `steps` tokens of each sequence after `context` tokens.
+    /// Decodes `steps` tokens of each sequence after `context` tokens. Also says what that did to the pages of an HBM tier.
     fn decode(
         &self,
         runner: &mut ModelRunner<BenchDevice>,
         limits: &mut Limits,
         context: usize,
         steps: usize,
-    ) -> Phase {
+    ) -> (Phase, Option<SeatCounters>) {
         let tables: Vec<BlockIndex> = (0..(self.batch * self.blocks) as u32).map(BlockIndex).collect();
         let params = SamplingParams { temperature: 0.0, ..Default::default() };
         let mut tokens: Vec<u32> = (0..self.batch as u32).map(|i| i % self.vocab).collect();
         let mut out = SampleOutput::default();
         let (mut timed, mut bound) = (Vec::with_capacity(steps), 0.0);
+        let mut warm = None;
         runner.release(SeatIndex(0));
         for step in 0..=steps {
             let position = context + step;
@@ -359,6 +388,7 @@ impl Work {
             tokens.iter_mut().zip(&out.sampled).for_each(|(token, sampled)| *token = sampled.token);
             if step == 0 {
                 runner.backend().start();
+                warm = runner.tier_state();
                 continue;
             }
             if (step - 1).is_multiple_of(STEPS_PER_CEILING) {
@@ -371,7 +401,8 @@ impl Work {
             }
             timed.push((seconds, bound));
         }
-        Phase::new(self.batch, &timed)
+        let pages = runner.tier_state().zip(warm).map(|(now, warm)| now.pages.since(&warm.pages));
+        (Phase::new(self.batch, &timed), pages)
     }
 
     /// Prefills the first sequence with `tokens` random tokens, several times.
