@@ -11,6 +11,7 @@
 //! * `prefix.rs`: the tree of sealed blocks that later prompts can share.
 //! * `sequence.rs`: the block table of one sequence.
 //! * `cache.rs`: the verbs above, which move blocks between the three.
+//! * `cache_study/`: caches of pages offline, to compare eviction rules.
 //!
 //! Invariant: a hit compares tokens, not only hashes, so no collision can hand one prompt's KV to another.
 //!
@@ -23,6 +24,7 @@
 #![forbid(unsafe_code)]
 
 mod cache;
+pub mod cache_study;
 mod pool;
 mod prefix;
 mod sequence;

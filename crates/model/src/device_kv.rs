@@ -2,6 +2,7 @@
 
 use ops::sparse::{DigestSpec, SelectionLimits};
 use ops::{Backend, KvGeometry};
+use sparse::trace::Recorder;
 
 use crate::Error;
 
@@ -11,6 +12,8 @@ pub struct DeviceKv<B: Backend> {
     pub(crate) digests: Vec<B::Digests>,
     /// `None` where every request attends to everything.
     pub(crate) selection: Option<B::Selection>,
+    /// Where selections are recorded, if they are.
+    pub(crate) recorder: Option<Recorder>,
 }
 
 impl<B: Backend> DeviceKv<B> {
@@ -19,7 +22,8 @@ impl<B: Backend> DeviceKv<B> {
     /// # Errors
     /// Out of memory.
     pub fn new(backend: &mut B, geometry: KvGeometry, num_blocks: usize) -> Result<Self, Error> {
-        Ok(DeviceKv { pages: backend.kv(geometry, num_blocks)?, digests: Vec::new(), selection: None })
+        let pages = backend.kv(geometry, num_blocks)?;
+        Ok(DeviceKv { pages, digests: Vec::new(), selection: None, recorder: None })
     }
 
     /// The same for requests that attend sparsely: with digests as `specs` say, in the order by which methods name them.
@@ -36,7 +40,13 @@ impl<B: Backend> DeviceKv<B> {
         let digests = specs.iter().map(|&spec| backend.digests(spec, geometry, num_blocks));
         let digests = digests.collect::<Result<_, _>>()?;
         let (selection, _) = backend.selection(limits)?;
-        Ok(DeviceKv { pages: backend.kv(geometry, num_blocks)?, digests, selection: Some(selection) })
+        let pages = backend.kv(geometry, num_blocks)?;
+        Ok(DeviceKv { pages, digests, selection: Some(selection), recorder: None })
+    }
+
+    /// Records what is selected from now on.
+    pub fn record(&mut self, recorder: Recorder) {
+        self.recorder = Some(recorder);
     }
 
     /// The pages, for benches that fill them.

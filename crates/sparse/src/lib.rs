@@ -6,6 +6,7 @@
 //! adding one file and its name to [`POLICIES`].
 //!
 //! * `options.rs`: option values as users write them. `budget.rs`: how many tokens. `served.rs`: what a server offers.
+//! * `trace/`: what was selected, as a file.
 //!
 //! Invariant: what a request attends to depends on its tokens, its policy, its options and its budget alone, never on load,
 //! memory or time.
@@ -20,6 +21,7 @@ mod random;
 mod served;
 mod shadowkv;
 mod streaming;
+pub mod trace;
 
 use ops::sparse::{DigestSpec, Method};
 

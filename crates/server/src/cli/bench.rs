@@ -1,5 +1,5 @@
 //! `sparseserve bench`: kernels against what the machine can do, and a model against what its bytes and operations
-//! allow. Ceilings are measured between the steps that they are compared with.
+//! allow. Ceilings are measured between the steps that they are compared with. `bench cache` is in its own file.
 
 use std::io::Write;
 use std::time::Instant;
@@ -15,6 +15,7 @@ use ops_cpu::ceiling::Ceiling;
 use ops_cpu::{CpuOptions, Pool};
 use serde_json::{Value, json};
 
+use super::cache;
 use super::failure::Failure;
 use super::load::{self, Device, Prepared};
 use super::log;
@@ -34,6 +35,7 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
     match args.what {
         Bench::Kernels(args) => kernels(args),
         Bench::Engine(args) => engine(*args),
+        Bench::Cache(args) => cache::run(&args),
     }
 }
 

@@ -12,6 +12,7 @@ use ops::sparse::{DigestSpec, SelectionLimits};
 use ops::{Backend, DType, DeviceInfo, KvGeometry};
 use ops_cpu::{CpuBackend, CpuOptions};
 use prometheus::Registry;
+use sparse::trace::Recorder;
 
 use super::cgroup::{self, LimitSource, MemoryLimit};
 use super::demo;
@@ -92,6 +93,7 @@ pub struct Prepared<B: Backend = Device> {
     /// Digests that the device keeps.
     pub digests: Vec<DigestSpec>,
     selections: Option<SelectionLimits>,
+    recorder: Option<Recorder>,
     source: Source,
     backend: B,
     workspace: Workspace<B>,
@@ -156,6 +158,7 @@ impl<B: Backend> Prepared<B> {
         demand.activation_bytes = workspace.bytes() + selection_bytes;
         let plan = MemoryPlan::new(limit, &demand, settings.dram)?;
         let device = backend.info();
+        let recorder = settings.sparse.recorder(&geometry)?;
         Ok(Prepared {
             config,
             dtype,
@@ -166,6 +169,7 @@ impl<B: Backend> Prepared<B> {
             device,
             digests,
             selections,
+            recorder,
             source,
             backend,
             workspace,
@@ -233,6 +237,9 @@ impl<B: Backend> Prepared<B> {
             Some(limits) => DeviceKv::with_selections(backend, self.geometry, blocks, &self.digests, limits)?,
         };
         fill(backend, &mut kv);
+        if let Some(recorder) = self.recorder {
+            kv.record(recorder);
+        }
         tracing::info!(seconds = start.elapsed().as_secs_f64(), "model loaded");
         Ok(ModelRunner::new(self.backend, model, self.workspace, kv))
     }

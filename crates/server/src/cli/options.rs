@@ -112,6 +112,8 @@ pub enum Bench {
     Kernels(BenchKernelsArgs),
     /// A whole model's prefill and decode, as a share of what its bytes and operations allow
     Engine(Box<BenchEngineArgs>),
+    /// What caches of pages would have hit, by eviction rule and size, for selections that were recorded
+    Cache(BenchCacheArgs),
 }
 
 /// `sparseserve bench kernels`
@@ -154,6 +156,17 @@ pub struct BenchEngineArgs {
     pub engine: EngineOptions,
     #[command(flatten)]
     pub common: CommonOptions,
+}
+
+/// `sparseserve bench cache`
+#[derive(Debug, Args)]
+pub struct BenchCacheArgs {
+    /// What --record-selection wrote
+    #[arg(value_name = "TRACE")]
+    pub trace: PathBuf,
+    /// Also write the results to this file
+    #[arg(long, value_name = "FILE.json")]
+    pub json: Option<PathBuf>,
 }
 
 /// `sparseserve eval`
@@ -327,6 +340,9 @@ pub struct SparseOptions {
     #[arg(long, value_name = "NAME=VALUE", value_delimiter = ',', env = "SPARSESERVE_POLICY_OPT")]
     #[serde(deserialize_with = "one_or_many")]
     pub policy_opt: Option<Vec<String>>,
+    /// Write which pages each KV head selects in each step to this file, for `bench cache`; slows steps down
+    #[arg(long, value_name = "FILE", env = "SPARSESERVE_RECORD_SELECTION")]
+    pub record_selection: Option<PathBuf>,
 }
 
 /// How to serve.
@@ -552,6 +568,7 @@ impl SparseOptions {
             policies: self.policies.or(file.policies),
             budget: self.budget.or(file.budget),
             policy_opt: self.policy_opt.or(file.policy_opt),
+            record_selection: self.record_selection.or(file.record_selection),
         }
     }
 }
@@ -616,6 +633,7 @@ mod tests {
             policies = ["dense"]
             budget = 9
             policy-opt = "x"
+            record-selection = "trace"
             log-level = "debug"
             log-format = "json"
         "#;

@@ -1,6 +1,11 @@
 //! Which sparse policies a server offers, and how many tokens requests attend to.
 
+use std::fs::File;
+use std::path::PathBuf;
+
 use engine::Sparse;
+use ops::KvGeometry;
+use sparse::trace::{Header, Recorder};
 use sparse::{Budget, Options, Served};
 
 use super::failure::Failure;
@@ -16,6 +21,8 @@ pub struct SparseSettings {
     pub served: Served,
     /// Budget of requests that name none.
     pub budget: Budget,
+    /// Where selections are recorded.
+    pub record: Option<PathBuf>,
 }
 
 impl SparseSettings {
@@ -24,14 +31,14 @@ impl SparseSettings {
     /// # Errors
     /// Policies, options or budgets that there are not.
     pub fn resolve(options: SparseOptions) -> Result<Self, Failure> {
-        let SparseOptions { policy, policies, budget, policy_opt } = options;
+        let SparseOptions { policy, policies, budget, policy_opt, record_selection: record } = options;
         let default = policy.unwrap_or_else(|| "dense".into());
         let own = Options::parse(&policy_opt.unwrap_or_default().join(",")).map_err(Failure::input)?;
         let others = policies.unwrap_or_default();
         let names = std::iter::once(default.as_str()).chain(others.iter().map(String::as_str));
         let served = Served::new(names, &own).map_err(Failure::input)?;
         let budget = budget.map_or(Ok(BUDGET), |text| text.parse()).map_err(Failure::input)?;
-        Ok(SparseSettings { served, budget })
+        Ok(SparseSettings { served, budget, record })
     }
 }
 
@@ -44,6 +51,38 @@ impl SparseSettings {
         let (_, method) = self.served.method(None, &Options::default()).map_err(Failure::input)?;
         let budget = self.budget.tokens(prompt_tokens);
         Ok(method.map(|method| Sparse { method, budget }))
+    }
+
+    /// Begins the recording of selections from KV of this shape, if there is to be one.
+    ///
+    /// # Errors
+    /// A file that cannot be written; a server on which nothing is ever selected.
+    pub fn recorder(&self, geometry: &KvGeometry) -> Result<Option<Recorder>, Failure> {
+        let Some(path) = &self.record else { return Ok(None) };
+        let shown = path.display().to_string();
+        if self.served.methods().is_empty() {
+            return Err(Failure::input(format!(
+                "--record-selection {shown}: dense attention selects nothing; --policy names one that does"
+            )));
+        }
+        let policies = self.served.names().collect::<Vec<_>>().join(", ");
+        let header = Header {
+            num_layers: geometry.num_layers as u32,
+            kv_heads: geometry.kv_heads as u32,
+            page_tokens: geometry.page_tokens as u32,
+            note: format!("policies: {policies}"),
+        };
+        let failed = |e| Failure::input(format!("--record-selection {shown}: {e}"));
+        let file = File::create(path).map_err(failed)?;
+        let complain = {
+            let shown = shown.clone();
+            move |error: std::io::Error| {
+                tracing::error!(
+                    "the recording of selections in {shown} ends here, the rest goes on: {error}"
+                );
+            }
+        };
+        Ok(Some(Recorder::new(Box::new(file), &header, Box::new(complain)).map_err(failed)?))
     }
 }
 
@@ -68,6 +107,7 @@ mod tests {
             policies: texts(&["dense", "quest", "arkvale"]),
             budget: Some("12.5%".into()),
             policy_opt: texts(&["partition=32"]),
+            record_selection: None,
         })
         .expect("resolves");
         assert_eq!(settings.served.names().collect::<Vec<_>>(), ["quest", "dense", "arkvale"]);
