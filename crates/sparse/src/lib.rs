@@ -18,6 +18,7 @@ mod dense;
 mod options;
 mod quest;
 mod random;
+mod replay;
 mod served;
 mod shadowkv;
 mod streaming;
@@ -45,13 +46,14 @@ pub struct Policy {
 }
 
 /// All policies.
-pub const POLICIES: [&Policy; 6] = [
+pub const POLICIES: [&Policy; 7] = [
     &dense::DENSE,
     &streaming::STREAMING,
     &random::RANDOM,
     &quest::QUEST,
     &arkvale::ARKVALE,
     &shadowkv::SHADOWKV,
+    &replay::REPLAY,
 ];
 
 /// What a policy needs of a server and asks of a device.
