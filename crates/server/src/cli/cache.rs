@@ -62,7 +62,9 @@ impl Study {
             }
         }
         if demand.num_steps() == 0 {
-            return Err("nothing was selected while this was recorded; ask with a budget below the context".into());
+            return Err(
+                "nothing was selected while this was recorded; ask with a budget below the context".into()
+            );
         }
         let of_rule = |rule| (rule, (0..=RATIO_MAX).map(|ratio| demand.hits(rule, ratio)).collect());
         Ok(Study {
@@ -80,7 +82,7 @@ impl Study {
 
     fn print(&self, out: &mut dyn Write) -> std::io::Result<()> {
         let Study { header, requests, steps, streams, pages_per_step, .. } = self;
-        writeln!(out, "{}", header.note)?;
+        writeln!(out, "Selections of {}", header.note)?;
         writeln!(
             out,
             "{requests} requests in {steps} steps, {streams} (request, layer) streams; contexts {} to {}, budgets {} to \

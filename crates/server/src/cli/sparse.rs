@@ -65,12 +65,11 @@ impl SparseSettings {
                 "--record-selection {shown}: dense attention selects nothing; --policy names one that does"
             )));
         }
-        let policies = self.served.names().collect::<Vec<_>>().join(", ");
         let header = Header {
             num_layers: geometry.num_layers as u32,
             kv_heads: geometry.kv_heads as u32,
             page_tokens: geometry.page_tokens as u32,
-            note: format!("policies: {policies}"),
+            note: self.served.specs().join(", "),
         };
         let failed = |e| Failure::input(format!("--record-selection {shown}: {e}"));
         let file = File::create(path).map_err(failed)?;

@@ -1,6 +1,7 @@
 //! The binary as a user runs it, from a folder that is not its own.
 
 mod answers;
+mod cache;
 mod errors;
 mod hub;
 mod process;
