@@ -103,6 +103,9 @@ impl<B: Backend> Model<B> {
                 Some(selection) if window.is_none() && rows.sparse_rows().next().is_some() => {
                     backend.score(selection, &kv.digests, &kv.pages, index, qkv, heads, &rows);
                     backend.select(selection, index, heads, &rows);
+                    if let Some(player) = &mut kv.player {
+                        player.play(backend, selection, index, &rows);
+                    }
                     if let Some(recorder) = &mut kv.recorder {
                         recorder.record(backend, selection, index, &rows);
                     }

@@ -2,7 +2,7 @@
 
 use ops::sparse::{DigestSpec, SelectionLimits};
 use ops::{Backend, KvGeometry};
-use sparse::trace::Recorder;
+use sparse::trace::{Player, Recorder};
 
 use crate::Error;
 
@@ -14,6 +14,8 @@ pub struct DeviceKv<B: Backend> {
     pub(crate) selection: Option<B::Selection>,
     /// Where selections are recorded, if they are.
     pub(crate) recorder: Option<Recorder>,
+    /// What is selected instead, if anything is.
+    pub(crate) player: Option<Player>,
 }
 
 impl<B: Backend> DeviceKv<B> {
@@ -23,7 +25,7 @@ impl<B: Backend> DeviceKv<B> {
     /// Out of memory.
     pub fn new(backend: &mut B, geometry: KvGeometry, num_blocks: usize) -> Result<Self, Error> {
         let pages = backend.kv(geometry, num_blocks)?;
-        Ok(DeviceKv { pages, digests: Vec::new(), selection: None, recorder: None })
+        Ok(DeviceKv { pages, digests: Vec::new(), selection: None, recorder: None, player: None })
     }
 
     /// The same for requests that attend sparsely: with digests as `specs` say, in the order by which methods name them.
@@ -41,12 +43,17 @@ impl<B: Backend> DeviceKv<B> {
         let digests = digests.collect::<Result<_, _>>()?;
         let (selection, _) = backend.selection(limits)?;
         let pages = backend.kv(geometry, num_blocks)?;
-        Ok(DeviceKv { pages, digests, selection: Some(selection), recorder: None })
+        Ok(DeviceKv { pages, digests, selection: Some(selection), recorder: None, player: None })
     }
 
     /// Records what is selected from now on.
     pub fn record(&mut self, recorder: Recorder) {
         self.recorder = Some(recorder);
+    }
+
+    /// Takes the selections of a trace instead of those of policies from now on: for benches.
+    pub fn replay(&mut self, player: Player) {
+        self.player = Some(player);
     }
 
     /// The pages, for benches that fill them.

@@ -146,6 +146,9 @@ pub struct BenchEngineArgs {
     /// Also time the prefill of a prompt of this length
     #[arg(long, value_name = "TOKENS")]
     pub prefill: Option<usize>,
+    /// Take selections from this trace of --record-selection instead of the policy's
+    #[arg(long, value_name = "TRACE")]
+    pub replay_selection: Option<PathBuf>,
     /// Also tell what each operation of a decode step takes
     #[arg(long)]
     pub profile: bool,

@@ -1,11 +1,12 @@
 //! Which sparse policies a server offers, and how many tokens requests attend to.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
 
 use engine::Sparse;
 use ops::KvGeometry;
-use sparse::trace::{Header, Recorder};
+use sparse::trace::{Header, Player, Recorder, TraceReader};
 use sparse::{Budget, Options, Served};
 
 use super::failure::Failure;
@@ -65,12 +66,7 @@ impl SparseSettings {
                 "--record-selection {shown}: dense attention selects nothing; --policy names one that does"
             )));
         }
-        let header = Header {
-            num_layers: geometry.num_layers as u32,
-            kv_heads: geometry.kv_heads as u32,
-            page_tokens: geometry.page_tokens as u32,
-            note: self.served.specs().join(", "),
-        };
+        let header = Header { note: self.served.specs().join(", "), ..trace_header(geometry) };
         let failed = |e| Failure::input(format!("--record-selection {shown}: {e}"));
         let file = File::create(path).map_err(failed)?;
         let complain = {
@@ -83,6 +79,35 @@ impl SparseSettings {
         };
         Ok(Some(Recorder::new(Box::new(file), &header, Box::new(complain)).map_err(failed)?))
     }
+}
+
+/// The header of traces of KV of this shape.
+fn trace_header(geometry: &KvGeometry) -> Header {
+    Header {
+        num_layers: geometry.num_layers as u32,
+        kv_heads: geometry.kv_heads as u32,
+        page_tokens: geometry.page_tokens as u32,
+        note: String::new(),
+    }
+}
+
+/// Selections of the trace at `path`, for requests with prompts of `prompt_tokens` and KV of this shape.
+///
+/// # Errors
+/// A trace that cannot be read, of another model, or of longer prompts.
+pub fn player(path: &Path, geometry: &KvGeometry, prompt_tokens: usize) -> Result<Player, Failure> {
+    let shown = path.display();
+    let failed = |e: &dyn std::fmt::Display| Failure::input(format!("--replay-selection {shown}: {e}"));
+    let file = File::open(path).map_err(|e| failed(&e))?;
+    let mut trace = TraceReader::new(BufReader::new(file)).map_err(|e| failed(&e))?;
+    let player = Player::new(&mut trace, &trace_header(geometry)).map_err(|e| failed(&e))?;
+    if player.prompt_tokens() > prompt_tokens {
+        return Err(failed(&format!(
+            "its prompts have up to {0} tokens; give --context {0}",
+            player.prompt_tokens()
+        )));
+    }
+    Ok(player)
 }
 
 #[cfg(test)]

@@ -38,6 +38,27 @@ fn recorded_selections_become_hit_rates() {
     assert!((rate("mandatory-only", 3) - next).abs() < 1e-9);
     assert!(rate("exact-lru", 4) > rate("exact-lru", 0) && rate("belady", 2) >= rate("bucketed-lru", 2));
 
+    // Another policy on other KV, in whose place the trace is played: the same demand.
+    let (again, other) = (path("again.trace"), path("again.json"));
+    let bench = ["bench", "engine", "--batch", "2", "--steps", "40", "--filled", "7", "--policy", "quest"];
+    let replay = ["--budget", "512", "--replay-selection", &trace, "--record-selection", &again];
+    let run = output(&[&bench[..], &replay, &["--context", "2048"]].concat());
+    assert!(run.status.success(), "{}", text(&run.stderr));
+    assert!(output(&["bench", "cache", &again, "--json", &other]).status.success());
+    let replayed: serde_json::Value = serde_json::from_slice(&std::fs::read(&other).unwrap()).unwrap();
+    assert_eq!(replayed["note"], "quest");
+    for key in ["hit_rate", "overlap", "pages_per_step", "asked"] {
+        assert_eq!(replayed[key], study[key], "{key}");
+    }
+    for (flags, part) in [
+        (&["--context", "2000"][..], "give --context 2048"),
+        (&["--context", "2048", "--page-tokens", "8"], "2 KV heads and pages of 16 tokens, here there are"),
+    ] {
+        let refused = output(&[&bench[..], &replay, flags].concat());
+        let line = text(&refused.stderr);
+        assert!(refused.status.code() == Some(2) && line.contains(part), "{line}");
+    }
+
     // The same bytes again, in part and damaged.
     let bytes = std::fs::read(&trace).unwrap();
     let (cut, bad) = (path("cut.trace"), path("bad.trace"));

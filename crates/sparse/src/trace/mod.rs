@@ -2,7 +2,8 @@
 //!
 //! A trace is what a cache of pages is asked for, so eviction rules and sizes can be compared offline, on the same demand.
 //!
-//! * `write.rs` and `read.rs`: the two ends of the format. `recorder.rs`: what a running model writes.
+//! * `write.rs` and `read.rs`: the two ends of the format. `recorder.rs`: what a running model writes. `player.rs`:
+//!   a trace in the place of a policy.
 //!
 //! ```text
 //! file    := magic version frame(header) frame(record)*
@@ -13,6 +14,7 @@
 //! head    := tokens num_pages [first (gap - 1)*]                                 (pages ascending)
 //! ```
 
+mod player;
 mod read;
 mod recorder;
 #[cfg(test)]
@@ -21,6 +23,7 @@ mod write;
 
 use std::io;
 
+pub use player::Player;
 pub use read::TraceReader;
 pub use recorder::Recorder;
 pub use write::TraceWriter;
@@ -45,6 +48,13 @@ pub struct Header {
     pub page_tokens: u32,
     /// What was recorded, for people.
     pub note: String,
+}
+
+impl Header {
+    fn shape(&self) -> String {
+        let Header { num_layers, kv_heads, page_tokens, .. } = self;
+        format!("{num_layers} layers, {kv_heads} KV heads and pages of {page_tokens} tokens")
+    }
 }
 
 /// What the rows of a step selected in a layer.
@@ -110,6 +120,19 @@ pub enum TraceError {
         /// Where the last whole record ends.
         whole: u64,
     },
+    /// Of a model with another shape.
+    #[error(
+        "the trace is of {found}, here there are {expected}; record one with this model and --page-tokens"
+    )]
+    OtherModel {
+        /// Its shape.
+        found: String,
+        /// That of the model at hand.
+        expected: String,
+    },
+    /// Without a row.
+    #[error("nothing was selected while the trace was recorded; ask with a budget below the context")]
+    Empty,
     /// It says what cannot be.
     #[error("the trace is damaged in the record at byte {at}: {what}; copy or record it again")]
     Damaged {

@@ -135,7 +135,7 @@ fn pages_of(bits: &[u64], page_tokens: usize, pages: &mut Vec<u32>) -> u32 {
 
 /// Who is who: see [`Recorder`].
 #[derive(Debug, Default)]
-struct Requests {
+pub(super) struct Requests {
     next: u64,
     /// By the block of its last row.
     by_block: HashMap<BlockIndex, Seen>,
@@ -154,7 +154,13 @@ struct Seen {
 
 impl Requests {
     /// The number of the request of `row`. Every layer of a step asks for the same rows, or for some of them.
-    fn number(&mut self, row: &SparseRow, table: &[BlockIndex], page_tokens: usize, step: u64) -> u64 {
+    pub(super) fn number(
+        &mut self,
+        row: &SparseRow,
+        table: &[BlockIndex],
+        page_tokens: usize,
+        step: u64,
+    ) -> u64 {
         let (position, prompt_tokens) = (row.position, row.sequence.prompt_len);
         let own = table[position / page_tokens];
         let here = self.by_block.get(&own).filter(|seen| seen.prompt_tokens == prompt_tokens).copied();
