@@ -127,7 +127,9 @@ fn pages_of(bits: &[u64], page_tokens: usize, pages: &mut Vec<u32>) -> u32 {
             if pages.last() != Some(&page) {
                 pages.push(page);
             }
-            rest &= rest - 1;
+            // On to the next page of the word.
+            let end = (page as usize + 1) * page_tokens - index * 64;
+            rest = if end < 64 { rest >> end << end } else { 0 };
         }
     }
     tokens
