@@ -111,7 +111,7 @@ mod tests {
     use model::{KvSpec, Limits, Source, kv_geometry};
     use ops::reference::Reference;
     use ops::sample::SamplingParams;
-    use ops::{BlockIndex, DType, SequenceRows};
+    use ops::{BlockIndex, DType, SeatIndex, SequenceRows};
 
     use super::*;
     use crate::TokenLogprobs;
@@ -157,7 +157,7 @@ mod tests {
                 prompt_len: 64,
                 blocks,
                 attention: Default::default(),
-                seat: ops::SeatIndex(0),
+                seat: SeatIndex(0),
                 quota: 0,
             });
         }

@@ -12,6 +12,7 @@ use crate::sequence::Sequence;
 pub(crate) struct Shares {
     tier: Option<(TierShare, Quotas)>,
     page_tokens: usize,
+    inject_tokens: usize,
     wants: Vec<Want>,
 }
 
@@ -24,6 +25,7 @@ impl Shares {
         Shares {
             tier: config.tier.map(quotas),
             page_tokens: config.page_tokens,
+            inject_tokens: config.max_inject_tokens,
             wants: Vec::with_capacity(config.max_num_seqs),
         }
     }
@@ -33,7 +35,7 @@ impl Shares {
     pub(crate) fn divide(&mut self, running: &mut [Sequence]) {
         let Some((tier, quotas)) = &mut self.tier else { return };
         self.wants.clear();
-        self.wants.extend(running.iter().map(|s| want(s, tier, self.page_tokens)));
+        self.wants.extend(running.iter().map(|s| want(s, tier, self.page_tokens, self.inject_tokens)));
         let granted = quotas.divide(&self.wants);
         for (sequence, &extents) in running.iter_mut().zip(granted) {
             sequence.quota = extents;
@@ -63,14 +65,14 @@ impl Shares {
 }
 
 /// What a sequence asks for in its next step.
-fn want(sequence: &Sequence, tier: &TierShare, page_tokens: usize) -> Want {
+fn want(sequence: &Sequence, tier: &TierShare, page_tokens: usize, inject_tokens: usize) -> Want {
     let context = sequence.tokens.len();
     let extents = |pages: usize| (pages * tier.kv_heads).div_ceil(EXTENT_FRAMES) as u32;
     let all = context.div_ceil(page_tokens);
     let pages = match sequence.sparse {
         None => all,
-        // A prompt attends to all before it, which is no reason to keep that.
-        Some(_) if sequence.num_generated() == 0 => 0,
+        // A prompt attends to all before it, which is no reason to keep that; in its last step, what its answer needs comes.
+        Some(_) if sequence.num_generated() == 0 && sequence.num_uncomputed() > inject_tokens => 0,
         Some(Sparse { method, budget }) => method
             .plan(context, sequence.prompt_len, budget as usize)
             .pages_max(context, method.partition_tokens, page_tokens),

@@ -12,6 +12,7 @@
 //! * `sequence.rs`: the block table of one sequence.
 //! * `cache.rs`: the verbs above, which move blocks between the three.
 //! * `quota.rs`: who may hold how much of the HBM tier.
+//! * `cache_study/`: caches of pages offline, to compare eviction rules.
 //!
 //! Invariant: a hit compares tokens, not only hashes, so no collision can hand one prompt's KV to another.
 //!
@@ -24,6 +25,7 @@
 #![forbid(unsafe_code)]
 
 mod cache;
+pub mod cache_study;
 mod pool;
 mod prefix;
 mod quota;

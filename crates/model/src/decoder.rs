@@ -105,6 +105,12 @@ impl<B: Backend> Model<B> {
                 Some(selection) if window.is_none() && rows.sparse_rows().next().is_some() => {
                     backend.score(selection, &kv.digests, &kv.pages, index, qkv, heads, &rows);
                     backend.select(selection, index, heads, &rows);
+                    if let Some(player) = &mut kv.player {
+                        player.play(backend, selection, index, &rows);
+                    }
+                    if let Some(recorder) = &mut kv.recorder {
+                        recorder.record(backend, selection, index, &rows);
+                    }
                     Some(&*selection)
                 }
                 _ => None,
@@ -113,6 +119,9 @@ impl<B: Backend> Model<B> {
             for wave in 0..waves {
                 backend.gather(&mut kv.pages, wave);
                 backend.attend(attention, &kv.pages, index, qkv, heads, window, &rows, selection, wave);
+            }
+            if kv.tiered && window.is_none() {
+                workspace.warm_start.run(backend, kv, index, qkv, heads, &rows);
             }
             backend.linear_add(residual, attention, &layer.output);
 

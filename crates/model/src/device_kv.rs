@@ -4,6 +4,7 @@ use ops::residency::SeatCounters;
 use ops::sparse::{DigestSpec, SelectionLimits};
 use ops::tier::{TierSpec, TierState};
 use ops::{Backend, KvGeometry, SeatIndex};
+use sparse::trace::{Player, Recorder};
 
 use crate::Error;
 
@@ -13,6 +14,12 @@ pub struct DeviceKv<B: Backend> {
     pub(crate) digests: Vec<B::Digests>,
     /// `None` where every request attends to everything.
     pub(crate) selection: Option<B::Selection>,
+    /// Whether HBM is a tier apart.
+    pub(crate) tiered: bool,
+    /// Where selections are recorded, if they are.
+    pub(crate) recorder: Option<Recorder>,
+    /// What is selected instead, if anything is.
+    pub(crate) player: Option<Player>,
 }
 
 /// What a device is to keep of contexts.
@@ -50,7 +57,8 @@ impl<B: Backend> DeviceKv<B> {
             None => None,
             Some(limits) => Some(backend.selection(limits)?.0),
         };
-        Ok(DeviceKv { pages: backend.kv(geometry, num_blocks, tier)?, digests, selection })
+        let pages = backend.kv(geometry, num_blocks, tier)?;
+        Ok(DeviceKv { pages, digests, selection, tiered: tier.is_some(), recorder: None, player: None })
     }
 
     /// Forgets what HBM holds for `seat`.
@@ -71,6 +79,16 @@ impl<B: Backend> DeviceKv<B> {
     /// What happened to the pages of `seat` since it was released, and the cache frames that it holds.
     pub fn seat_counters(&self, backend: &B, seat: SeatIndex) -> (SeatCounters, usize) {
         backend.seat_counters(&self.pages, seat)
+    }
+
+    /// Records what is selected from now on.
+    pub fn record(&mut self, recorder: Recorder) {
+        self.recorder = Some(recorder);
+    }
+
+    /// Takes the selections of a trace instead of those of policies from now on: for benches.
+    pub fn replay(&mut self, player: Player) {
+        self.player = Some(player);
     }
 
     /// The pages, for benches that fill them.

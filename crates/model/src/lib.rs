@@ -19,6 +19,7 @@ mod mmap;
 mod plan;
 mod rope;
 mod source;
+mod warm;
 mod weights;
 mod workspace;
 

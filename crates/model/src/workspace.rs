@@ -2,6 +2,7 @@
 
 use ops::{Backend, Batch, SequenceRows};
 
+use crate::warm::WarmStart;
 use crate::{Error, ModelConfig, Rope};
 
 /// What a step may hold at most: everything is allocated for it once.
@@ -67,6 +68,7 @@ pub struct Workspace<B: Backend> {
     pub(crate) inv_freq: Vec<f32>,
     pub(crate) frequency_sets: Vec<u32>,
     pub(crate) selected: SelectedRows,
+    pub(crate) warm_start: WarmStart,
     /// Of a chunk of logits.
     pub(crate) chunk_rows: Vec<u32>,
     limits: Limits,
@@ -98,6 +100,7 @@ impl<B: Backend> Workspace<B> {
             inv_freq: Vec::with_capacity(Rope::new(&config.rope).inv_freq_len_max(rows_max)),
             frequency_sets: Vec::with_capacity(rows_max),
             selected: SelectedRows::with_capacity(rows_max, sequences_max),
+            warm_start: WarmStart::new(sequences_max),
             chunk_rows: Vec::with_capacity(logits_rows_max),
             limits,
             bytes: limits.activation_bytes(config) + scratch_bytes,

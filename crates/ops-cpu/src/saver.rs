@@ -147,11 +147,6 @@ impl Saver {
             state = self.queue.progress.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
-
-    /// Bytes of staging memory.
-    pub fn bytes(&self) -> usize {
-        self.staging.len()
-    }
 }
 
 impl Drop for Saver {

@@ -7,7 +7,10 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use ops::sparse::{DIGEST_ALIGN, DigestKind, Method, Reduce, Scope, Score, padded_width, random_score};
+use ops::sparse::{
+    Attention, DIGEST_ALIGN, DigestKind, Method, Reduce, Scope, Score, padded_width, random_score,
+    replay_rate, replay_score,
+};
 use ops::{Batch, DType, HeadShape, Tensor};
 
 use crate::digest::{Digests, Keys, summarise};
@@ -67,6 +70,22 @@ pub fn score(
                     let key = if method.scope == Scope::Layer { 0 } else { head };
                     for partition in run.clone() {
                         let score = random_score(seed, layer, key, row.position, partition);
+                        // SAFETY: the scores of these partitions of this row are this task's alone.
+                        unsafe { scores.add(head * head_stride + partition).write(score) };
+                    }
+                }
+            }
+            Score::Replay { seed, overlap_permille } => {
+                let sequence = &batch.sequences[row.sequence];
+                let budget = match sequence.attention {
+                    Attention::Dense => unreachable!("a sparse row has a budget"),
+                    Attention::Sparse { budget, .. } => budget as usize,
+                };
+                let rate = replay_rate(method, overlap_permille, sequence.prompt_len as usize, budget);
+                for head in 0..heads.kv_heads {
+                    let key = if method.scope == Scope::Layer { 0 } else { head };
+                    for partition in run.clone() {
+                        let score = replay_score(seed, rate, layer, key, row.position, partition);
                         // SAFETY: the scores of these partitions of this row are this task's alone.
                         unsafe { scores.add(head * head_stride + partition).write(score) };
                     }

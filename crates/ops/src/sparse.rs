@@ -92,6 +92,14 @@ pub enum Score {
         /// Of the stream.
         seed: u64,
     },
+    /// Uniform in `[0, 1)` from (seed, layer, scope, partition, epoch): lots that each partition draws anew now and then, so
+    /// that consecutive selections share the stated part. See [`replay_score`].
+    Replay {
+        /// Of the stream.
+        seed: u64,
+        /// Share of a selection that the one before it holds, in thousandths.
+        overlap_permille: u16,
+    },
     /// An upper bound or estimate of `q . k` from the digests with this index.
     ///
     /// For two-sided digests `sum_c max(q_c hi_c, q_c lo_c)`; since `hi >= lo` that is `max(q, 0) . hi + min(q, 0) . lo`,
@@ -285,6 +293,48 @@ pub fn random_score(seed: u64, layer: usize, head: usize, position: usize, parti
     let place = (layer as u64) << 48 | (head as u64) << 32 | position as u64;
     // 24 bits, which f32 holds exactly.
     let bits = Random::keyed(Random::keyed(seed, place).next_u64(), partition as u64).next_u64() >> 40;
+    bits as f32 / (1 << 24) as f32
+}
+
+/// How often a partition draws anew under [`Score::Replay`]: its chance per step, times 2^32.
+///
+/// Where a share `rho` of the partitions draws anew in a step and `k` of `n` are selected, `k x` of them fall out of the
+/// selection and as many come in, with `x = rho (1 - k / n)`, both give or take `sqrt(k x)`. Since always `k` are selected,
+/// the larger of the two numbers changes: a share of `x + sqrt(x / (pi k))` on average, which is solved for `x`.
+///
+/// `k` and `n` are those of the first generated token, so that `rho` does not change while a request runs: an epoch that
+/// depended on the row would jump.
+pub fn replay_rate(method: &Method, overlap_permille: u16, prompt_tokens: usize, budget: usize) -> u64 {
+    let plan = method.plan(prompt_tokens + 1, prompt_tokens, budget);
+    let changed = 1.0 - f64::from(overlap_permille.min(1000)) / 1000.0;
+    // A prompt within its budget selects nothing: as if there were many partitions, and many selected.
+    let (noise, left_out) = match (plan.take as f64, plan.candidates.len() as f64) {
+        (0.0, _) => (0.0, 1.0),
+        (take, candidates) => (1.0 / (std::f64::consts::PI * take).sqrt(), 1.0 - take / candidates),
+    };
+    let root = ((noise * noise + 4.0 * changed).sqrt() - noise) / 2.0;
+    let rho = (root * root / left_out).min(1.0);
+    (rho * (1u64 << 32) as f64) as u64
+}
+
+/// The score of [`Score::Replay`] for draws at `rate` ([`replay_rate`]); `head` is 0 where a layer shares its selection.
+///
+/// The epoch of a partition is `floor(position * rho + phase)`, with a phase of its own, uniform in `[0, 1)`. So what is
+/// selected depends on the position, not on what was selected before.
+pub fn replay_score(
+    seed: u64,
+    rate: u64,
+    layer: usize,
+    head: usize,
+    position: usize,
+    partition: usize,
+) -> f32 {
+    let place = (layer as u64) << 48 | (head as u64) << 32 | partition as u64;
+    let mut own = Random::keyed(seed, place);
+    let phase = own.next_u64() >> 32;
+    // Positions have 32 bits, so no product reaches 2^64.
+    let epoch = (position as u64 * rate + phase) >> 32;
+    let bits = Random::keyed(own.next_u64(), epoch).next_u64() >> 40;
     bits as f32 / (1 << 24) as f32
 }
 
@@ -502,6 +552,59 @@ mod tests {
                 assert_eq!(bits[slot / 64] >> (slot % 64) & 1 == 1, (start..end).contains(&slot), "{slot}");
             }
         }
+    }
+
+    /// Selections by [`Score::Replay`] over some hundred steps of one head, and the share that consecutive ones have in
+    /// common.
+    fn replayed(seed: u64, overlap_permille: u16, prompt: usize, budget: usize) -> f64 {
+        let (steps, head) = (400, 1);
+        let method = Method { score: Score::Replay { seed, overlap_permille }, ..method() };
+        let rate = replay_rate(&method, overlap_permille, prompt, budget);
+        let (mut last, mut kept, mut all) = (Vec::new(), 0, 0);
+        for position in prompt..prompt + steps {
+            let plan = method.plan(position + 1, prompt, budget);
+            let score = |p: usize| replay_score(seed, rate, 3, head, position, p);
+            let mut taken: Vec<usize> = plan.candidates.clone().collect();
+            taken.sort_by_key(|&p| (std::cmp::Reverse(order_key(score(p))), p));
+            taken.truncate(plan.take);
+            if position > prompt {
+                kept += taken.iter().filter(|p| last.contains(*p)).count();
+                all += taken.len();
+            }
+            last = taken;
+        }
+        kept as f64 / all as f64
+    }
+
+    #[test]
+    fn replay_keeps_the_stated_share() {
+        for seed in 0..2 {
+            for overlap_permille in [700, 850, 950] {
+                for (prompt, budget) in [(4096, 256), (8192, 1024), (3000, 500), (32768, 512)] {
+                    let found = replayed(seed, overlap_permille, prompt, budget);
+                    let stated = f64::from(overlap_permille) / 1000.0;
+                    let what =
+                        format!("seed {seed} prompt {prompt} budget {budget}: {found:.3} for {stated}");
+                    assert!((found - stated).abs() < 0.03, "{what}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn replay_rates_have_their_bounds() {
+        let rate = |overlap, prompt, budget| replay_rate(&method(), overlap, prompt, budget);
+        assert_eq!(rate(1000, 4096, 256), 0, "nothing changes");
+        assert_eq!(rate(0, 4096, 2048), 1 << 32, "all draw anew");
+        assert_eq!(rate(750, 10, 256), 1 << 30, "a prompt within its budget");
+        assert!(rate(900, 4096, 2048) > rate(900, 4096, 1024), "some are selected again by chance");
+        assert!(rate(0, u32::MAX as usize - 1, 1) <= 1 << 32);
+        let last = u32::MAX as usize;
+        assert!((0.0..1.0).contains(&replay_score(1, 1 << 32, 0, 0, last, 5)));
+        // The position before an epoch's end and after it differ, others do not.
+        let scores: Vec<f32> = (0..64).map(|position| replay_score(1, 1 << 28, 0, 0, position, 5)).collect();
+        let changes = scores.windows(2).filter(|pair| pair[0] != pair[1]).count();
+        assert_eq!(changes, 4, "{scores:?}");
     }
 
     #[test]

@@ -56,6 +56,12 @@ pub struct TooSmall {
     pub smallest: u64,
 }
 
+/// Blocks of prompts that may be on their way to DRAM through staging memory.
+const STAGED_OF_PROMPTS: usize = 64;
+
+/// Bytes of a page in the lists of a step.
+const LISTED_BYTES: usize = 32;
+
 /// Splits per layer that a wave can hold where there is room for more.
 const WAVE_SPLITS_MAX: usize = 8;
 
@@ -100,6 +106,23 @@ impl TierSpec {
             frame_bytes: frames as u64 * page_bytes,
             table_bytes: shape(extents).bytes(),
         })
+    }
+
+    /// Blocks of one layer that may be on their way to DRAM: some of prompts, and one of each answer.
+    pub const fn staging_chunks(&self) -> usize {
+        STAGED_OF_PROMPTS + self.seats
+    }
+
+    /// Pages that the rows of a step attend to in a layer: of each sequence those of its prompt's rows, and of one row of its
+    /// answer.
+    pub const fn pages_listed(&self, geometry: &KvGeometry) -> usize {
+        2 * self.seats * geometry.kv_heads * self.context_max.div_ceil(geometry.page_tokens)
+    }
+
+    /// Bytes of host memory beside the frames and the tables: staging, and lists of pages to attend to and to fetch.
+    pub const fn host_bytes(&self, geometry: &KvGeometry) -> u64 {
+        let staging = self.staging_chunks() * geometry.kv_heads * geometry.page_bytes();
+        (staging + self.pages_listed(geometry) * LISTED_BYTES) as u64
     }
 
     /// The residency tables that go with `layout`.

@@ -6,6 +6,7 @@
 //! adding one file and its name to [`POLICIES`].
 //!
 //! * `options.rs`: option values as users write them. `budget.rs`: how many tokens. `served.rs`: what a server offers.
+//! * `trace/`: what was selected, as a file.
 //!
 //! Invariant: what a request attends to depends on its tokens, its policy, its options and its budget alone, never on load,
 //! memory or time.
@@ -17,9 +18,11 @@ mod dense;
 mod options;
 mod quest;
 mod random;
+mod replay;
 mod served;
 mod shadowkv;
 mod streaming;
+pub mod trace;
 
 use ops::sparse::{DigestSpec, Method};
 
@@ -43,13 +46,14 @@ pub struct Policy {
 }
 
 /// All policies.
-pub const POLICIES: [&Policy; 6] = [
+pub const POLICIES: [&Policy; 7] = [
     &dense::DENSE,
     &streaming::STREAMING,
     &random::RANDOM,
     &quest::QUEST,
     &arkvale::ARKVALE,
     &shadowkv::SHADOWKV,
+    &replay::REPLAY,
 ];
 
 /// What a policy needs of a server and asks of a device.

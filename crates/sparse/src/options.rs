@@ -76,6 +76,14 @@ impl Options {
     }
 }
 
+/// As [`Options::parse`] reads them, in the order of their names.
+impl std::fmt::Display for Options {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let pairs: Vec<String> = self.0.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        f.write_str(&pairs.join(","))
+    }
+}
+
 impl<N: Into<String>, V: Into<String>> FromIterator<(N, V)> for Options {
     fn from_iter<I: IntoIterator<Item = (N, V)>>(pairs: I) -> Self {
         Options(pairs.into_iter().map(|(name, value)| (name.into(), value.into())).collect())

@@ -85,6 +85,15 @@ impl Served {
         self.policies.iter().map(|(policy, _)| policy.name)
     }
 
+    /// Names with the options that differ from their defaults, as [`Served::variants`] reads them, the default first.
+    pub fn specs(&self) -> Vec<String> {
+        let spec = |(policy, options): &(&'static Policy, Options)| match options.first() {
+            None => policy.name.to_owned(),
+            Some(_) => format!("{}:{}", policy.name, options.to_string().replace(',', ":")),
+        };
+        self.policies.iter().map(spec).collect()
+    }
+
     /// The methods of all policies with the server's options: what a device must have memory for.
     ///
     /// # Panics
@@ -144,6 +153,9 @@ mod tests {
     fn requests_choose_among_what_is_offered() {
         let served = Served::new(["arkvale", "quest", "dense"], &options(&[("window", "96")])).unwrap();
         assert_eq!(served.digests().len(), 2);
+        assert_eq!(served.specs(), ["arkvale:window=96", "quest", "dense"]);
+        let variants = Served::variants(&served.specs()).unwrap();
+        assert_eq!(variants.0.methods(), served.methods(), "specs say all");
         let default = served.method(None, &Options::default()).unwrap().1.unwrap();
         assert_eq!((default.always.recent_tokens, default.score), (96, Score::Digest { digests: 0 }));
         let quest = served.method(Some("quest"), &options(&[("group", "max")])).unwrap().1.unwrap();

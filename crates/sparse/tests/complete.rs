@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use sparseserve_sparse::POLICIES;
 
 /// Policies that select nothing by keys, so that there is nothing to compare.
-const WITHOUT_FIXTURES: [&str; 2] = ["dense", "random"];
+const WITHOUT_FIXTURES: [&str; 3] = ["dense", "random", "replay"];
 const FIXTURES_MIN: usize = 6;
 
 fn repository(path: &str) -> PathBuf {

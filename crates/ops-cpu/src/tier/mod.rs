@@ -19,9 +19,6 @@ use crate::saver::Saver;
 pub use waves::{Entry, WavePart};
 use waves::{Fetch, Item, Wave};
 
-/// Staging chunks beside those that decode may need: a block of one layer each.
-const STAGING_CHUNKS: usize = 64;
-
 /// An arena of frames and what is known about them.
 #[derive(Debug)]
 pub struct Tier {
@@ -81,8 +78,7 @@ impl Tier {
     pub fn new(spec: TierSpec, geometry: KvGeometry) -> Result<Self, Error> {
         let layout = spec.layout(&geometry)?;
         let arena = Buffer::zeroed(layout.frame_bytes as usize, "HBM tier")?;
-        let staging = STAGING_CHUNKS + spec.seats;
-        let pages_max = spec.context_max.div_ceil(geometry.page_tokens);
+        let listed = spec.pages_listed(&geometry);
         let mut tier = Tier {
             geometry,
             spec,
@@ -93,11 +89,11 @@ impl Tier {
             local: vec![Local::default(); spec.seats],
             items: Vec::with_capacity(2 * spec.seats + spec.inject_tokens_max),
             ranges: Vec::new(),
-            entries: Vec::with_capacity(2 * spec.seats * geometry.kv_heads * pages_max),
+            entries: Vec::with_capacity(listed),
             waves: Vec::with_capacity(2 * spec.seats + spec.context_max.div_ceil(SPLIT_TOKENS)),
-            fetches: Vec::with_capacity(spec.seats * geometry.kv_heads * pages_max),
+            fetches: Vec::with_capacity(listed / 2),
             layer: 0,
-            saver: Saver::new(staging, geometry.kv_heads * geometry.page_bytes())?,
+            saver: Saver::new(spec.staging_chunks(), geometry.kv_heads * geometry.page_bytes())?,
             fetched_bytes: 0,
             saved_bytes: 0,
             stall_nanos: 0,
@@ -424,14 +420,6 @@ impl Tier {
                 }
             }
         }
-    }
-
-    /// Bytes beside the frames and the residency tables: staging, and lists of a step.
-    pub fn host_bytes(&self) -> usize {
-        self.saver.bytes()
-            + self.entries.capacity() * size_of::<Entry>()
-            + self.fetches.capacity() * size_of::<Fetch>()
-            + self.homes.len() * size_of::<Home>()
     }
 }
 

@@ -77,6 +77,7 @@ fn cases() -> Vec<Case> {
                 Method { always: shadow, reduce: Reduce::Max, softmax: true, ..method(8, by(1)) },
                 Method { always: shadow, ..method(8, by(1)) },
                 method(4, Score::Random { seed: 3 }),
+                method(8, Score::Replay { seed: 5, overlap_permille: 850 }),
                 Method { scope: Scope::Layer, reduce: Reduce::Max, ..method(8, by(0)) },
             ],
         },
@@ -88,6 +89,7 @@ fn cases() -> Vec<Case> {
                 Method { reduce: Reduce::MeanQuery, ..method(64, by(0)) },
                 Method { softmax: true, ..method(8, by(1)) },
                 Method { always: sinks, ..method(1, Score::Recency) },
+                Method { scope: Scope::Layer, ..method(8, Score::Replay { seed: 6, overlap_permille: 700 }) },
             ],
         },
         Case {

@@ -3,7 +3,7 @@
 use super::{Matrix, Pages, dot};
 use crate::sparse::{
     DigestKind, DigestSpec, Method, Reduce, RowPlan, Scope, Score, SelectionLimits, bitmap_words, mark,
-    order_key, random_score,
+    order_key, random_score, replay_rate, replay_score,
 };
 use crate::{Batch, BlockIndex, HeadShape, SparseRow};
 
@@ -156,6 +156,12 @@ impl Selections {
                             Score::Random { seed } => {
                                 let head = if method.scope == Scope::Layer { 0 } else { head };
                                 random_score(seed, layer, head, row.position, partition)
+                            }
+                            Score::Replay { seed, overlap_permille } => {
+                                let head = if method.scope == Scope::Layer { 0 } else { head };
+                                let prompt = row.sequence.prompt_len as usize;
+                                let rate = replay_rate(method, overlap_permille, prompt, row.budget);
+                                replay_score(seed, rate, layer, head, row.position, partition)
                             }
                             Score::Digest { digests: index } => {
                                 let table = &digests[index as usize];

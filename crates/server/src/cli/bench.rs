@@ -1,5 +1,5 @@
 //! `sparseserve bench`: kernels against what the machine can do, and a model against what its bytes and operations
-//! allow. Ceilings are measured between the steps that they are compared with.
+//! allow. Ceilings are measured between the steps that they are compared with. `bench cache` is in its own file.
 
 use std::io::Write;
 use std::time::Instant;
@@ -16,12 +16,14 @@ use ops_cpu::ceiling::Ceiling;
 use ops_cpu::{CpuOptions, Pool};
 use serde_json::{Value, json};
 
+use super::cache;
 use super::failure::Failure;
 use super::load::{self, Device, Prepared};
 use super::log;
 use super::options::{Bench, BenchArgs, BenchEngineArgs, BenchKernelsArgs, ConfigFile};
 use super::profile::{Entry, Profiled};
 use super::settings::{ComputeSettings, EngineSettings, LogSettings, ModelChoice};
+use super::sparse::player as player_of;
 
 /// Rounds over the kernels.
 const KERNEL_ROUNDS: usize = 7;
@@ -35,6 +37,7 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
     match args.what {
         Bench::Kernels(args) => kernels(args),
         Bench::Engine(args) => engine(*args),
+        Bench::Cache(args) => cache::run(&args),
     }
 }
 
@@ -154,11 +157,19 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
     }
     let ComputeSettings { threads, isa } = settings.compute.clone();
     let sparse = settings.sparse.method(args.context)?;
+    if args.replay_selection.is_some() && sparse.is_none() {
+        return Err(Failure::input(
+            "--replay-selection: dense attention selects nothing; --policy names one that does",
+        ));
+    }
+    let player = args.replay_selection.as_deref();
+    let mut player = player.map(|path| player_of(path, &prepared.geometry, args.context)).transpose()?;
     let work = Work::new(&prepared, settings.max_inject_tokens, args.batch, blocks, sparse);
     let (dtype, geometry, num_blocks) = (prepared.dtype, prepared.geometry, blocks * args.batch);
     let mut runner = prepared.load_filled(&mut |backend, kv| {
         fill(backend, kv, geometry, num_blocks, args.filled);
         work.digest(backend, kv, args.context);
+        player.take().into_iter().for_each(|player| kv.replay(player));
     })?;
     let mut limits = Limits { ceiling: Ceiling::new(isa, threads)?, pool: Pool::new(threads)?, dtype };
 

@@ -13,6 +13,7 @@ use ops::tier::{TierLayout, TierSpec, TooSmall};
 use ops::{Backend, DType, DeviceInfo, KvGeometry};
 use ops_cpu::{CpuBackend, CpuOptions};
 use prometheus::Registry;
+use sparse::trace::Recorder;
 
 use super::cgroup::{self, LimitSource, MemoryLimit};
 use super::demo;
@@ -138,6 +139,7 @@ pub struct Prepared<B: Backend = Device> {
     /// The HBM tier, where there is one.
     pub tier: Option<Tier>,
     selections: Option<SelectionLimits>,
+    recorder: Option<Recorder>,
     source: Source,
     backend: B,
     workspace: Workspace<B>,
@@ -187,9 +189,19 @@ impl<B: Backend> Prepared<B> {
         });
         let selection_bytes = selections.map_or(0, |limits| limits.bytes());
         let limit = memory_limit(settings.dram)?;
+        let partitions = digests.iter().map(|d| d.partition_tokens);
+        let tier = settings.hbm.map(|_| TierSpec {
+            bytes: 0,
+            seats: settings.max_num_seqs,
+            context_max: max_context,
+            inject_tokens_max: settings.max_inject_tokens,
+            partition_tokens_max: partitions.max().unwrap_or(1),
+            poison: false,
+        });
+        let step_bytes = selection_bytes + tier.map_or(0, |tier| tier.host_bytes(&geometry));
         let mut demand = Demand {
             weights_bytes: model::weight_bytes(&config, &backend, dtype),
-            activation_bytes: limits.activation_bytes(&config) + selection_bytes,
+            activation_bytes: limits.activation_bytes(&config) + step_bytes,
             kv: geometry,
             digest_block_bytes: digests.iter().map(|d| d.block_bytes(&geometry) as u64).sum(),
             hbm: settings.hbm,
@@ -200,24 +212,12 @@ impl<B: Backend> Prepared<B> {
         // Once before anything is allocated, once with what the device needs besides.
         MemoryPlan::new(limit.clone(), &demand, settings.dram)?;
         let workspace = Workspace::new(&mut backend, &config, limits)?;
-        demand.activation_bytes = workspace.bytes() + selection_bytes;
+        demand.activation_bytes = workspace.bytes() + step_bytes;
         let plan = MemoryPlan::new(limit, &demand, settings.dram)?;
-        let tier = match settings.hbm {
-            None => None,
-            Some(_) => {
-                let partitions = digests.iter().map(|d| d.partition_tokens);
-                let spec = TierSpec {
-                    bytes: 0,
-                    seats: settings.max_num_seqs,
-                    context_max: max_context,
-                    inject_tokens_max: settings.max_inject_tokens,
-                    partition_tokens_max: partitions.max().unwrap_or(1),
-                    poison: false,
-                };
-                Some(Tier::new(spec, &geometry, &plan, demand.digest_block_bytes)?)
-            }
-        };
+        let tier =
+            tier.map(|spec| Tier::new(spec, &geometry, &plan, demand.digest_block_bytes)).transpose()?;
         let device = backend.info();
+        let recorder = settings.sparse.recorder(&geometry)?;
         Ok(Prepared {
             config,
             dtype,
@@ -229,6 +229,7 @@ impl<B: Backend> Prepared<B> {
             digests,
             selections,
             tier,
+            recorder,
             source,
             backend,
             workspace,
@@ -306,6 +307,9 @@ impl<B: Backend> Prepared<B> {
         };
         let mut kv = DeviceKv::new(backend, &spec)?;
         fill(backend, &mut kv);
+        if let Some(recorder) = self.recorder {
+            kv.record(recorder);
+        }
         tracing::info!(seconds = start.elapsed().as_secs_f64(), "model loaded");
         Ok(ModelRunner::new(self.backend, model, self.workspace, kv))
     }

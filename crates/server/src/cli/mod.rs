@@ -2,6 +2,7 @@
 //! loaded model ([`load`]), and one of the verbs runs.
 
 mod bench;
+mod cache;
 mod cgroup;
 mod demo;
 mod eval;

@@ -112,6 +112,8 @@ pub enum Bench {
     Kernels(BenchKernelsArgs),
     /// A whole model's prefill and decode, as a share of what its bytes and operations allow
     Engine(Box<BenchEngineArgs>),
+    /// What caches of pages would have hit, by eviction rule and size, for selections that were recorded
+    Cache(BenchCacheArgs),
 }
 
 /// `sparseserve bench kernels`
@@ -144,6 +146,9 @@ pub struct BenchEngineArgs {
     /// Also time the prefill of a prompt of this length
     #[arg(long, value_name = "TOKENS")]
     pub prefill: Option<usize>,
+    /// Take selections from this trace of --record-selection instead of the policy's
+    #[arg(long, value_name = "TRACE")]
+    pub replay_selection: Option<PathBuf>,
     /// Also tell what each operation of a decode step takes
     #[arg(long)]
     pub profile: bool,
@@ -154,6 +159,17 @@ pub struct BenchEngineArgs {
     pub engine: EngineOptions,
     #[command(flatten)]
     pub common: CommonOptions,
+}
+
+/// `sparseserve bench cache`
+#[derive(Debug, Args)]
+pub struct BenchCacheArgs {
+    /// What --record-selection wrote
+    #[arg(value_name = "TRACE")]
+    pub trace: PathBuf,
+    /// Also write the results to this file
+    #[arg(long, value_name = "FILE.json")]
+    pub json: Option<PathBuf>,
 }
 
 /// `sparseserve eval`
@@ -317,8 +333,8 @@ pub struct EngineOptions {
 #[serde(default, rename_all = "kebab-case")]
 #[command(next_help_heading = "Sparse attention")]
 pub struct SparseOptions {
-    /// What generated tokens attend to unless a request says otherwise: dense, streaming, random, quest, arkvale or
-    /// shadowkv [default: dense]
+    /// What generated tokens attend to unless a request says otherwise: dense, streaming, random, quest, arkvale,
+    /// shadowkv or, for benches of caches, replay [default: dense]
     #[arg(long, value_name = "NAME", env = "SPARSESERVE_POLICY")]
     pub policy: Option<String>,
     /// More policies that requests may ask for, repeatable or separated by commas [default: none]
@@ -334,6 +350,9 @@ pub struct SparseOptions {
     #[arg(long, value_name = "NAME=VALUE", value_delimiter = ',', env = "SPARSESERVE_POLICY_OPT")]
     #[serde(deserialize_with = "one_or_many")]
     pub policy_opt: Option<Vec<String>>,
+    /// Write which pages each KV head selects in each step to this file, for `bench cache`; slows steps down
+    #[arg(long, value_name = "FILE", env = "SPARSESERVE_RECORD_SELECTION")]
+    pub record_selection: Option<PathBuf>,
 }
 
 /// How to serve.
@@ -561,6 +580,7 @@ impl SparseOptions {
             policies: self.policies.or(file.policies),
             budget: self.budget.or(file.budget),
             policy_opt: self.policy_opt.or(file.policy_opt),
+            record_selection: self.record_selection.or(file.record_selection),
         }
     }
 }
@@ -625,6 +645,7 @@ mod tests {
             policies = ["dense"]
             budget = 9
             policy-opt = "x"
+            record-selection = "trace"
             log-level = "debug"
             log-format = "json"
         "#;

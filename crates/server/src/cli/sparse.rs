@@ -1,6 +1,12 @@
 //! Which sparse policies a server offers, and how many tokens requests attend to.
 
+use std::fs::File;
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+
 use engine::Sparse;
+use ops::KvGeometry;
+use sparse::trace::{Header, Player, Recorder, TraceReader};
 use sparse::{Budget, Options, Served};
 
 use super::failure::Failure;
@@ -16,6 +22,8 @@ pub struct SparseSettings {
     pub served: Served,
     /// Budget of requests that name none.
     pub budget: Budget,
+    /// Where selections are recorded.
+    pub record: Option<PathBuf>,
 }
 
 impl SparseSettings {
@@ -24,14 +32,14 @@ impl SparseSettings {
     /// # Errors
     /// Policies, options or budgets that there are not.
     pub fn resolve(options: SparseOptions) -> Result<Self, Failure> {
-        let SparseOptions { policy, policies, budget, policy_opt } = options;
+        let SparseOptions { policy, policies, budget, policy_opt, record_selection: record } = options;
         let default = policy.unwrap_or_else(|| "dense".into());
         let own = Options::parse(&policy_opt.unwrap_or_default().join(",")).map_err(Failure::input)?;
         let others = policies.unwrap_or_default();
         let names = std::iter::once(default.as_str()).chain(others.iter().map(String::as_str));
         let served = Served::new(names, &own).map_err(Failure::input)?;
         let budget = budget.map_or(Ok(BUDGET), |text| text.parse()).map_err(Failure::input)?;
-        Ok(SparseSettings { served, budget })
+        Ok(SparseSettings { served, budget, record })
     }
 }
 
@@ -45,6 +53,61 @@ impl SparseSettings {
         let budget = self.budget.tokens(prompt_tokens);
         Ok(method.map(|method| Sparse { method, budget }))
     }
+
+    /// Begins the recording of selections from KV of this shape, if there is to be one.
+    ///
+    /// # Errors
+    /// A file that cannot be written; a server on which nothing is ever selected.
+    pub fn recorder(&self, geometry: &KvGeometry) -> Result<Option<Recorder>, Failure> {
+        let Some(path) = &self.record else { return Ok(None) };
+        let shown = path.display().to_string();
+        if self.served.methods().is_empty() {
+            return Err(Failure::input(format!(
+                "--record-selection {shown}: dense attention selects nothing; --policy names one that does"
+            )));
+        }
+        let header = Header { note: self.served.specs().join(", "), ..trace_header(geometry) };
+        let failed = |e| Failure::input(format!("--record-selection {shown}: {e}"));
+        let file = File::create(path).map_err(failed)?;
+        let complain = {
+            let shown = shown.clone();
+            move |error: std::io::Error| {
+                tracing::error!(
+                    "the recording of selections in {shown} ends here, the rest goes on: {error}"
+                );
+            }
+        };
+        Ok(Some(Recorder::new(Box::new(file), &header, Box::new(complain)).map_err(failed)?))
+    }
+}
+
+/// The header of traces of KV of this shape.
+fn trace_header(geometry: &KvGeometry) -> Header {
+    Header {
+        num_layers: geometry.num_layers as u32,
+        kv_heads: geometry.kv_heads as u32,
+        page_tokens: geometry.page_tokens as u32,
+        note: String::new(),
+    }
+}
+
+/// Selections of the trace at `path`, for requests with prompts of `prompt_tokens` and KV of this shape.
+///
+/// # Errors
+/// A trace that cannot be read, of another model, or of longer prompts.
+pub fn player(path: &Path, geometry: &KvGeometry, prompt_tokens: usize) -> Result<Player, Failure> {
+    let shown = path.display();
+    let failed = |e: &dyn std::fmt::Display| Failure::input(format!("--replay-selection {shown}: {e}"));
+    let file = File::open(path).map_err(|e| failed(&e))?;
+    let mut trace = TraceReader::new(BufReader::new(file)).map_err(|e| failed(&e))?;
+    let player = Player::new(&mut trace, &trace_header(geometry)).map_err(|e| failed(&e))?;
+    if player.prompt_tokens() > prompt_tokens {
+        return Err(failed(&format!(
+            "its prompts have up to {0} tokens; give --context {0}",
+            player.prompt_tokens()
+        )));
+    }
+    Ok(player)
 }
 
 #[cfg(test)]
@@ -68,6 +131,7 @@ mod tests {
             policies: texts(&["dense", "quest", "arkvale"]),
             budget: Some("12.5%".into()),
             policy_opt: texts(&["partition=32"]),
+            record_selection: None,
         })
         .expect("resolves");
         assert_eq!(settings.served.names().collect::<Vec<_>>(), ["quest", "dense", "arkvale"]);

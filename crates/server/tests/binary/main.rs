@@ -1,8 +1,10 @@
 //! The binary as a user runs it, from a folder that is not its own.
 
 mod answers;
+mod cache;
 mod errors;
 mod hub;
 mod process;
 mod selection;
 mod server;
+mod tiers;

@@ -1,0 +1,89 @@
+//! A bounded HBM tier, through the whole program: the same answers to the last bit of their log-probabilities.
+
+use serde_json::{Value, json};
+
+use super::process::{SOON, Serving, client, output_within, repository, sparseserve, text};
+
+/// Requests with long prompts that share a prefix, sparse and dense.
+fn requests() -> Vec<Value> {
+    let needles: Value =
+        serde_json::from_slice(&std::fs::read(repository("xtask/golden/needles.json")).unwrap()).unwrap();
+    let case = &needles["cases"][0];
+    let context: String = case["context"].as_str().unwrap().chars().take(9000).collect();
+    let questions = case["questions"].as_array().unwrap();
+    let sparse = [
+        json!({"budget": 64, "receipt": true}),
+        json!({"budget": 200, "receipt": true}),
+        json!({"policy": "quest", "budget": 128, "receipt": true}),
+        json!({"dense": true, "receipt": true}),
+    ];
+    let request = |(question, sparse): (&Value, &Value)| {
+        let prompt = format!("{context}\n{}", question["question"].as_str().unwrap());
+        json!({
+            "model": "demo", "prompt": prompt, "temperature": 0.8, "seed": 4, "max_tokens": 60, "ignore_eos": true,
+            "logprobs": 3, "sparse": sparse,
+        })
+    };
+    questions.iter().cycle().zip(&sparse).map(request).collect()
+}
+
+const FLAGS: [&str; 10] = [
+    "--policy",
+    "arkvale",
+    "--policies",
+    "quest",
+    "--max-num-seqs",
+    "4",
+    "--max-context",
+    "4096",
+    "--max-inject-tokens",
+    "256",
+];
+
+/// Answers to all requests at once, without what may differ.
+fn answers(flags: &[&str]) -> (Vec<Value>, Vec<Value>, String) {
+    let server = Serving::start(&[&FLAGS[..], flags].concat());
+    let asked = requests();
+    let url = &format!("{}/v1/completions", server.url);
+    let answers: Vec<Value> = std::thread::scope(|scope| {
+        let ask =
+            |request| scope.spawn(move || client().post(url).json(request).send().unwrap().json().unwrap());
+        let threads: Vec<_> = asked.iter().map(ask).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    let metrics = server.get("/metrics").text().unwrap();
+    let receipts = answers.iter().map(|a| a["usage"]["sparse"].clone()).collect();
+    (answers.into_iter().map(|a| a["choices"].clone()).collect(), receipts, metrics)
+}
+
+/// The value of a counter or gauge.
+fn metric(metrics: &str, name: &str) -> u64 {
+    let line = metrics.lines().find(|line| line.starts_with(name) && line[name.len()..].starts_with(' '));
+    line.unwrap_or_else(|| panic!("{name} in {metrics}"))[name.len()..].trim().parse().unwrap()
+}
+
+#[test]
+fn answers_do_not_depend_on_the_size_of_hbm() {
+    let (unified, receipts, _) = answers(&[]);
+    assert!(receipts[0].get("pages_hit").is_none(), "in unified memory there are no misses: {}", receipts[0]);
+    let refused = output_within(&mut sparseserve(&[&["serve", "--hbm", "1KiB"], &FLAGS[..]].concat()), SOON);
+    let said = text(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(2), "{said}");
+    let smallest = said.split("--hbm ").nth(3).and_then(|rest| rest.split(' ').next());
+    let smallest = smallest.unwrap_or_else(|| panic!("a size that would do in {said}"));
+    for hbm in [smallest, "30%", "100%"] {
+        let (tiered, receipts, metrics) = answers(&["--hbm", hbm]);
+        assert_eq!(tiered, unified, "--hbm {hbm}");
+        let sum = |field: &str| receipts.iter().map(|r| r[field].as_u64().unwrap()).sum::<u64>();
+        let pages =
+            |event: &str| metric(&metrics, &format!("sparseserve_kv_pages_total{{event=\"{event}\"}}"));
+        assert_eq!(sum("pages_hit"), pages("hit"), "--hbm {hbm}");
+        assert_eq!(sum("pages_missed"), pages("miss") + pages("streamed"), "--hbm {hbm}");
+        assert!(sum("fetched_bytes") > 0 && pages("saved") > 0, "--hbm {hbm}");
+        match hbm {
+            "100%" => assert!(pages("hit") > pages("miss") && pages("streamed") < pages("hit"), "{metrics}"),
+            "30%" => assert!(pages("hit") > 0, "{metrics}"),
+            _ => assert!(pages("streamed") > 0 && pages("hit") == 0, "{metrics}"),
+        }
+    }
+}
