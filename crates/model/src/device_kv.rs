@@ -1,7 +1,7 @@
 //! What a device keeps of a context.
 
 use ops::sparse::{DigestSpec, SelectionLimits};
-use ops::{Backend, KvGeometry};
+use ops::{Backend, Gate, KvGeometry};
 
 use crate::Error;
 
@@ -22,18 +22,20 @@ impl<B: Backend> DeviceKv<B> {
         Ok(DeviceKv { pages: backend.kv(geometry, num_blocks)?, digests: Vec::new(), selection: None })
     }
 
-    /// The same for requests that attend sparsely: with digests as `specs` say, in the order by which methods name them.
+    /// The same for requests that attend sparsely: with digests as `specs` say, in the order by which methods name them, those of
+    /// a gate by the weights of `gate`.
     ///
     /// # Errors
-    /// Out of memory; partitions that do not fit the pages.
+    /// Out of memory; partitions that do not fit the pages; a gate that is missing or does not fit.
     pub fn with_selections(
         backend: &mut B,
         geometry: KvGeometry,
         num_blocks: usize,
         specs: &[DigestSpec],
         limits: SelectionLimits,
+        gate: Option<&Gate>,
     ) -> Result<Self, Error> {
-        let digests = specs.iter().map(|&spec| backend.digests(spec, geometry, num_blocks));
+        let digests = specs.iter().map(|&spec| backend.digests(spec, geometry, num_blocks, gate));
         let digests = digests.collect::<Result<_, _>>()?;
         let (selection, _) = backend.selection(limits)?;
         Ok(DeviceKv { pages: backend.kv(geometry, num_blocks)?, digests, selection: Some(selection) })

@@ -39,7 +39,7 @@ fn load(folder: &str, dtype: DType, threads: usize) -> Device {
     let (served, variants) = Served::variants(&POLICIES.map(str::to_owned)).expect("policies");
     let methods: Vec<Method> = variants.iter().filter_map(|v| v.method).collect();
     let limits = SelectionLimits::new(&methods, model.config().heads, PAGE_TOKENS, 256, CONTEXT);
-    let kv = DeviceKv::with_selections(&mut backend, geometry, num_blocks, served.digests(), limits);
+    let kv = DeviceKv::with_selections(&mut backend, geometry, num_blocks, served.digests(), limits, None);
     let kv = kv.expect("memory");
     let vocab = model.config().vocab_size;
     Device { runner: ModelRunner::new(backend, model, workspace, kv), vocab, methods }

@@ -9,7 +9,7 @@ use crate::sparse::{DigestSpec, SelectionLimits};
 pub use sparse::{DigestTable, Selections};
 
 use crate::{
-    Backend, Batch, BlockIndex, DType, DeviceInfo, Error, HeadShape, KvGeometry, Tensor, WeightView,
+    Backend, Batch, BlockIndex, DType, DeviceInfo, Error, Gate, HeadShape, KvGeometry, Tensor, WeightView,
 };
 
 /// The scalar backend.
@@ -149,8 +149,10 @@ impl Backend for Reference {
         spec: DigestSpec,
         geometry: KvGeometry,
         num_blocks: usize,
+        gate: Option<&Gate>,
     ) -> Result<DigestTable, Error> {
-        Ok(DigestTable::new(spec, geometry, num_blocks))
+        Gate::check(gate, spec, &geometry)?;
+        Ok(DigestTable::new(spec, geometry, num_blocks, gate))
     }
 
     fn selection(&mut self, limits: SelectionLimits) -> Result<(Selections, u64), Error> {

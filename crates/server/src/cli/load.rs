@@ -9,9 +9,10 @@ use engine::{Config, Handle, Metrics, ModelRunner, REPLAY_ROWS};
 use indicatif::{ProgressBar, ProgressStyle};
 use model::{Checkpoint, DeviceKv, Limits, Model, ModelConfig, Rope, Source, Workspace};
 use ops::sparse::{DigestSpec, SelectionLimits};
-use ops::{Backend, DType, DeviceInfo, KvGeometry};
+use ops::{Backend, DType, DeviceInfo, Gate, KvGeometry};
 use ops_cpu::{CpuBackend, CpuOptions};
 use prometheus::Registry;
+use sparse::GATE_OF_MODEL;
 
 use super::cgroup::{self, LimitSource, MemoryLimit};
 use super::demo;
@@ -91,6 +92,8 @@ pub struct Prepared<B: Backend = Device> {
     pub device: DeviceInfo,
     /// Digests that the device keeps.
     pub digests: Vec<DigestSpec>,
+    /// What makes digests of a gate.
+    gate: Option<Gate>,
     selections: Option<SelectionLimits>,
     source: Source,
     backend: B,
@@ -133,7 +136,12 @@ impl<B: Backend> Prepared<B> {
         };
         let geometry = model::kv_geometry(&config, settings.page_tokens, dtype);
         let served = &settings.sparse.served;
-        let digests = served.digests().to_vec();
+        let gate = served.gate().map(|file| {
+            let file = (file != GATE_OF_MODEL).then(|| Path::new(file));
+            model::read_gate(&source, &config, file)
+        });
+        let gate = gate.transpose()?;
+        let digests: Vec<_> = served.digests().iter().map(|d| d.with_gate(gate.as_ref())).collect();
         let selections = served.methods();
         let selections = (!selections.is_empty()).then(|| {
             let rows = settings.max_num_seqs.saturating_add(REPLAY_ROWS);
@@ -142,7 +150,8 @@ impl<B: Backend> Prepared<B> {
         let selection_bytes = selections.map_or(0, |limits| limits.bytes());
         let limit = memory_limit(settings.dram)?;
         let mut demand = Demand {
-            weights_bytes: model::weight_bytes(&config, &backend, dtype),
+            weights_bytes: model::weight_bytes(&config, &backend, dtype)
+                + gate.as_ref().map_or(0, Gate::bytes),
             activation_bytes: limits.activation_bytes(&config) + selection_bytes,
             kv: geometry,
             digest_block_bytes: digests.iter().map(|d| d.block_bytes(&geometry) as u64).sum(),
@@ -165,6 +174,7 @@ impl<B: Backend> Prepared<B> {
             plan,
             device,
             digests,
+            gate,
             selections,
             source,
             backend,
@@ -230,7 +240,10 @@ impl<B: Backend> Prepared<B> {
         let (backend, blocks) = (&mut self.backend, self.plan.num_blocks);
         let mut kv = match self.selections {
             None => DeviceKv::new(backend, self.geometry, blocks)?,
-            Some(limits) => DeviceKv::with_selections(backend, self.geometry, blocks, &self.digests, limits)?,
+            Some(limits) => {
+                let (digests, gate) = (&self.digests, self.gate.as_ref());
+                DeviceKv::with_selections(backend, self.geometry, blocks, digests, limits, gate)?
+            }
         };
         fill(backend, &mut kv);
         tracing::info!(seconds = start.elapsed().as_secs_f64(), "model loaded");

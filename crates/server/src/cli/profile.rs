@@ -4,7 +4,9 @@ use std::time::{Duration, Instant};
 
 use ops::sample::{SampleOutput, SampleRow};
 use ops::sparse::{DigestSpec, SelectionLimits};
-use ops::{Backend, Batch, BlockIndex, DType, DeviceInfo, Error, HeadShape, KvGeometry, Tensor, WeightView};
+use ops::{
+    Backend, Batch, BlockIndex, DType, DeviceInfo, Error, Gate, HeadShape, KvGeometry, Tensor, WeightView,
+};
 
 /// One kind of operation, as often as it ran since [`Profiled::start`].
 pub struct Entry {
@@ -103,8 +105,9 @@ impl<B: Backend> Backend for Profiled<B> {
         spec: DigestSpec,
         geometry: KvGeometry,
         num_blocks: usize,
+        gate: Option<&Gate>,
     ) -> Result<B::Digests, Error> {
-        self.inner.digests(spec, geometry, num_blocks)
+        self.inner.digests(spec, geometry, num_blocks, gate)
     }
 
     fn selection(&mut self, limits: SelectionLimits) -> Result<(B::Selection, u64), Error> {
