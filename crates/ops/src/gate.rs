@@ -80,3 +80,44 @@ impl Gate {
         (size_of::<f32>() * (self.k.len() + self.q.len() + self.inv_freq.len())) as u64
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::DType;
+
+    #[test]
+    fn a_gate_fits_one_model() {
+        let heads = HeadShape { q_heads: 4, kv_heads: 2, head_dim: 16 };
+        let gate = Gate {
+            heads,
+            num_layers: 3,
+            dim: 8,
+            k: (0..3 * 2 * 8 * 48).map(|i| i as f32).collect(),
+            q: vec![0.0; 3 * 2 * 8 * 32],
+            inv_freq: (0..8).map(|c| c as f32).collect(),
+            scale: 1.0,
+        };
+        let geometry =
+            KvGeometry { num_layers: 3, kv_heads: 2, head_dim: 16, page_tokens: 16, dtype: DType::F32 };
+        let spec = DigestSpec { kind: DigestKind::Gate { dim: 0 }, partition_tokens: 32 };
+        let sized = spec.with_gate(Some(&gate));
+        assert_eq!(sized.kind.width(16), 8);
+        assert_eq!(spec.with_gate(None), spec);
+        assert!(Gate::check(Some(&gate), sized, &geometry).is_ok());
+        let mean = DigestSpec { kind: DigestKind::Mean, ..spec };
+        assert_eq!(mean.with_gate(Some(&gate)), mean);
+        assert!(Gate::check(None, mean, &geometry).is_ok());
+        let refused = |gate: Option<&Gate>, spec, geometry| {
+            Gate::check(gate, spec, &geometry).expect_err("does not fit").to_string()
+        };
+        assert!(refused(None, sized, geometry).contains("its weights were not given"));
+        assert!(refused(Some(&gate), spec, geometry).contains("its size must be even"));
+        let taller = KvGeometry { num_layers: 4, ..geometry };
+        assert!(refused(Some(&gate), sized, taller).contains("are not those of the KV cache"));
+        let short = Gate { q: Vec::new(), ..gate.clone() };
+        assert!(refused(Some(&short), sized, geometry).contains("other shapes"));
+        assert_eq!(gate.k_of(1, 1)[0], (3 * 8 * 48) as f32);
+        assert_eq!(gate.inv_freq_of(3), 6.0, "every second pair of the model");
+    }
+}

@@ -4,10 +4,10 @@
 use std::path::PathBuf;
 
 use engine::{ModelRunner, Runner};
-use model::{DeviceKv, Limits, Model, Source, Workspace, kv_geometry};
+use model::{DeviceKv, Limits, Model, ModelConfig, Rope, Source, Workspace, kv_geometry};
 use ops::sample::{SampleOutput, SampleRow, SamplingParams};
 use ops::sparse::{Attention, Method, SelectionLimits};
-use ops::{Batch, BlockIndex, DType, Random, SequenceRows};
+use ops::{Batch, BlockIndex, DType, Gate, Random, SequenceRows};
 use ops_cpu::{CpuBackend, CpuOptions};
 use sparse::Served;
 
@@ -18,7 +18,7 @@ const CONTEXT: usize = 700;
 const SEQUENCES: usize = 3;
 
 /// Policies of the sequences, one each. The sequences before them are the same, dense.
-const POLICIES: [&str; SEQUENCES] = ["quest", "arkvale:sinks=16:window=16", "random:partition=4"];
+const POLICIES: [&str; SEQUENCES] = ["quest", "seerattention:threshold=0.02", "random:partition=4"];
 /// Tokens of the prompts of sequences that attend sparsely.
 const PROMPT: usize = 150;
 
@@ -26,6 +26,17 @@ struct Device {
     runner: ModelRunner<CpuBackend>,
     vocab: usize,
     methods: Vec<Method>,
+}
+
+/// A gate with random weights.
+fn gate(config: &ModelConfig) -> Gate {
+    let (heads, num_layers, rope) = (config.heads, config.num_layers, Rope::new(&config.rope));
+    let dim = heads.head_dim / 2;
+    let mut random = Random::new(5);
+    let rows = num_layers * heads.kv_heads * dim;
+    let mut weights = |cols: usize| (0..rows * cols).map(|_| random.normal()).collect();
+    let (k, q) = (weights(3 * heads.head_dim), weights(heads.group() * heads.head_dim));
+    Gate { heads, num_layers, dim, k, q, inv_freq: rope.inv_freq().to_vec(), scale: rope.scale() }
 }
 
 fn load(folder: &str, dtype: DType, threads: usize) -> Device {
@@ -39,7 +50,9 @@ fn load(folder: &str, dtype: DType, threads: usize) -> Device {
     let (served, variants) = Served::variants(&POLICIES.map(str::to_owned)).expect("policies");
     let methods: Vec<Method> = variants.iter().filter_map(|v| v.method).collect();
     let limits = SelectionLimits::new(&methods, model.config().heads, PAGE_TOKENS, 256, CONTEXT);
-    let kv = DeviceKv::with_selections(&mut backend, geometry, num_blocks, served.digests(), limits, None);
+    let gate = gate(model.config());
+    let digests: Vec<_> = served.digests().iter().map(|d| d.with_gate(Some(&gate))).collect();
+    let kv = DeviceKv::with_selections(&mut backend, geometry, num_blocks, &digests, limits, Some(&gate));
     let kv = kv.expect("memory");
     let vocab = model.config().vocab_size;
     Device { runner: ModelRunner::new(backend, model, workspace, kv), vocab, methods }

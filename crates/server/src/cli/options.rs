@@ -310,8 +310,8 @@ pub struct EngineOptions {
 #[serde(default, rename_all = "kebab-case")]
 #[command(next_help_heading = "Sparse attention")]
 pub struct SparseOptions {
-    /// What generated tokens attend to unless a request says otherwise: dense, streaming, random, quest, arkvale or
-    /// shadowkv [default: dense]
+    /// What generated tokens attend to unless a request says otherwise: dense, streaming, random, quest, arkvale,
+    /// shadowkv or seerattention [default: dense]
     #[arg(long, value_name = "NAME", env = "SPARSESERVE_POLICY")]
     pub policy: Option<String>,
     /// More policies that requests may ask for, repeatable or separated by commas [default: none]
