@@ -189,7 +189,7 @@ def main():
     gate = Gate(taps, a.gate_dim, a.partition)
     counts = [2, 4, 8, 16, 32]
 
-    def quest(sample):
+    def mean_key(sample):
         x, u, at = sample[:3]
         d = taps.head_dim
         angles = torch.arange(x.shape[2]).float()[:, None] * a.partition * taps.inv_freq
@@ -202,7 +202,7 @@ def main():
         print(what + "  " + "  ".join(f"{c}: {s:.4f}" for c, s in zip(counts, shares)), flush=True)
 
     report("oracle   ", lambda s: s[5].float())
-    report("mean key ", quest)
+    report("mean key ", mean_key)
     learned = lambda s: gate(*s[:3])
     report("untrained", learned)
     optimiser = torch.optim.Adam(gate.parameters(), lr=3e-3)

@@ -85,10 +85,12 @@ pub fn gate_of(name: &str, bytes: &[u8], model: GateModel) -> Result<Gate, Error
             bad("all layers of the model have a sliding window; a gate has nothing to select".into()),
         );
     };
-    // The first tensor says the size for all, and whether it is one that can be rotated.
+    // The first tensor says the size for all, if it fits otherwise.
     let shape = |tensor: &str| file.tensor(tensor).map(|t| t.shape().to_vec()).unwrap_or_default();
     let tensor = format!("layers.{first}.k_gate");
-    if let [_, dim, _] = shape(&tensor)[..] {
+    if let [of_heads, dim, cols] = shape(&tensor)[..]
+        && (of_heads, cols) == (kv_heads, 3 * head_dim)
+    {
         if dim == 0 || !dim.is_multiple_of(2) || !head_dim.is_multiple_of(dim) {
             let allowed = format!("it must be even and divide the model's head_dim of {head_dim}");
             return Err(bad(format!("a gate_dim of {dim}; {allowed}")));

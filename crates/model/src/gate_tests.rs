@@ -87,7 +87,7 @@ fn faulty_files_are_refused_in_one_line() {
         &[Some(1), None],
         RopeScaling::Default,
     );
-    assert!(error.expect_err("too large").contains("a gate_dim of"));
+    assert!(error.expect_err("too large").contains("asks for [2, gate_dim, 48]"));
     let error = read(&sound, &[Some(8)], RopeScaling::Default).expect_err("nothing to select");
     assert!(error.contains("a gate has nothing to select"), "{error}");
     let error = read(&sound, &[None], RopeScaling::Dynamic { factor: 2.0 }).expect_err("no single rotation");
