@@ -396,7 +396,7 @@ impl Work {
                     positions: &positions[range],
                     sequences: &sequences,
                     block_tables: &tables,
-                    methods: &[],
+                    methods: &self.methods,
                 };
                 done += rows;
                 let samples: Vec<SampleRow> =
