@@ -387,10 +387,7 @@ fn bitmap(method: &Method, plan: &RowPlan, context: usize, scores: &[f32], outli
     let taken = |i: &usize| !outliers.contains(&(plan.candidates.start + i));
     let mut order: Vec<usize> = (0..scores.len()).filter(taken).collect();
     order.sort_by_key(|&i| (std::cmp::Reverse(order_key(scores[i])), i));
-    let passes = |i: &&usize| match method.rule {
-        Rule::Threshold(least) if scores[**i] < least => false,
-        _ => true,
-    };
+    let passes = |i: &&usize| !matches!(method.rule, Rule::Threshold(least) if scores[**i] < least);
     let best = order[..plan.take].iter().filter(passes).map(|i| plan.candidates.start + i);
     for partition in best.chain(outliers.iter().copied()) {
         let start = partition * method.partition_tokens;
