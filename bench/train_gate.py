@@ -10,6 +10,9 @@ Texts are those on which the demo model was trained (demo-model/training/common.
 after them; queries are the tokens of questions and answers. Texts held out for the recall have another seed.
 
     python bench/train_gate.py --out demo-model/gate.safetensors
+    python bench/train_gate.py --check demo-model/gate.safetensors
+
+The second tells how much of dense attention a gate finds, and how many partitions pass a threshold.
 
 Needs torch, transformers, tokenizers, safetensors and numpy; no GPU. The result depends on the seed and, in its last digits, on
 the machine.
@@ -22,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,10 +162,23 @@ def recall(scores_of, samples, length, counts):
     return got / all_
 
 
+@torch.no_grad()
+def passing(gate, samples, least):
+    """Mean number of candidates with a probability of at least `least`, over layers, KV heads and answering tokens."""
+    counts = []
+    for x, u, at, weight, _, _ in samples:
+        allowed = candidates(at, x.shape[2], gate.length)
+        said = gate(x, u, at).masked_fill(~allowed, -torch.inf).softmax(-1)
+        counts.append((said >= least).sum(-1)[..., weight == 1.0].float().flatten())
+    return float(torch.cat(counts).mean())
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(ROOT / "demo-model"))
-    parser.add_argument("--out", required=True)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", help="file to write")
+    where.add_argument("--check", help="file to read instead of training")
     parser.add_argument("--partition", type=int, default=32)
     parser.add_argument("--gate-dim", type=int, default=64)
     parser.add_argument("--texts", type=int, default=480)
@@ -183,10 +199,12 @@ def main():
             tokens = lengths[i % len(lengths)] - int(gen.rng.integers(0, 256))
             yield taps.sample(*text(gen, tokens, 24), a.partition)
 
-    train = list(samples(a.texts, a.seed, [1024, 2048, 2048, 4096]))
+    train = [] if a.check else list(samples(a.texts, a.seed, [1024, 2048, 2048, 4096]))
     held_out = list(samples(6, a.seed + 1000, [8192]))
-    print(f"{len(train)} texts, {sum(len(s[2]) for s in train)} queries, {time.time() - start:.0f} s", flush=True)
-    gate = Gate(taps, a.gate_dim, a.partition)
+    queries = sum(len(s[2]) for s in train or held_out)
+    print(f"{len(train or held_out)} texts, {queries} queries, {time.time() - start:.0f} s", flush=True)
+    tensors = load_file(a.check) if a.check else {}
+    gate = Gate(taps, tensors["layers.0.k_gate"].shape[1] if a.check else a.gate_dim, a.partition)
     counts = [2, 4, 8, 16, 32]
 
     def mean_key(sample):
@@ -205,6 +223,13 @@ def main():
     report("mean key ", mean_key)
     learned = lambda s: gate(*s[:3])
     report("untrained", learned)
+    if a.check:
+        for name, weights in [("k_gate", gate.k), ("q_gate", gate.q)]:
+            weights.data = torch.stack([tensors[f"layers.{layer}.{name}"].float() for layer in range(taps.layers)])
+        report("gate     ", learned)
+        for least in [0.001, 0.003, 0.01, 0.03]:
+            print(f"threshold {least}: {passing(gate, held_out, least):.1f} partitions on average")
+        return
     optimiser = torch.optim.Adam(gate.parameters(), lr=3e-3)
     steps = a.epochs * len(train)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: min(1, (i + 1) / 100) * (0.5 + 0.5 * np.cos(np.pi * i / steps)))
@@ -222,7 +247,6 @@ def main():
         if epoch % 4 == 3:
             report("gate     ", learned)
     with torch.no_grad():
-        tensors = {}
         for layer in range(taps.layers):
             for name, weights in [("k_gate", gate.k), ("q_gate", gate.q)]:
                 tensors[f"layers.{layer}.{name}"] = weights[layer].to(getattr(torch, a.dtype)).contiguous()
