@@ -3,7 +3,7 @@
 use ops::residency::SeatCounters;
 use ops::sparse::{DigestSpec, SelectionLimits};
 use ops::tier::{TierSpec, TierState};
-use ops::{Backend, KvGeometry, SeatIndex};
+use ops::{Backend, Gate, KvGeometry, SeatIndex};
 use sparse::trace::{Player, Recorder};
 
 use crate::Error;
@@ -33,6 +33,8 @@ pub struct KvSpec {
     pub tier: Option<TierSpec>,
     /// Digests, in the order by which methods name them.
     pub digests: Vec<DigestSpec>,
+    /// The weights of those that a gate makes.
+    pub gate: Option<Gate>,
     /// Bounds on selections; `None` where every request attends to everything.
     pub selections: Option<SelectionLimits>,
 }
@@ -40,7 +42,7 @@ pub struct KvSpec {
 impl KvSpec {
     /// For requests that all attend to everything, in unified memory.
     pub fn dense(geometry: KvGeometry, num_blocks: usize) -> Self {
-        KvSpec { geometry, num_blocks, tier: None, digests: Vec::new(), selections: None }
+        KvSpec { geometry, num_blocks, tier: None, digests: Vec::new(), gate: None, selections: None }
     }
 }
 
@@ -48,10 +50,12 @@ impl<B: Backend> DeviceKv<B> {
     /// A pool, and what goes with it.
     ///
     /// # Errors
-    /// Out of memory; partitions that do not fit the pages; an HBM tier that is too small.
+    /// Out of memory; partitions that do not fit the pages; a gate that is missing or does not fit; an HBM
+    /// tier that is too small.
     pub fn new(backend: &mut B, spec: &KvSpec) -> Result<Self, Error> {
         let KvSpec { geometry, num_blocks, tier, .. } = *spec;
-        let digests = spec.digests.iter().map(|&digest| backend.digests(digest, geometry, num_blocks));
+        let gate = spec.gate.as_ref();
+        let digests = spec.digests.iter().map(|&digest| backend.digests(digest, geometry, num_blocks, gate));
         let digests = digests.collect::<Result<_, _>>()?;
         let selection = match spec.selections {
             None => None,

@@ -8,6 +8,8 @@ use half::{bf16, f16};
 use ops::sparse::{DigestKind, DigestSpec, padded_width};
 use ops::{Batch, BlockIndex, DType, Error, KvGeometry, SequenceRows};
 
+use crate::gate::Gate;
+use crate::isa::Isa;
 use crate::memory::{Buffer, Shared};
 use crate::pack::k_per_step;
 use crate::pages::{HEAD_DIM_MAX, Kv, Pages};
@@ -22,14 +24,24 @@ pub struct Digests {
     /// Partitions that end in a block.
     per_block: usize,
     layers: Vec<Buffer<u8>>,
+    /// What makes them, where weights do.
+    gate: Option<Gate>,
 }
 
 impl Digests {
-    /// Digests for `num_blocks` blocks.
+    /// Digests for `num_blocks` blocks; those of a gate are made at `isa` by `threads`.
     ///
     /// # Errors
-    /// Partitions that do not fit pages; memory.
-    pub fn new(spec: DigestSpec, geometry: KvGeometry, num_blocks: usize) -> Result<Self, Error> {
+    /// Partitions that do not fit pages; a gate that does not fit; memory.
+    pub fn new(
+        spec: DigestSpec,
+        geometry: KvGeometry,
+        num_blocks: usize,
+        gate: Option<&ops::Gate>,
+        (isa, threads): (Isa, usize),
+    ) -> Result<Self, Error> {
+        ops::Gate::check(gate, spec, &geometry)?;
+        let gate = gate.filter(|_| matches!(spec.kind, DigestKind::Gate { .. }));
         let (partition, page) = (spec.partition_tokens, geometry.page_tokens);
         if partition == 0 || !(page.is_multiple_of(partition) || partition.is_multiple_of(page)) {
             return Err(Error::Unsupported(format!(
@@ -39,12 +51,19 @@ impl Digests {
         let layer_bytes = num_blocks.saturating_mul(spec.block_bytes(&geometry) / geometry.num_layers);
         let layers = (0..geometry.num_layers).map(|_| Buffer::zeroed(layer_bytes, "digests"));
         let per_block = spec.per_block(page);
-        Ok(Digests { spec, geometry, num_blocks, per_block, layers: layers.collect::<Result<_, _>>()? })
+        let layers = layers.collect::<Result<_, _>>()?;
+        let gate = gate.map(|gate| Gate::new(isa, gate, partition, threads)).transpose()?;
+        Ok(Digests { spec, geometry, num_blocks, per_block, layers, gate })
     }
 
     /// What they are.
     pub fn spec(&self) -> DigestSpec {
         self.spec
+    }
+
+    /// What makes them, where weights do.
+    pub(crate) fn gate(&self) -> Option<&Gate> {
+        self.gate.as_ref()
     }
 
     /// Bytes of one digest.
@@ -105,7 +124,7 @@ pub fn digest(pool: &mut Pool, digests: &mut Digests, kv: &Kv, layer: usize, bat
     }
     let to = Shared(digests.layers[layer].as_mut_ptr());
     let digests = &*digests;
-    pool.run(num_tasks, &|task, _| {
+    pool.run(num_tasks, &|task, thread| {
         let mut task = task;
         for s in batch.sequences {
             let partitions = completed(s, length);
@@ -117,10 +136,15 @@ pub fn digest(pool: &mut Pool, digests: &mut Digests, kv: &Kv, layer: usize, bat
             let pages = Pages::of(batch, s);
             let offset = digests.offset(pages.table, partition);
             let positions = partition * length..(partition + 1) * length;
+            // SAFETY: the pool says which thread this is.
+            let gate = digests.gate().map(|g| (g, unsafe { g.turn_to(positions.clone(), thread) }));
             for head in 0..digests.geometry.kv_heads {
                 let mut values = [0.0; 2 * HEAD_DIM_MAX];
                 let keys = Keys { kv, layer, pages, head, positions: positions.clone() };
-                summarise(digests.spec.kind, &keys, &mut values);
+                match gate {
+                    Some((gate, angles)) => gate.digest(&keys, angles, &mut values),
+                    None => summarise(digests.spec.kind, &keys, &mut values),
+                }
                 let width = digests.spec.kind.width(digests.geometry.head_dim);
                 // SAFETY: the digest lies in the layer, as `offset` checked, and belongs to this partition alone; rows
                 // of one batch complete a partition of a block once.
@@ -135,7 +159,7 @@ pub fn digest(pool: &mut Pool, digests: &mut Digests, kv: &Kv, layer: usize, bat
     });
 }
 
-/// The digest of `keys`, in f32 and not rounded.
+/// The digest of `keys`, in f32 and not rounded; not that of a gate.
 ///
 /// Sums run over positions in ascending order, so the digest depends on the keys alone.
 pub fn summarise(kind: DigestKind, keys: &Keys, to: &mut [f32; 2 * HEAD_DIM_MAX]) {
@@ -218,6 +242,20 @@ pub struct Keys<'a> {
 }
 
 impl Keys<'_> {
+    /// Visits number and channels of every key, in order of positions.
+    pub(crate) fn each_key(&self, mut visit: impl FnMut(usize, &[f32])) {
+        let mut values = [0.0; HEAD_DIM_MAX];
+        for (i, position) in self.positions.clone().enumerate() {
+            let key = Keys { positions: position..position + 1, ..*self };
+            match self.kv.geometry().dtype {
+                DType::F32 => key.each(|k: &[u8; 4]| f32::from_le_bytes(*k), |c, k| values[c] = k),
+                DType::F16 => key.each(|k: &[u8; 2]| f16::from_le_bytes(*k).to_f32(), |c, k| values[c] = k),
+                DType::Bf16 => key.each(|k: &[u8; 2]| bf16::from_le_bytes(*k).to_f32(), |c, k| values[c] = k),
+            }
+            visit(i, &values[..self.kv.geometry().head_dim]);
+        }
+    }
+
     /// Visits channel and value of every key, in order of positions.
     fn each<const BYTES: usize>(
         &self,

@@ -16,6 +16,7 @@ mod attention;
 pub mod bench;
 pub mod ceiling;
 mod digest;
+mod gate;
 mod gemm;
 mod isa;
 mod memory;
@@ -151,8 +152,9 @@ impl Backend for CpuBackend {
         spec: DigestSpec,
         geometry: KvGeometry,
         num_blocks: usize,
+        gate: Option<&ops::Gate>,
     ) -> Result<Digests, Error> {
-        Digests::new(spec, geometry, num_blocks)
+        Digests::new(spec, geometry, num_blocks, gate, (self.isa, self.pool.threads()))
     }
 
     fn selection(&mut self, limits: SelectionLimits) -> Result<(Selections, u64), Error> {

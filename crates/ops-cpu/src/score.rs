@@ -47,6 +47,7 @@ pub fn score(
     batch.check(geometry.page_tokens);
     selection.plan(layer, batch);
     let Some(num_tasks) = selection.rows.last().map(|r| r.tasks_end).filter(|&n| n > 0) else { return };
+    gate_queries(pool, selection, digests, layer, qkv, heads);
     let scores = Shared(selection.scores.as_mut_ptr());
     let selection = &*selection;
     pool.run(num_tasks, &|task, thread| {
@@ -91,8 +92,12 @@ pub fn score(
                     }
                 }
             }
-            Score::Digest { digests: index } => {
+            Score::Digest { digests: index } | Score::Gate { digests: index } => {
                 let digests = &digests[index as usize];
+                let queries = match method.score {
+                    Score::Gate { .. } => selection.gated_of(place),
+                    _ => qkv.row(row.row),
+                };
                 assert_eq!(digests.spec().partition_tokens, method.partition_tokens, "digests of the method");
                 let work = ScoreRun {
                     method,
@@ -100,7 +105,7 @@ pub fn score(
                     kv,
                     layer,
                     pages: Pages::of(batch, &batch.sequences[row.sequence]),
-                    queries: qkv.row(row.row),
+                    queries,
                     heads,
                     context: row.position + 1,
                     run,
@@ -119,6 +124,36 @@ pub fn score(
     });
 }
 
+/// Makes the queries of the rows that a gate scores.
+fn gate_queries(
+    pool: &mut Pool,
+    selection: &mut Selections,
+    digests: &[Digests],
+    layer: usize,
+    qkv: &CpuTensor,
+    heads: HeadShape,
+) {
+    let is_gated = |score| matches!(score, Score::Gate { .. });
+    if !selection.rows.iter().any(|row| is_gated(row.method.score)) {
+        return;
+    }
+    let HeadShape { kv_heads, head_dim, .. } = heads;
+    let to = Shared(selection.gated.as_mut_ptr());
+    let rows = &selection.rows;
+    pool.run(rows.len() * kv_heads, &|task, _| {
+        let row = &rows[task / kv_heads];
+        let (Score::Gate { digests: index }, true) = (row.method.score, row.plan.is_some()) else { return };
+        assert!(!row.method.open_competes, "a gate has no digest of an open partition");
+        let Some(gate) = digests[index as usize].gate() else { panic!("digests of a gate") };
+        let head = task % kv_heads;
+        let cols = heads.group() * head_dim;
+        let queries = &qkv.row(row.row)[head * cols..][..cols];
+        // SAFETY: the memory of this row and head, as large as a head, is this task's.
+        let to = unsafe { std::slice::from_raw_parts_mut(to.at(task * head_dim), head_dim) };
+        gate.query(layer, head, queries, row.position, to);
+    });
+}
+
 /// A run of partitions for one row. The scores of these partitions are written to `scores`, and are nobody else's.
 struct ScoreRun<'a> {
     method: &'a Method,
@@ -126,6 +161,7 @@ struct ScoreRun<'a> {
     kv: &'a Kv,
     layer: usize,
     pages: Pages<'a>,
+    /// Of the row; where a gate scores, one of head_dim values per KV head.
     queries: &'a [f32],
     heads: HeadShape,
     context: usize,
@@ -255,6 +291,10 @@ impl ScoreRun<'_> {
 #[inline(always)]
 fn lift(w: &ScoreRun, kind: DigestKind, head: usize, line: usize, to: &mut [f32; LIFTED_MAX]) {
     let (group, d) = (w.heads.group(), w.heads.head_dim);
+    if let DigestKind::Gate { dim } = kind {
+        to[..dim].copy_from_slice(&w.queries[head * d..][..dim]);
+        return;
+    }
     let query_lines = w.method.query_lines(w.heads);
     if line == query_lines {
         // The last value of the digest, as it is.

@@ -4,7 +4,7 @@
 //! still belongs is found bit by bit, each bit by counting how many are as large. That is 32 passes over an array in the
 //! first-level cache at 16 lanes a step, 1 us for 1,024 partitions, whatever they hold.
 
-use ops::sparse::{Method, Reduce, RowPlan, Scope, bitmap_words, mark, order_key};
+use ops::sparse::{Method, Reduce, RowPlan, Rule, Scope, bitmap_words, mark, order_key};
 use ops::{Batch, HeadShape};
 
 use crate::isa::{Isa, Kernel};
@@ -105,7 +105,8 @@ impl Kernel for SelectRow<'_> {
                 for &outlier in &*outliers {
                     masked[outlier as usize - first] = f32::NEG_INFINITY;
                 }
-                let softmax = method.softmax.then(|| Softmax::over(s, masked, heads.head_dim));
+                let softmax =
+                    method.softmax.then(|| Softmax::over(s, masked, method.softmax_scale(heads.head_dim)));
                 reduce(s, reduced, masked, softmax, method.reduce, i + line == 0);
             }
         }
@@ -127,7 +128,10 @@ impl Kernel for SelectRow<'_> {
             // Below every score.
             keys[outlier as usize - first] = 0;
         }
-        each_best(keys, plan.take, |i| take_in(first + i));
+        each_best(keys, plan.take, |i| match method.rule {
+            Rule::Threshold(least) if reduced[i] < least => {}
+            _ => take_in(first + i),
+        });
     }
 }
 
@@ -140,10 +144,10 @@ struct Softmax {
 }
 
 impl Softmax {
-    /// Over `scores / sqrt(head_dim)`.
+    /// Over `scores / sqrt(scale)`.
     #[inline(always)]
-    fn over<S: Simd>(s: S, scores: &[f32], head_dim: usize) -> Self {
-        let factor = std::f32::consts::LOG2_E / (head_dim as f32).sqrt();
+    fn over<S: Simd>(s: S, scores: &[f32], scale: usize) -> Self {
+        let factor = std::f32::consts::LOG2_E / (scale as f32).sqrt();
         let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let mut softmax = Softmax { max, factor, sum: 1.0 };
         let mut sum = 0.0;

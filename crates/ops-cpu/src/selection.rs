@@ -18,6 +18,8 @@ pub struct Selections {
     pub(crate) rows: Vec<PlannedRow>,
     /// `[place][kv head][line][partition]`.
     pub(crate) scores: Buffer<f32>,
+    /// Queries of a gate, `[place][kv head][head_dim]`.
+    pub(crate) gated: Buffer<f32>,
     /// `[place][kv head][word]`.
     pub(crate) bits: Vec<u64>,
     /// Pages with a selected slot, `[place][kv head]`.
@@ -74,6 +76,7 @@ impl Selections {
             limits,
             rows: Vec::with_capacity(limits.rows_max),
             scores: Buffer::zeroed(heads * limits.lines_max * partitions, "scores")?,
+            gated: Buffer::zeroed(heads * limits.heads.head_dim, "queries of a gate")?,
             bits: vec![0; heads * bitmap_words(limits.context_max)],
             pages: vec![0; heads],
             threads: PerThread::new(threads, || Scratch {
@@ -90,7 +93,11 @@ impl Selections {
     pub fn bytes(&mut self) -> u64 {
         let scratch: usize = self.threads.iter_mut().map(|t| t.bytes()).sum();
         let rows = self.rows.capacity() * size_of::<PlannedRow>();
-        (4 * self.scores.len() + 8 * self.bits.len() + 4 * self.pages.len() + scratch + rows) as u64
+        (4 * (self.scores.len() + self.gated.len())
+            + 8 * self.bits.len()
+            + 4 * self.pages.len()
+            + scratch
+            + rows) as u64
     }
 
     /// The selection of a sparse row and KV head as a bitmap of slots, and how many pages it touches; `None` if the row
@@ -107,6 +114,12 @@ impl Selections {
     /// Number of sparse rows, and whether the one at `place` is row `row` of the batch.
     pub fn is_of(&self, place: usize, row: usize) -> bool {
         self.rows.get(place).is_some_and(|r| r.row == row)
+    }
+
+    /// The queries that a gate made for a row, `[kv head][head_dim]`.
+    pub(crate) fn gated_of(&self, place: usize) -> &[f32] {
+        let cols = self.limits.heads.kv_heads * self.limits.heads.head_dim;
+        &self.gated.as_slice()[place * cols..][..cols]
     }
 
     /// The scores of a line.

@@ -4,7 +4,7 @@ use crate::residency::SeatCounters;
 use crate::sample::{SampleOutput, SampleRow};
 use crate::sparse::{DigestSpec, SelectionLimits};
 use crate::tier::{TierSpec, TierState, TooSmall};
-use crate::{Batch, BlockIndex, DType, HeadShape, KvGeometry, SeatIndex};
+use crate::{Batch, BlockIndex, DType, Gate, HeadShape, KvGeometry, SeatIndex};
 
 /// Why a backend refused or failed.
 #[derive(Debug, thiserror::Error)]
@@ -136,12 +136,13 @@ pub trait Backend {
     ) -> Result<Self::Kv, Error>;
 
     /// Digests for a pool of `num_blocks` blocks of `geometry`: `num_blocks * spec.block_bytes(geometry)` bytes, which
-    /// may be committed lazily.
+    /// may be committed lazily. Those of a gate need its weights, which are copied.
     fn digests(
         &mut self,
         spec: DigestSpec,
         geometry: KvGeometry,
         num_blocks: usize,
+        gate: Option<&Gate>,
     ) -> Result<Self::Digests, Error>;
 
     /// Memory for the selections of a step, and its size in bytes.

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use crate::{HeadShape, KvGeometry, Random};
+use crate::{Gate, HeadShape, KvGeometry, Random};
 
 /// How a sequence attends. Rows of its prompt always attend to everything before them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -37,6 +37,11 @@ pub enum DigestKind {
     /// `[mean_j k_j | min_j cos(k_j, mean)]`: ShadowKV's landmark (Sun et al. 2024), and how well it stands for the worst of
     /// its keys.
     Landmark,
+    /// What a learned gate makes of the keys' extremes and mean (SeerAttention-R, Gao et al. 2025): [`crate::Gate`] says how.
+    Gate {
+        /// Values per digest; 0 as long as nobody has read the weights, which say.
+        dim: usize,
+    },
 }
 
 impl DigestKind {
@@ -46,6 +51,7 @@ impl DigestKind {
             DigestKind::MinMax | DigestKind::CuboidMean => 2 * head_dim,
             DigestKind::Mean => head_dim,
             DigestKind::Landmark => head_dim + 1,
+            DigestKind::Gate { dim } => dim,
         }
     }
 }
@@ -71,6 +77,18 @@ impl DigestSpec {
     pub const fn block_bytes(&self, geometry: &KvGeometry) -> usize {
         let digest = padded_width(self.kind.width(geometry.head_dim)) * geometry.dtype.bytes();
         geometry.num_layers * geometry.kv_heads * self.per_block(geometry.page_tokens) * digest
+    }
+}
+
+impl DigestSpec {
+    /// The same, with the size that the weights of `gate` give to its digests.
+    pub fn with_gate(self, gate: Option<&Gate>) -> Self {
+        match (self.kind, gate) {
+            (DigestKind::Gate { .. }, Some(gate)) => {
+                DigestSpec { kind: DigestKind::Gate { dim: gate.dim }, ..self }
+            }
+            _ => self,
+        }
     }
 }
 
@@ -108,6 +126,33 @@ pub enum Score {
         /// Index into the digests that the device was given.
         digests: u16,
     },
+    /// `q . k / sqrt(dim)` of a gate's query and the digests with this index, of [`DigestKind::Gate`]; one score per KV head.
+    /// An open partition has none: it must be attended, not [compete](Method::open_competes).
+    Gate {
+        /// Index into the digests that the device was given.
+        digests: u16,
+    },
+}
+
+impl Score {
+    /// The same with the digests of this index, where it reads digests.
+    pub const fn with_digests(self, digests: u16) -> Self {
+        match self {
+            Score::Digest { .. } => Score::Digest { digests },
+            Score::Gate { .. } => Score::Gate { digests },
+            other => other,
+        }
+    }
+}
+
+/// Which candidates are selected.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Rule {
+    /// As many of the best as the budget holds.
+    Top,
+    /// Of these, the ones with at least this probability: [`Method::softmax`] must be set. So fewer than the budget holds and
+    /// than [`Method::take_min`], none if no candidate is so likely.
+    Threshold(f32),
 }
 
 /// How the scores of the query heads of a scope become one.
@@ -146,7 +191,7 @@ pub struct Always {
 }
 
 /// A sparse method as the operations of a device see it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Method {
     /// Layers from the first on that attend to everything.
     pub dense_layers: usize,
@@ -157,7 +202,7 @@ pub struct Method {
     /// How scores of a scope become one.
     pub reduce: Reduce,
     /// Whether the scores of each query head become probabilities first: a softmax over the candidates of
-    /// `score / sqrt(head_dim)`.
+    /// `score / sqrt(head_dim)`; those of [`Score::Gate`] are scaled already.
     pub softmax: bool,
     /// Who shares a selection.
     pub scope: Scope,
@@ -168,6 +213,8 @@ pub struct Method {
     pub open_competes: bool,
     /// Partitions that are selected at least.
     pub take_min: usize,
+    /// Which candidates are selected.
+    pub rule: Rule,
 }
 
 /// What a row with a given context and budget attends to.
@@ -271,6 +318,14 @@ impl Method {
         match self.score {
             Score::Digest { .. } => heads.group() + 1,
             _ => 1,
+        }
+    }
+
+    /// Scores become probabilities by a softmax of score over the square root of this.
+    pub const fn softmax_scale(&self, head_dim: usize) -> usize {
+        match self.score {
+            Score::Gate { .. } => 1,
+            _ => head_dim,
         }
     }
 
@@ -441,6 +496,7 @@ mod tests {
             always: Always { sink_tokens: 0, recent_tokens: 1, generated_tokens: 0, outliers: 0 },
             open_competes: false,
             take_min: 1,
+            rule: Rule::Top,
         }
     }
 

@@ -4,11 +4,11 @@
 use std::path::PathBuf;
 
 use engine::{ModelRunner, Runner};
-use model::{DeviceKv, KvSpec, Limits, Model, Source, Workspace, kv_geometry};
+use model::{DeviceKv, KvSpec, Limits, Model, ModelConfig, Rope, Source, Workspace, kv_geometry};
 use ops::sample::{SampleOutput, SampleRow, SamplingParams};
 use ops::sparse::{Attention, Method, SelectionLimits};
 use ops::tier::{TierSpec, TooSmall};
-use ops::{Batch, BlockIndex, DType, Random, SeatIndex, SequenceRows};
+use ops::{Batch, BlockIndex, DType, Gate, Random, SeatIndex, SequenceRows};
 use ops_cpu::{CpuBackend, CpuOptions};
 use sparse::Served;
 
@@ -19,7 +19,7 @@ const CONTEXT: usize = 700;
 const SEQUENCES: usize = 3;
 
 /// Policies of the sequences, one each. The sequences before them are the same, dense.
-const POLICIES: [&str; SEQUENCES] = ["quest", "arkvale:sinks=16:window=16", "random:partition=4"];
+const POLICIES: [&str; SEQUENCES] = ["quest", "seerattention:threshold=0.02", "random:partition=4"];
 /// Tokens of the prompts of sequences that attend sparsely.
 const PROMPT: usize = 150;
 
@@ -32,6 +32,17 @@ struct Device {
     quota: u32,
     vocab: usize,
     methods: Vec<Method>,
+}
+
+/// A gate with random weights.
+fn gate(config: &ModelConfig) -> Gate {
+    let (heads, num_layers, rope) = (config.heads, config.num_layers, Rope::new(&config.rope));
+    let dim = heads.head_dim / 2;
+    let mut random = Random::new(5);
+    let rows = num_layers * heads.kv_heads * dim;
+    let mut weights = |cols: usize| (0..rows * cols).map(|_| random.normal()).collect();
+    let (k, q) = (weights(3 * heads.head_dim), weights(heads.group() * heads.head_dim));
+    Gate { heads, num_layers, dim, k, q, inv_freq: rope.inv_freq().to_vec(), scale: rope.scale() }
 }
 
 fn load(folder: &str, dtype: DType, threads: usize) -> Device {
@@ -51,7 +62,8 @@ fn load_tiered(folder: &str, dtype: DType, threads: usize, hbm: Option<u64>) -> 
     let (served, variants) = Served::variants(&POLICIES.map(str::to_owned)).expect("policies");
     let methods: Vec<Method> = variants.iter().filter_map(|v| v.method).collect();
     let limits = SelectionLimits::new(&methods, model.config().heads, PAGE_TOKENS, ROWS_MAX, CONTEXT);
-    let digests = served.digests().to_vec();
+    let gate = gate(model.config());
+    let digests = served.digests().iter().map(|d| d.with_gate(Some(&gate))).collect();
     let tier = hbm.map(|more| {
         let spec = TierSpec {
             bytes: 0,
@@ -66,7 +78,13 @@ fn load_tiered(folder: &str, dtype: DType, threads: usize, hbm: Option<u64>) -> 
     });
     let extents = tier.map_or(0, |tier| tier.layout(&geometry).expect("large enough").extents);
     let quota = (extents / geometry.num_layers / SEQUENCES) as u32;
-    let spec = KvSpec { tier, digests, selections: Some(limits), ..KvSpec::dense(geometry, num_blocks) };
+    let spec = KvSpec {
+        tier,
+        digests,
+        gate: Some(gate),
+        selections: Some(limits),
+        ..KvSpec::dense(geometry, num_blocks)
+    };
     let kv = DeviceKv::new(&mut backend, &spec).expect("memory");
     let vocab = model.config().vocab_size;
     Device { runner: ModelRunner::new(backend, model, workspace, kv), quota, vocab, methods }

@@ -1,7 +1,7 @@
 //! `arkvale`: Quest's score on a tighter box around each partition's keys, with sinks and a window. The method that the
 //! SparseServe paper builds on.
 
-use ops::sparse::{Always, DigestKind, DigestSpec, Method, Reduce, Scope, Score};
+use ops::sparse::{Always, DigestKind, DigestSpec, Method, Reduce, Rule, Scope, Score};
 
 use crate::{Error, OptionDoc, Options, Policy, Setup};
 
@@ -49,6 +49,7 @@ fn build(options: &mut Options) -> Result<Setup, Error> {
         },
         open_competes: false,
         take_min: 1,
+        rule: Rule::Top,
     };
     let digest = DigestSpec { kind: DigestKind::CuboidMean, partition_tokens };
     Ok(Setup { digest: Some(digest), method: Some(method) })

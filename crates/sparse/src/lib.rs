@@ -19,6 +19,7 @@ mod options;
 mod quest;
 mod random;
 mod replay;
+mod seerattention;
 mod served;
 mod shadowkv;
 mod streaming;
@@ -28,7 +29,7 @@ use ops::sparse::{DigestSpec, Method};
 
 pub use budget::Budget;
 pub use options::{OptionDoc, Options};
-pub use served::{Served, Variant};
+pub use served::{GATE_OF_MODEL, Served, Variant};
 
 /// A sparse method that users can name.
 #[derive(Debug)]
@@ -46,7 +47,7 @@ pub struct Policy {
 }
 
 /// All policies.
-pub const POLICIES: [&Policy; 7] = [
+pub const POLICIES: [&Policy; 8] = [
     &dense::DENSE,
     &streaming::STREAMING,
     &random::RANDOM,
@@ -54,12 +55,14 @@ pub const POLICIES: [&Policy; 7] = [
     &arkvale::ARKVALE,
     &shadowkv::SHADOWKV,
     &replay::REPLAY,
+    &seerattention::SEERATTENTION,
 ];
 
 /// What a policy needs of a server and asks of a device.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Setup {
-    /// Digests that it scores; its method names them as number 0 until a server gives them their place.
+    /// Digests that it scores; its method names them as number 0 until a server gives them their place. Those of a gate have the
+    /// size 0 until its weights are read.
     pub digest: Option<DigestSpec>,
     /// How it selects; `None` attends to everything.
     pub method: Option<Method>,
@@ -111,6 +114,14 @@ pub enum Error {
     Fixed {
         /// The option.
         what: &'static str,
+    },
+    /// Weights for which there is only one place.
+    #[error("the option gate is {one:?} and {other:?}; a server has one gate")]
+    TwoGates {
+        /// As asked for.
+        one: String,
+        /// As asked for.
+        other: String,
     },
     /// A budget that is none.
     #[error("the budget is {value:?}; it must be a number of tokens, or a share of the prompt like 12.5%")]

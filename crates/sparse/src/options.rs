@@ -46,6 +46,11 @@ impl Options {
         self.0.keys().next().map(String::as_str)
     }
 
+    /// The value of one of them.
+    pub(crate) fn get(&self, option: &str) -> Option<&str> {
+        self.0.get(option).map(String::as_str)
+    }
+
     /// Takes a whole number out, at least `least` and at most `most`.
     pub(crate) fn number<N: FromStr + PartialOrd + std::fmt::Display + Copy>(
         &mut self,
@@ -59,6 +64,15 @@ impl Options {
             Ok(number) if (least..=most).contains(&number) => Ok(number),
             _ => Err(Error::BadValue { option, value, allowed: format!("a number from {least} to {most}") }),
         }
+    }
+
+    /// Takes a text out that is not empty.
+    pub(crate) fn text(&mut self, option: &'static str, default: &str) -> Result<String, Error> {
+        let value = self.0.remove(option).unwrap_or_else(|| default.into());
+        if value.is_empty() {
+            return Err(Error::BadValue { option, value, allowed: "something".into() });
+        }
+        Ok(value)
     }
 
     /// Takes a choice out; the first is the default.

@@ -1,6 +1,6 @@
 //! `quest`: an upper bound of every token's score, from the extremes of each partition's keys.
 
-use ops::sparse::{Always, DigestKind, DigestSpec, Method, Reduce, Scope, Score};
+use ops::sparse::{Always, DigestKind, DigestSpec, Method, Reduce, Rule, Scope, Score};
 
 use crate::{Error, OptionDoc, Options, Policy, Setup};
 
@@ -54,6 +54,7 @@ fn build(options: &mut Options) -> Result<Setup, Error> {
         open_competes: competes,
         // The authors' evaluation never selects fewer than three pages, their kernels force the current one.
         take_min: if competes { 3 } else { 1 },
+        rule: Rule::Top,
     };
     Ok(Setup {
         digest: Some(DigestSpec { kind: DigestKind::MinMax, partition_tokens }),

@@ -1,6 +1,6 @@
 //! `random`: partitions by lot. The other half of the floor that any method must beat.
 
-use ops::sparse::{Always, Method, Reduce, Scope, Score};
+use ops::sparse::{Always, Method, Reduce, Rule, Scope, Score};
 
 use crate::{Error, OptionDoc, Options, Policy, Setup};
 
@@ -42,6 +42,7 @@ fn build(options: &mut Options) -> Result<Setup, Error> {
         },
         open_competes: false,
         take_min: 1,
+        rule: Rule::Top,
     };
     Ok(Setup { digest: None, method: Some(method) })
 }

@@ -1,7 +1,7 @@
 //! `replay`: partitions by lots that are drawn anew now and then, so that consecutive selections share a stated part. For
 //! benches of caches: no model selects like this, but its locality is known.
 
-use ops::sparse::{Always, Method, Reduce, Scope, Score};
+use ops::sparse::{Always, Method, Reduce, Rule, Scope, Score};
 
 use crate::{Error, OptionDoc, Options, Policy, Setup};
 
@@ -50,6 +50,7 @@ fn build(options: &mut Options) -> Result<Setup, Error> {
         },
         open_competes: false,
         take_min: 1,
+        rule: Rule::Top,
     };
     Ok(Setup { digest: None, method: Some(method) })
 }

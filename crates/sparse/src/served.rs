@@ -1,6 +1,6 @@
 //! The policies that a server offers.
 
-use ops::sparse::{DigestSpec, Method, Score};
+use ops::sparse::{DigestKind, DigestSpec, Method};
 
 use crate::{Error, Options, Policy, Setup};
 
@@ -20,7 +20,11 @@ pub struct Variant {
 pub struct Served {
     policies: Vec<(&'static Policy, Options)>,
     digests: Vec<DigestSpec>,
+    gate: Option<String>,
 }
+
+/// The gate that comes with a model, where a file is asked for.
+pub const GATE_OF_MODEL: &str = "model";
 
 impl Served {
     /// Offers the policies called `names`, the first by default. `options` are those of the first; the others have their
@@ -29,19 +33,14 @@ impl Served {
     /// # Errors
     /// Names and options that do not exist.
     pub fn new<'a>(names: impl IntoIterator<Item = &'a str>, options: &Options) -> Result<Self, Error> {
-        let mut served = Served { policies: Vec::new(), digests: Vec::new() };
+        let mut served = Served { policies: Vec::new(), digests: Vec::new(), gate: None };
         for name in names {
             let policy = Policy::named(name)?;
             if served.policies.iter().any(|(known, _)| known.name == policy.name) {
                 continue;
             }
             let options = if served.policies.is_empty() { options.clone() } else { Options::default() };
-            if let Some(digest) = policy.setup(&options)?.digest
-                && !served.digests.contains(&digest)
-            {
-                served.digests.push(digest);
-            }
-            served.policies.push((policy, options));
+            served.offer(policy, options)?;
         }
         Ok(served)
     }
@@ -51,19 +50,12 @@ impl Served {
     /// # Errors
     /// Names and options that do not exist.
     pub fn variants(specs: &[String]) -> Result<(Self, Vec<Variant>), Error> {
-        let mut served = Served { policies: Vec::new(), digests: Vec::new() };
+        let mut served = Served { policies: Vec::new(), digests: Vec::new(), gate: None };
         let mut setups = Vec::new();
         for spec in specs {
             let (name, options) = spec.split_once(':').unwrap_or((spec, ""));
             let (policy, options) = (Policy::named(name)?, Options::parse(&options.replace(':', ","))?);
-            let setup = policy.setup(&options)?;
-            if let Some(digest) = setup.digest
-                && !served.digests.contains(&digest)
-            {
-                served.digests.push(digest);
-            }
-            served.policies.push((policy, options));
-            setups.push((spec.clone(), setup));
+            setups.push((spec.clone(), served.offer(policy, options)?));
         }
         let variant = |(name, setup)| Ok(Variant { name, method: served.place(setup)? });
         let variants = setups.into_iter().map(variant).collect::<Result<_, _>>()?;
@@ -72,7 +64,29 @@ impl Served {
 
     /// Nothing but dense attention.
     pub fn dense() -> Self {
-        Served { policies: vec![(&crate::dense::DENSE, Options::default())], digests: Vec::new() }
+        Served { policies: vec![(&crate::dense::DENSE, Options::default())], digests: Vec::new(), gate: None }
+    }
+
+    fn offer(&mut self, policy: &'static Policy, options: Options) -> Result<Setup, Error> {
+        let setup = policy.setup(&options)?;
+        if let Some(digest) = setup.digest {
+            if let DigestKind::Gate { .. } = digest.kind {
+                let file = options.get("gate").unwrap_or(GATE_OF_MODEL).to_owned();
+                if let Some(other) = self.gate.replace(file.clone()).filter(|other| *other != file) {
+                    return Err(Error::TwoGates { one: other, other: file });
+                }
+            }
+            if !self.digests.contains(&digest) {
+                self.digests.push(digest);
+            }
+        }
+        self.policies.push((policy, options));
+        Ok(setup)
+    }
+
+    /// The file with the gate that a policy on offer needs, or [`GATE_OF_MODEL`].
+    pub fn gate(&self) -> Option<&str> {
+        self.gate.as_deref()
     }
 
     /// Digests that the device must keep.
@@ -128,6 +142,9 @@ impl Served {
         if asked.map(|m| m.partition_tokens) != served.map(|m| m.partition_tokens) {
             return Err(Error::Fixed { what: "the option partition" });
         }
+        if options.get("gate").is_some_and(|file| self.gate() != Some(file)) {
+            return Err(Error::Fixed { what: "the option gate" });
+        }
         Ok((policy.name, asked))
     }
 
@@ -137,12 +154,14 @@ impl Served {
         let (Some(digest), Some(method)) = (digest, method) else { return Ok(method) };
         let index = self.digests.iter().position(|d| *d == digest);
         let index = index.ok_or(Error::Fixed { what: "the option partition" })?;
-        Ok(Some(Method { score: Score::Digest { digests: index as u16 }, ..method }))
+        Ok(Some(Method { score: method.score.with_digests(index as u16), ..method }))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use ops::sparse::{Rule, Score};
+
     use super::*;
 
     fn options(pairs: &[(&str, &str)]) -> Options {
@@ -182,6 +201,30 @@ mod tests {
             refused("arkvale", &[("window", "-1")]),
             "the option window is \"-1\"; it must be a number from 0 to 1048576"
         );
+    }
+
+    #[test]
+    fn a_server_has_one_gate() {
+        let served = Served::new(["quest", "seerattention"], &Options::default()).unwrap();
+        assert_eq!(served.gate(), Some(GATE_OF_MODEL));
+        let method = |pairs: &[(&str, &str)]| served.method(Some("seerattention"), &options(pairs));
+        let likely = method(&[("threshold", "0.25"), ("gate", "model")]).unwrap().1.unwrap();
+        assert_eq!((likely.score, likely.rule), (Score::Gate { digests: 1 }, Rule::Threshold(0.25)));
+        assert_eq!(method(&[("threshold", "0")]).unwrap().1.unwrap().rule, Rule::Top);
+        let error = |pairs: &[(&str, &str)]| method(pairs).unwrap_err().to_string();
+        assert!(error(&[("gate", "/etc/passwd")]).starts_with("the option gate is fixed"));
+        for bad in ["2", "-0.1", "NaN", "half"] {
+            let line = format!("the option threshold is {bad:?}; it must be a number from 0 to 1");
+            assert_eq!(error(&[("threshold", bad)]), line);
+        }
+        assert_eq!(error(&[("gate", "")]), "the option gate is \"\"; it must be something");
+        assert_eq!(Served::new(["quest"], &Options::default()).unwrap().gate(), None);
+        let two = ["seerattention:gate=a", "seerattention:gate=b:partition=64"].map(str::to_owned);
+        let error = Served::variants(&two).unwrap_err().to_string();
+        assert_eq!(error, "the option gate is \"a\" and \"b\"; a server has one gate");
+        let (served, variants) =
+            Served::variants(&["quest", "seerattention:gate=a"].map(str::to_owned)).unwrap();
+        assert_eq!((served.gate(), served.digests().len(), variants.len()), (Some("a"), 2, 2));
     }
 
     #[test]

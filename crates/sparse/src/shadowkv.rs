@@ -1,6 +1,6 @@
 //! `shadowkv`: small chunks by the mean of their keys, with those kept apart that no mean stands for. One of SPIN's methods.
 
-use ops::sparse::{Always, DigestKind, DigestSpec, Method, Reduce, Scope, Score};
+use ops::sparse::{Always, DigestKind, DigestSpec, Method, Reduce, Rule, Scope, Score};
 
 use crate::{Error, OptionDoc, Options, Policy, Setup};
 
@@ -52,6 +52,7 @@ fn build(options: &mut Options) -> Result<Setup, Error> {
         },
         open_competes: false,
         take_min: 1,
+        rule: Rule::Top,
     };
     Ok(Setup {
         digest: Some(DigestSpec { kind: DigestKind::Landmark, partition_tokens }),

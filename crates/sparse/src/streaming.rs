@@ -1,6 +1,6 @@
 //! `streaming`: the first tokens and the latest ones. Half of the floor that any method must beat.
 
-use ops::sparse::{Always, Method, Reduce, Scope, Score};
+use ops::sparse::{Always, Method, Reduce, Rule, Scope, Score};
 
 use crate::{Error, OptionDoc, Options, Policy, Setup};
 
@@ -25,6 +25,7 @@ fn build(options: &mut Options) -> Result<Setup, Error> {
         always: Always { sink_tokens, recent_tokens: 1, generated_tokens: 0, outliers: 0 },
         open_competes: false,
         take_min: 0,
+        rule: Rule::Top,
     };
     Ok(Setup { digest: None, method: Some(method) })
 }

@@ -5,9 +5,10 @@ use super::{
     tensor,
 };
 use crate::sparse::{
-    Always, Attention, DigestKind, DigestSpec, Method, Reduce, Scope, Score, SelectionLimits, bitmap_words,
+    Always, Attention, DigestKind, DigestSpec, Method, Reduce, Rule, Scope, Score, SelectionLimits,
+    bitmap_words,
 };
-use crate::{Backend, BlockIndex, DType, HeadShape, KvGeometry, SPLIT_TOKENS};
+use crate::{Backend, BlockIndex, DType, Gate, HeadShape, KvGeometry, SPLIT_TOKENS};
 
 const LAYER: usize = 1;
 
@@ -47,6 +48,7 @@ fn method(partition_tokens: usize, score: Score) -> Method {
         always: Always { sink_tokens: 0, recent_tokens: 1, generated_tokens: 0, outliers: 0 },
         open_competes: false,
         take_min: 1,
+        rule: Rule::Top,
     }
 }
 
@@ -55,54 +57,84 @@ fn cases() -> Vec<Case> {
     let by = |digests| Score::Digest { digests };
     let sinks = Always { sink_tokens: 20, recent_tokens: 33, generated_tokens: 0, outliers: 0 };
     let none = Always { sink_tokens: 0, recent_tokens: 0, generated_tokens: 0, outliers: 0 };
+    let gate = |dim| DigestKind::Gate { dim };
+    let gated = |digests| Score::Gate { digests };
     let shadow = Always { sink_tokens: 0, recent_tokens: 32, generated_tokens: 20, outliers: 9 };
     vec![
         Case {
             heads: heads_of(8, 2, 64),
             page_tokens: 16,
-            digests: vec![spec(DigestKind::MinMax, 16), spec(DigestKind::CuboidMean, 32)],
+            digests: vec![spec(DigestKind::MinMax, 16), spec(DigestKind::CuboidMean, 32), spec(gate(64), 32)],
             methods: vec![
                 method(16, by(0)),
                 Method { always: none, open_competes: true, take_min: 3, ..method(16, by(0)) },
                 Method { always: sinks, scope: Scope::Layer, ..method(32, by(1)) },
                 Method { dense_layers: LAYER + 1, ..method(32, by(1)) },
+                method(32, gated(2)),
             ],
         },
         Case {
             heads: heads_of(3, 3, 80),
             page_tokens: 32,
-            digests: vec![spec(DigestKind::Mean, 8), spec(DigestKind::Landmark, 8)],
+            digests: vec![spec(DigestKind::Mean, 8), spec(DigestKind::Landmark, 8), spec(gate(40), 8)],
             methods: vec![
                 Method { always: sinks, reduce: Reduce::Max, softmax: true, ..method(8, by(0)) },
                 Method { always: shadow, reduce: Reduce::Max, softmax: true, ..method(8, by(1)) },
                 Method { always: shadow, ..method(8, by(1)) },
                 method(4, Score::Random { seed: 3 }),
                 method(8, Score::Replay { seed: 5, overlap_permille: 850 }),
+                Method { softmax: true, rule: Rule::Threshold(0.03), ..method(8, gated(2)) },
                 Method { scope: Scope::Layer, reduce: Reduce::Max, ..method(8, by(0)) },
             ],
         },
         Case {
             heads: heads_of(6, 1, 96),
             page_tokens: 8,
-            digests: vec![spec(DigestKind::MinMax, 64), spec(DigestKind::CuboidMean, 8)],
+            digests: vec![spec(DigestKind::MinMax, 64), spec(DigestKind::CuboidMean, 8), spec(gate(96), 64)],
             methods: vec![
                 Method { reduce: Reduce::MeanQuery, ..method(64, by(0)) },
                 Method { softmax: true, ..method(8, by(1)) },
                 Method { always: sinks, ..method(1, Score::Recency) },
                 Method { scope: Scope::Layer, ..method(8, Score::Replay { seed: 6, overlap_permille: 700 }) },
+                Method { scope: Scope::Layer, ..method(64, gated(2)) },
             ],
         },
         Case {
             heads: heads_of(4, 1, 128),
             page_tokens: 64,
-            digests: vec![spec(DigestKind::Mean, 1), spec(DigestKind::MinMax, 16)],
+            digests: vec![spec(DigestKind::Mean, 1), spec(DigestKind::MinMax, 16), spec(gate(32), 1)],
             methods: vec![
                 Method { reduce: Reduce::Max, ..method(1, by(0)) },
                 Method { scope: Scope::Layer, always: none, open_competes: true, ..method(16, by(1)) },
                 Method { scope: Scope::Layer, ..method(64, Score::Random { seed: 4 }) },
+                Method { always: sinks, ..method(1, gated(2)) },
             ],
         },
     ]
+}
+
+/// A gate for `case` with random weights, which digests of its kind have the size of.
+fn gate_of(case: &Case, seed: u64) -> Option<Gate> {
+    let dim = case.digests.iter().find_map(|spec| match spec.kind {
+        DigestKind::Gate { dim } => Some(dim),
+        _ => None,
+    })?;
+    let HeadShape { kv_heads, head_dim, .. } = case.heads;
+    let num_layers = LAYER + 1;
+    let mut random = Random::keyed(seed, 99);
+    let mut weights = |cols: usize| -> Vec<f32> {
+        let values = normals(&mut random, num_layers * kv_heads * dim * cols);
+        values.into_iter().map(|v| v / (cols as f32).sqrt()).collect()
+    };
+    Some(Gate {
+        heads: case.heads,
+        num_layers,
+        dim,
+        k: weights(3 * head_dim),
+        q: weights(case.heads.group() * head_dim),
+        inv_freq: (0..head_dim / 2).map(|c| 1e4f32.powf(-2.0 * c as f32 / head_dim as f32)).collect(),
+        scale: 1.25,
+    })
 }
 
 /// Sequences of one step: a decode, a few replayed tokens, a prompt's end with some of its answer, dense ones, and budgets
@@ -175,7 +207,9 @@ impl<B: Backend> Bench<B> {
                 }
             }
         }
-        let digests = case.digests.iter().map(|&spec| backend.digests(spec, geometry, num_blocks));
+        let gate = gate_of(case, seed);
+        let digests =
+            case.digests.iter().map(|&spec| backend.digests(spec, geometry, num_blocks, gate.as_ref()));
         let digests = digests.collect::<Result<Vec<_>, _>>().expect("memory");
         let context_max = rows.iter().map(|r| r.context).max().expect("rows");
         let num_rows = rows.iter().map(|r| r.rows).sum();
@@ -302,6 +336,10 @@ fn check_digests<B: Backend>(
                     let what = format!("{what}: {spec:?} block {block} head {head}");
                     match spec.kind {
                         DigestKind::MinMax => assert_same_bits(&what, &found, &wanted),
+                        // Sums over hundreds of products.
+                        DigestKind::Gate { .. } => {
+                            assert_close(&what, &found, &wanted, 4.0 * rounding(dtype))
+                        }
                         _ => assert_close(&what, &found, &wanted, rounding(dtype)),
                     }
                 }
@@ -377,10 +415,8 @@ fn check_selections<B: Backend>(
                 let open =
                     row.position + 1 - (row.position + 1) / method.partition_tokens * method.partition_tokens;
                 let full = plan.attended(row.position + 1, method.partition_tokens);
-                assert!(
-                    attended <= full && attended + method.partition_tokens >= full + open.min(1),
-                    "{what}"
-                );
+                let all_taken = attended + method.partition_tokens >= full + open.min(1);
+                assert!(attended <= full && (all_taken || method.rule != Rule::Top), "{what}");
                 assert!(
                     bits[row.position / 64] >> (row.position % 64) & 1 == 1 || method.open_competes,
                     "{what}: a row attends to itself"

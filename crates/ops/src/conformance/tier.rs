@@ -4,7 +4,7 @@
 
 use super::{Random, Reference, assert_same_bits, heads_of, normals, rows_of, tensor};
 use crate::sparse::{
-    Always, Attention, DigestKind, DigestSpec, Method, Reduce, Scope, Score, SelectionLimits,
+    Always, Attention, DigestKind, DigestSpec, Method, Reduce, Rule, Scope, Score, SelectionLimits,
 };
 use crate::tier::{TierSpec, TooSmall};
 use crate::{
@@ -38,6 +38,7 @@ fn cases() -> Vec<Case> {
         always: Always { sink_tokens: 0, recent_tokens: 1, generated_tokens: 0, outliers: 0 },
         open_competes: false,
         take_min: 1,
+        rule: Rule::Top,
     };
     let sinks = Always { sink_tokens: 20, recent_tokens: 40, ..plain.always };
     let none = Always { recent_tokens: 0, ..plain.always };
@@ -96,7 +97,7 @@ impl<'a, B: Backend> World<'a, B> {
         tier: Option<TierSpec>,
     ) -> Self {
         let heads = case.heads;
-        let digests = case.digests.iter().map(|&spec| backend.digests(spec, geometry, num_blocks));
+        let digests = case.digests.iter().map(|&spec| backend.digests(spec, geometry, num_blocks, None));
         let digests = digests.collect::<Result<Vec<_>, _>>().expect("memory");
         let rows = INJECT + SEATS;
         let limits = SelectionLimits::new(&case.methods, heads, geometry.page_tokens, rows, CONTEXT);

@@ -14,7 +14,7 @@ use crate::tier::{TierSpec, TierState};
 pub use sparse::{DigestTable, Selections};
 
 use crate::{
-    Backend, Batch, BlockIndex, DType, DeviceInfo, Error, HeadShape, KvGeometry, SeatIndex, Tensor,
+    Backend, Batch, BlockIndex, DType, DeviceInfo, Error, Gate, HeadShape, KvGeometry, SeatIndex, Tensor,
     WeightView,
 };
 
@@ -171,8 +171,10 @@ impl Backend for Reference {
         spec: DigestSpec,
         geometry: KvGeometry,
         num_blocks: usize,
+        gate: Option<&Gate>,
     ) -> Result<DigestTable, Error> {
-        Ok(DigestTable::new(spec, geometry, num_blocks))
+        Gate::check(gate, spec, &geometry)?;
+        Ok(DigestTable::new(spec, geometry, num_blocks, gate))
     }
 
     fn selection(&mut self, limits: SelectionLimits) -> Result<(Selections, u64), Error> {

@@ -2,10 +2,10 @@
 
 use super::{Matrix, Pages, dot};
 use crate::sparse::{
-    DigestKind, DigestSpec, Method, Reduce, RowPlan, Scope, Score, SelectionLimits, bitmap_words, mark,
+    DigestKind, DigestSpec, Method, Reduce, RowPlan, Rule, Scope, Score, SelectionLimits, bitmap_words, mark,
     order_key, random_score, replay_rate, replay_score,
 };
-use crate::{Batch, BlockIndex, HeadShape, SparseRow};
+use crate::{Batch, BlockIndex, Gate, HeadShape, SparseRow};
 
 /// Digests of all blocks: `[layer][block][head][partition of the block][value]`.
 #[derive(Debug)]
@@ -16,10 +16,16 @@ pub struct DigestTable {
     kv_heads: usize,
     per_block: usize,
     width: usize,
+    gate: Option<Gate>,
 }
 
 impl DigestTable {
-    pub(super) fn new(spec: DigestSpec, geometry: crate::KvGeometry, num_blocks: usize) -> Self {
+    pub(super) fn new(
+        spec: DigestSpec,
+        geometry: crate::KvGeometry,
+        num_blocks: usize,
+        gate: Option<&Gate>,
+    ) -> Self {
         let per_block = spec.per_block(geometry.page_tokens);
         let width = spec.kind.width(geometry.head_dim);
         let len = geometry.num_layers * num_blocks * geometry.kv_heads * per_block * width;
@@ -30,6 +36,7 @@ impl DigestTable {
             kv_heads: geometry.kv_heads,
             per_block,
             width,
+            gate: gate.cloned(),
         }
     }
 
@@ -64,7 +71,7 @@ impl DigestTable {
             for partition in sequence.first_position as usize / length..sequence.context_tokens() / length {
                 for head in 0..self.kv_heads {
                     let positions = partition * length..(partition + 1) * length;
-                    let digest = digest(self.spec.kind, kv, layer, table, head, positions);
+                    let digest = digest(self, kv, layer, table, head, positions);
                     let at = self.of_partition(layer, table, kv.geometry.page_tokens, head, partition);
                     self.values[at].copy_from_slice(&digest);
                 }
@@ -75,15 +82,16 @@ impl DigestTable {
 
 /// The digest of the keys at `positions`, rounded to the type of K.
 fn digest(
-    kind: DigestKind,
+    of: &DigestTable,
     kv: &Pages,
     layer: usize,
     table: &[BlockIndex],
     head: usize,
     positions: std::ops::Range<usize>,
 ) -> Vec<f32> {
-    let d = kv.geometry.head_dim;
-    let keys: Vec<&[f32]> = positions.map(|p| &kv.values[kv.slot(layer, table, p, head, 0)..][..d]).collect();
+    let (kind, d) = (of.spec.kind, kv.geometry.head_dim);
+    let keys: Vec<&[f32]> =
+        positions.clone().map(|p| &kv.values[kv.slot(layer, table, p, head, 0)..][..d]).collect();
     let channel = |c: usize| keys.iter().map(move |k| k[c]);
     let max = |c: usize| channel(c).fold(f32::NEG_INFINITY, f32::max);
     let min = |c: usize| channel(c).fold(f32::INFINITY, f32::min);
@@ -103,8 +111,52 @@ fn digest(
             let least = keys.iter().map(cosine).fold(f32::INFINITY, f32::min);
             mean.into_iter().chain((kind == DigestKind::Landmark).then_some(least)).collect()
         }
+        DigestKind::Gate { .. } => {
+            let gate = of.gate.as_ref().expect("digests of a gate have its weights");
+            let keys: Vec<Vec<f32>> =
+                positions.clone().zip(keys).map(|(p, k)| unrotated(gate, k, p)).collect();
+            let channel = |c: usize| keys.iter().map(move |k| k[c]);
+            let max = (0..d).map(|c| channel(c).fold(f32::NEG_INFINITY, f32::max));
+            let min = (0..d).map(|c| channel(c).fold(f32::INFINITY, f32::min));
+            let mean = (0..d).map(|c| channel(c).sum::<f32>() / keys.len() as f32);
+            let pooled: Vec<f32> = max.chain(min).chain(mean).collect();
+            projected(gate, gate.k_of(layer, head), &pooled, positions.start)
+        }
     };
     values.into_iter().map(|v| kv.geometry.dtype.round(v)).collect()
+}
+
+/// `x` of head_dim channels, before it was rotated to `position`.
+fn unrotated(gate: &Gate, x: &[f32], position: usize) -> Vec<f32> {
+    let half = x.len() / 2;
+    let mut out = vec![0.0; x.len()];
+    for c in 0..half {
+        let (sin, cos) = (position as f32 * gate.inv_freq[c]).sin_cos();
+        out[c] = (x[c] * cos + x[c + half] * sin) / gate.scale;
+        out[c + half] = (x[c + half] * cos - x[c] * sin) / gate.scale;
+    }
+    out
+}
+
+/// `weights x`, rotated to `position`.
+fn projected(gate: &Gate, weights: &[f32], x: &[f32], position: usize) -> Vec<f32> {
+    let y: Vec<f32> = weights.chunks_exact(x.len()).map(|row| dot(row, x)).collect();
+    let half = gate.dim / 2;
+    let mut out = vec![0.0; gate.dim];
+    for c in 0..half {
+        let (sin, cos) = (position as f32 * gate.inv_freq_of(c)).sin_cos();
+        out[c] = (y[c] * cos - y[c + half] * sin) * gate.scale;
+        out[c + half] = (y[c + half] * cos + y[c] * sin) * gate.scale;
+    }
+    out
+}
+
+/// The query of a KV head for the row `qkv` at `position`, not scaled.
+fn gate_query(gate: &Gate, layer: usize, head: usize, qkv: &[f32], position: usize) -> Vec<f32> {
+    let cols = gate.heads.group() * gate.heads.head_dim;
+    let queries = qkv[head * cols..][..cols].chunks_exact(gate.heads.head_dim);
+    let queries: Vec<f32> = queries.flat_map(|q| unrotated(gate, q, position)).collect();
+    projected(gate, gate.q_of(layer, head), &queries, position)
 }
 
 /// Scores and selections of the sparse rows of a step.
@@ -148,6 +200,14 @@ impl Selections {
             let method = row.method;
             let Some(plan) = plan_in(layer, &row) else { continue };
             for head in 0..heads.kv_heads {
+                let gate_query = match method.score {
+                    Score::Gate { digests: index } => {
+                        let gate = digests[index as usize].gate.as_ref();
+                        let gate = gate.expect("digests of a gate have its weights");
+                        gate_query(gate, layer, head, qkv.row(row.row), row.position)
+                    }
+                    _ => Vec::new(),
+                };
                 for line in 0..method.lines(heads) {
                     let at = self.line(place, head, line);
                     for partition in plan.candidates.clone() {
@@ -162,6 +222,11 @@ impl Selections {
                                 let prompt = row.sequence.prompt_len as usize;
                                 let rate = replay_rate(method, overlap_permille, prompt, row.budget);
                                 replay_score(seed, rate, layer, head, row.position, partition)
+                            }
+                            Score::Gate { digests: index } => {
+                                let table = &digests[index as usize];
+                                let digest = partition_digest(table, kv, layer, batch, &row, head, partition);
+                                dot(&gate_query, &digest) / (digest.len() as f32).sqrt()
                             }
                             Score::Digest { digests: index } => {
                                 let table = &digests[index as usize];
@@ -237,7 +302,7 @@ impl Selections {
             .map(|(head, line)| {
                 let mut raw = self.scores[self.line(place, head, line)][plan.candidates.clone()].to_vec();
                 outliers.iter().for_each(|p| raw[p - plan.candidates.start] = f32::NEG_INFINITY);
-                if method.softmax { softmax(&raw, heads.head_dim) } else { raw }
+                if method.softmax { softmax(&raw, method.softmax_scale(heads.head_dim)) } else { raw }
             })
             .collect();
         (0..plan.candidates.len())
@@ -272,7 +337,7 @@ fn partition_digest(
     let blocks = batch.block_table(row.sequence);
     let (start, end) = (partition * length, (partition + 1) * length);
     if end > row.position + 1 {
-        return digest(table.spec.kind, kv, layer, blocks, head, start..row.position + 1);
+        return digest(table, kv, layer, blocks, head, start..row.position + 1);
     }
     let at = table.of_partition(layer, blocks, kv.geometry.page_tokens, head, partition);
     table.values[at].to_vec()
@@ -292,6 +357,7 @@ fn score_line(
     let query = |g: usize| &qkv[(head * group + g) * d..][..d];
     let raw = |q: &[f32]| match kind {
         DigestKind::Mean | DigestKind::Landmark => dot(q, &digest[..d]),
+        DigestKind::Gate { .. } => unreachable!("scored by its own query"),
         DigestKind::MinMax | DigestKind::CuboidMean => {
             let (high, low) = digest.split_at(d);
             q.iter().zip(high).zip(low).map(|((q, h), l)| (q * h).max(q * l)).sum()
@@ -311,8 +377,8 @@ fn score_line(
     }
 }
 
-fn softmax(raw: &[f32], head_dim: usize) -> Vec<f32> {
-    let scaled: Vec<f32> = raw.iter().map(|s| s / (head_dim as f32).sqrt()).collect();
+fn softmax(raw: &[f32], scale: usize) -> Vec<f32> {
+    let scaled: Vec<f32> = raw.iter().map(|s| s / (scale as f32).sqrt()).collect();
     let max = scaled.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let weights: Vec<f32> = scaled.iter().map(|s| (s - max).exp()).collect();
     let sum: f32 = weights.iter().sum();
@@ -327,7 +393,8 @@ fn bitmap(method: &Method, plan: &RowPlan, context: usize, scores: &[f32], outli
     let taken = |i: &usize| !outliers.contains(&(plan.candidates.start + i));
     let mut order: Vec<usize> = (0..scores.len()).filter(taken).collect();
     order.sort_by_key(|&i| (std::cmp::Reverse(order_key(scores[i])), i));
-    let best = order[..plan.take].iter().map(|i| plan.candidates.start + i);
+    let passes = |i: &&usize| !matches!(method.rule, Rule::Threshold(least) if scores[**i] < least);
+    let best = order[..plan.take].iter().filter(passes).map(|i| plan.candidates.start + i);
     for partition in best.chain(outliers.iter().copied()) {
         let start = partition * method.partition_tokens;
         mark(&mut bits, start..(start + method.partition_tokens).min(context));

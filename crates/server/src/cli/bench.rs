@@ -307,7 +307,7 @@ impl Work {
             (padded_width(width) * geometry.kv_heads * geometry.dtype.bytes()) as f64
         };
         let digest_bytes = match sparse.map(|s| s.method.score) {
-            Some(Score::Digest { digests }) => digest(digests),
+            Some(Score::Digest { digests } | Score::Gate { digests }) => digest(digests),
             _ => 0.0,
         };
         let config = &prepared.config;
@@ -443,7 +443,7 @@ impl Work {
                     positions: &positions[range],
                     sequences: &sequences,
                     block_tables: &tables,
-                    methods: &[],
+                    methods: &self.methods,
                 };
                 done += rows;
                 let samples: Vec<SampleRow> =

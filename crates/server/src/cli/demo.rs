@@ -6,6 +6,7 @@ pub static FILES: &[(&str, &[u8])] = &[
     ("generation_config.json", include_bytes!("../../../../demo-model/generation_config.json")),
     ("tokenizer.json", include_bytes!("../../../../demo-model/tokenizer.json")),
     ("tokenizer_config.json", include_bytes!("../../../../demo-model/tokenizer_config.json")),
+    ("gate.safetensors", include_bytes!("../../../../demo-model/gate.safetensors")),
     ("model.safetensors", include_bytes!("../../../../demo-model/model.safetensors")),
 ];
 

@@ -10,9 +10,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 use model::{Checkpoint, DeviceKv, KvSpec, Limits, Model, ModelConfig, Rope, Source, Workspace};
 use ops::sparse::{DigestSpec, SelectionLimits};
 use ops::tier::{TierLayout, TierSpec, TooSmall};
-use ops::{Backend, DType, DeviceInfo, KvGeometry};
+use ops::{Backend, DType, DeviceInfo, Gate, KvGeometry};
 use ops_cpu::{CpuBackend, CpuOptions};
 use prometheus::Registry;
+use sparse::GATE_OF_MODEL;
 use sparse::trace::Recorder;
 
 use super::cgroup::{self, LimitSource, MemoryLimit};
@@ -138,6 +139,8 @@ pub struct Prepared<B: Backend = Device> {
     pub digests: Vec<DigestSpec>,
     /// The HBM tier, where there is one.
     pub tier: Option<Tier>,
+    /// What makes digests of a gate.
+    gate: Option<Gate>,
     selections: Option<SelectionLimits>,
     recorder: Option<Recorder>,
     source: Source,
@@ -181,7 +184,12 @@ impl<B: Backend> Prepared<B> {
         };
         let geometry = model::kv_geometry(&config, settings.page_tokens, dtype);
         let served = &settings.sparse.served;
-        let digests = served.digests().to_vec();
+        let gate = served.gate().map(|file| {
+            let file = (file != GATE_OF_MODEL).then(|| Path::new(file));
+            model::read_gate(&source, &config, file)
+        });
+        let gate = gate.transpose()?;
+        let digests: Vec<_> = served.digests().iter().map(|d| d.with_gate(gate.as_ref())).collect();
         let selections = served.methods();
         let selections = (!selections.is_empty()).then(|| {
             let rows = settings.max_num_seqs.saturating_add(REPLAY_ROWS);
@@ -200,7 +208,8 @@ impl<B: Backend> Prepared<B> {
         });
         let step_bytes = selection_bytes + tier.map_or(0, |tier| tier.host_bytes(&geometry));
         let mut demand = Demand {
-            weights_bytes: model::weight_bytes(&config, &backend, dtype),
+            weights_bytes: model::weight_bytes(&config, &backend, dtype)
+                + gate.as_ref().map_or(0, Gate::bytes),
             activation_bytes: limits.activation_bytes(&config) + step_bytes,
             kv: geometry,
             digest_block_bytes: digests.iter().map(|d| d.block_bytes(&geometry) as u64).sum(),
@@ -227,6 +236,7 @@ impl<B: Backend> Prepared<B> {
             plan,
             device,
             digests,
+            gate,
             selections,
             tier,
             recorder,
@@ -303,6 +313,7 @@ impl<B: Backend> Prepared<B> {
             num_blocks: self.plan.num_blocks,
             tier: self.tier.map(|tier| tier.spec),
             digests: self.digests,
+            gate: self.gate,
             selections: self.selections,
         };
         let mut kv = DeviceKv::new(backend, &spec)?;

@@ -334,7 +334,7 @@ pub struct EngineOptions {
 #[command(next_help_heading = "Sparse attention")]
 pub struct SparseOptions {
     /// What generated tokens attend to unless a request says otherwise: dense, streaming, random, quest, arkvale,
-    /// shadowkv or, for benches of caches, replay [default: dense]
+    /// shadowkv, seerattention or, for benches of caches, replay [default: dense]
     #[arg(long, value_name = "NAME", env = "SPARSESERVE_POLICY")]
     pub policy: Option<String>,
     /// More policies that requests may ask for, repeatable or separated by commas [default: none]

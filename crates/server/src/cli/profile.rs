@@ -7,7 +7,7 @@ use ops::sample::{SampleOutput, SampleRow};
 use ops::sparse::{DigestSpec, SelectionLimits};
 use ops::tier::{TierSpec, TierState};
 use ops::{
-    Backend, Batch, BlockIndex, DType, DeviceInfo, Error, HeadShape, KvGeometry, SeatIndex, Tensor,
+    Backend, Batch, BlockIndex, DType, DeviceInfo, Error, Gate, HeadShape, KvGeometry, SeatIndex, Tensor,
     WeightView,
 };
 
@@ -114,8 +114,9 @@ impl<B: Backend> Backend for Profiled<B> {
         spec: DigestSpec,
         geometry: KvGeometry,
         num_blocks: usize,
+        gate: Option<&Gate>,
     ) -> Result<B::Digests, Error> {
-        self.inner.digests(spec, geometry, num_blocks)
+        self.inner.digests(spec, geometry, num_blocks, gate)
     }
 
     fn selection(&mut self, limits: SelectionLimits) -> Result<(B::Selection, u64), Error> {

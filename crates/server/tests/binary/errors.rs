@@ -111,6 +111,29 @@ fn models_that_are_broken() {
 }
 
 #[test]
+fn gates_that_are_missing_or_of_another_model() {
+    let asked = |name: &str, options: &[&str], words: &[&str]| {
+        let model = broken_model(name, |_| ());
+        let model = model.path().to_str().unwrap();
+        says(&[&["run", "-p", "x", model, "--policy", "seerattention"], options].concat(), words);
+    };
+    let demo = repository("demo-model/gate.safetensors");
+    let demo = format!("gate={}", demo.display());
+    asked("llama-default", &[], &["gate.safetensors: not found in", "--policy-opt gate=FILE"]);
+    asked(
+        "llama-default",
+        &["--policy-opt", "gate=no/such"],
+        &["no/such: not found", "--policy-opt gate=FILE"],
+    );
+    asked(
+        "llama-default",
+        &["--policy-opt", &demo],
+        &["gate.safetensors: tensor layers.0", "is the gate for this model?"],
+    );
+    asked("llama-rope-dynamic", &["--policy-opt", &demo], &["dynamic RoPE scaling", "choose another policy"]);
+}
+
+#[test]
 fn shards_stay_in_their_directory() {
     let model = broken_model("llama-sharded", |p| {
         edit(&p.join("model.safetensors.index.json"), |index| {

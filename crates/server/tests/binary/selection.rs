@@ -98,7 +98,7 @@ fn selection_finds_what_the_floor_does_not() {
         "--budgets",
         "128",
         "--compare",
-        "dense,streaming,random,quest,arkvale:partition=16:sinks=16:window=16",
+        "dense,streaming,random,quest,arkvale:partition=16:sinks=16:window=16,seerattention",
         "--json",
         report.to_str().unwrap(),
     ]);
@@ -106,7 +106,7 @@ fn selection_finds_what_the_floor_does_not() {
     assert!(text(&run.stdout).contains("| quest |"), "{}", text(&run.stdout));
     let report: serde_json::Value = serde_json::from_slice(&std::fs::read(&report).unwrap()).unwrap();
     let cells = report["cells"].as_array().unwrap();
-    assert_eq!(cells.len(), 10, "{report}");
+    assert_eq!(cells.len(), 12, "{report}");
     for cell in cells {
         let (asked, accuracy) = (cell["asked"].as_u64().unwrap(), cell["accuracy"].as_f64().unwrap());
         let attended = cell["attended_tokens_per_step"].as_f64().unwrap();

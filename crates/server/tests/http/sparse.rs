@@ -66,13 +66,21 @@ async fn streams_and_chats_carry_receipts() {
 
 #[tokio::test]
 async fn what_cannot_be_is_refused_by_name() {
-    let server = start(offering(&["quest"])).await;
+    let server = start(offering(&["quest", "seerattention"])).await;
+    let gate = |file: &str| json!({"policy": "seerattention", "options": {"gate": file}});
     for (sparse, status, param, part) in [
         (json!({"policy": "qest"}), 400, "sparse", "there is no policy"),
         (json!({"policy": "arkvale"}), 400, "sparse", "it offers quest"),
         (json!({"options": {"top": 3}}), 400, "sparse", "no option \"top\""),
         (json!({"options": {"group": "sum"}}), 400, "sparse", "mean or max or query-mean"),
         (json!({"options": {"partition": 32}}), 400, "sparse", "fixed when the server starts"),
+        (gate("/etc/passwd"), 400, "sparse", "the option gate is fixed when the server starts"),
+        (
+            json!({"policy": "seerattention", "options": {"threshold": 2}}),
+            400,
+            "sparse",
+            "a number from 0 to 1",
+        ),
         (json!({"options": {"group": ["max"]}}), 422, "sparse.options", "must be a string"),
         (json!({"budget": -1}), 400, "sparse.budget", "the budget is"),
         (json!({"budget": "half"}), 400, "sparse.budget", "the budget is"),

@@ -3,7 +3,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use ops::reference::Reference;
-use ops::sparse::{Always, Attention, Method, Reduce, Scope, Score, SelectionLimits, bitmap_words, mark};
+use ops::sparse::{
+    Always, Attention, Method, Reduce, Rule, Scope, Score, SelectionLimits, bitmap_words, mark,
+};
 use ops::{Backend, Batch, BlockIndex, HeadShape, Random, SequenceRows};
 
 use super::*;
@@ -196,6 +198,7 @@ fn method() -> Method {
         always: Always { sink_tokens: 0, recent_tokens: 1, generated_tokens: 0, outliers: 0 },
         open_competes: false,
         take_min: 1,
+        rule: Rule::Top,
     }
 }
 

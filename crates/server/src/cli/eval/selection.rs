@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::path::Path;
 
+use model::{GateModel, Rope, RopeConfig, RopeScaling};
 use ops::sparse::{Attention, Method, SelectionLimits};
-use ops::{Backend, Batch, BlockIndex, DType, HeadShape, KvGeometry, SeatIndex, SequenceRows};
+use ops::{Backend, Batch, BlockIndex, DType, Gate, HeadShape, KvGeometry, SeatIndex, SequenceRows};
 use ops_cpu::{CpuBackend, CpuOptions};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -25,6 +26,8 @@ struct Step {
     v: Vec<f32>,
     /// `[q_heads, head_dim]`.
     q: Vec<f32>,
+    /// Of the policy, if it needs one.
+    gate: Option<Gate>,
 }
 
 /// Runs the command.
@@ -34,7 +37,7 @@ pub fn run(args: &EvalSelectionArgs) -> Result<(), Failure> {
     let file = SafeTensors::deserialize(&bytes).map_err(|e| bad(e.to_string()))?;
     let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| bad(e.to_string()))?;
     let metadata = header.metadata().clone().unwrap_or_default();
-    let step = Step::read(&file).map_err(bad)?;
+    let mut step = Step::read(&file).map_err(bad)?;
     let told = |flag: &Option<String>, key: &str| flag.clone().or_else(|| metadata.get(key).cloned());
     let policy =
         told(&args.policy, "policy").ok_or_else(|| bad("no --policy, nor one in its metadata".into()))?;
@@ -51,6 +54,16 @@ pub fn run(args: &EvalSelectionArgs) -> Result<(), Failure> {
     };
     let options = Options::parse(&options).map_err(Failure::input)?;
     let served = Served::new([policy.as_str()], &options).map_err(Failure::input)?;
+    if served.gate().is_some() {
+        // Its weights are in the file, beside what they score.
+        let theta = metadata.get("rope_theta").and_then(|text| text.parse().ok());
+        let theta = theta.ok_or_else(|| bad("a gate needs rope_theta in its metadata".into()))?;
+        let head_dim = step.heads.head_dim;
+        let scaling = RopeScaling::Default;
+        let rope = RopeConfig { theta, head_dim, max_position_embeddings: step.tokens, scaling };
+        let model = GateModel { heads: step.heads, windows: &[None], rope: &Rope::new(&rope) };
+        step.gate = Some(model::gate_of(&args.input.display().to_string(), &bytes, model)?);
+    }
     let (_, method) = served.method(None, &Options::default()).map_err(Failure::input)?;
     // A token of the prompt would attend to everything.
     let prompt_tokens = prompt_tokens.min(step.tokens - 1);
@@ -75,7 +88,7 @@ impl Step {
         if !fits || q_heads == 0 || !q_heads.is_multiple_of(kv_heads) {
             return Err(format!("k {shape:?}, v {shape_v:?} and q {shape_q:?} do not fit each other"));
         }
-        Ok(Step { heads: HeadShape { q_heads, kv_heads, head_dim }, tokens, k, v, q })
+        Ok(Step { heads: HeadShape { q_heads, kv_heads, head_dim }, tokens, k, v, q, gate: None })
     }
 
     /// Runs the operations of a decode step on the CPU backend in f32.
@@ -111,8 +124,9 @@ impl Step {
         let position = tokens as u32 - 1;
         let positions = [position];
         let (mut digests, methods) = (Vec::new(), Vec::from_iter(method));
-        for &spec in served.digests() {
-            let mut made = backend.digests(spec, geometry, num_blocks)?;
+        for spec in served.digests() {
+            let spec = spec.with_gate(self.gate.as_ref());
+            let mut made = backend.digests(spec, geometry, num_blocks, self.gate.as_ref())?;
             let positions: Vec<u32> = (0..=position).collect();
             let prompt = rows(0, tokens, tokens, Attention::Dense);
             let batch = batch(&positions, &positions, std::slice::from_ref(&prompt), &table, &methods);
