@@ -231,8 +231,17 @@ pub trait Backend {
         batch: &Batch,
     );
 
-    /// Turns scores into selections: the always-set and the `take` best candidates, ties to the earlier one.
-    fn select(&mut self, selection: &mut Self::Selection, layer: usize, heads: HeadShape, batch: &Batch);
+    /// Turns scores into selections: the always-set and the `take` best candidates, ties to the earlier one. Where
+    /// partitions are clusters, `digests` say which slots those have, and the selection also keeps what
+    /// [`Backend::attend`] needs of pseudo-tokens.
+    fn select(
+        &mut self,
+        selection: &mut Self::Selection,
+        digests: &[Self::Digests],
+        layer: usize,
+        heads: HeadShape,
+        batch: &Batch,
+    );
 
     /// Finds a frame for every page that [`Backend::attend`] will read with the same arguments, and returns in how many
     /// *waves* that has to be done, at least one.
@@ -257,7 +266,7 @@ pub trait Backend {
     /// Causal attention of the query part of `qkv` over the pages of each sequence, positions `0..=position` of the
     /// row, the last `window` of them where given: `out[h] = softmax(q_h K^T / sqrt(head_dim)) V`, `[rows, q_cols]`.
     /// With a `selection`, made for this batch and layer, the rows of [`Batch::sparse_rows`] attend to exactly the
-    /// slots in it; then there is no window.
+    /// slots in it, and to its pseudo-tokens, which are merged last; then there is no window.
     ///
     /// Partial results are made per split, the pages that hold [`crate::SPLIT_TOKENS`] slots and follow one another
     /// among those selected, and merged in ascending order, wave after wave. `out` is complete after the last wave.
@@ -355,6 +364,6 @@ pub trait Backend {
     /// everything.
     fn read_selection(&mut self, selection: &Self::Selection, place: usize, head: usize) -> Option<Vec<u64>>;
 
-    /// Puts such a bitmap in the place of the one that was made.
+    /// Puts such a bitmap in the place of the one that was made, which then attends to no pseudo-tokens.
     fn write_selection(&mut self, selection: &mut Self::Selection, place: usize, head: usize, bits: &[u64]);
 }

@@ -12,6 +12,7 @@
 
 mod backend;
 mod batch;
+pub mod cluster;
 pub mod conformance;
 mod dtype;
 mod gate;

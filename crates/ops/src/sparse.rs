@@ -7,7 +7,8 @@
 
 use std::ops::Range;
 
-use crate::{Gate, HeadShape, KvGeometry, Random};
+use crate::cluster::{CLUSTERS_MAX, ClusterLayout};
+use crate::{Error, Gate, HeadShape, KvGeometry, Random};
 
 /// How a sequence attends. Rows of its prompt always attend to everything before them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -42,16 +43,34 @@ pub enum DigestKind {
         /// Values per digest; 0 as long as nobody has read the weights, which say.
         dim: usize,
     },
+    /// A cluster of the keys of a span (RetroInfer, Chen et al. 2025), and to which clusters the tokens of the partition belong:
+    /// [`crate::cluster`] says how. So what partition `p` selects is not its own tokens but those of the `p`-th cluster.
+    Cluster {
+        /// Consecutive tokens that are clustered together: `[i * span_tokens, (i + 1) * span_tokens)`. A multiple of the page and
+        /// of the partition.
+        span_tokens: usize,
+        /// The first tokens of a sequence belong to no cluster.
+        sink_tokens: usize,
+    },
 }
 
 impl DigestKind {
-    /// Values per digest, for heads of `head_dim` channels.
+    /// Values per digest, for heads of `head_dim` channels, without those of its tokens: see [`DigestSpec::width`].
     pub const fn width(self, head_dim: usize) -> usize {
         match self {
             DigestKind::MinMax | DigestKind::CuboidMean => 2 * head_dim,
             DigestKind::Mean => head_dim,
             DigestKind::Landmark => head_dim + 1,
             DigestKind::Gate { dim } => dim,
+            DigestKind::Cluster { .. } => ClusterLayout { head_dim }.ids_at(),
+        }
+    }
+
+    /// Values at the front of a digest that scores are made of.
+    pub const fn scored_width(self, head_dim: usize) -> usize {
+        match self {
+            DigestKind::Cluster { .. } => head_dim,
+            other => other.width(head_dim),
         }
     }
 }
@@ -73,9 +92,58 @@ impl DigestSpec {
         if whole == 0 { 1 } else { whole }
     }
 
+    /// Values per digest, for heads of `head_dim` channels.
+    pub const fn width(&self, head_dim: usize) -> usize {
+        let of_tokens = match self.kind {
+            DigestKind::Cluster { .. } => self.partition_tokens,
+            _ => 0,
+        };
+        self.kind.width(head_dim) + of_tokens
+    }
+
+    /// Consecutive tokens whose digests are made together, when the last of them is there.
+    pub const fn made_together(&self) -> usize {
+        match self.kind {
+            DigestKind::Cluster { span_tokens, .. } => span_tokens,
+            _ => self.partition_tokens,
+        }
+    }
+
+    /// Consecutive tokens, a multiple of `page_tokens`, that sequences share as a whole or not at all. Digests that lie with
+    /// blocks before the last token that they depend on would else be made anew by a sequence that goes on differently.
+    pub const fn shared_together(&self, page_tokens: usize) -> usize {
+        match self.kind {
+            DigestKind::Cluster { span_tokens, .. } => span_tokens,
+            _ => page_tokens,
+        }
+    }
+
+    /// Whether such digests can lie with pages of `page_tokens` tokens.
+    ///
+    /// # Errors
+    /// Partitions and pages of which neither divides the other; spans that do not consist of whole pages and partitions or have
+    /// too many.
+    pub fn check(&self, page_tokens: usize) -> Result<(), Error> {
+        let length = self.partition_tokens;
+        if length == 0 || !(page_tokens.is_multiple_of(length) || length.is_multiple_of(page_tokens)) {
+            return Err(Error::Unsupported(format!(
+                "partitions of {length} tokens on pages of {page_tokens}; one must divide the other (--page-tokens)"
+            )));
+        }
+        let DigestKind::Cluster { span_tokens: span, .. } = self.kind else { return Ok(()) };
+        if span == 0 || !span.is_multiple_of(length) || !span.is_multiple_of(page_tokens) || span / length > CLUSTERS_MAX
+        {
+            return Err(Error::Unsupported(format!(
+                "spans of {span} tokens with partitions of {length} on pages of {page_tokens}; a span is a multiple of both \
+                 and has at most {CLUSTERS_MAX} partitions"
+            )));
+        }
+        Ok(())
+    }
+
     /// Bytes that digests add to a block of `geometry`, over all layers and heads. Digests have the type of K.
     pub const fn block_bytes(&self, geometry: &KvGeometry) -> usize {
-        let digest = padded_width(self.kind.width(geometry.head_dim)) * geometry.dtype.bytes();
+        let digest = padded_width(self.width(geometry.head_dim)) * geometry.dtype.bytes();
         geometry.num_layers * geometry.kv_heads * self.per_block(geometry.page_tokens) * digest
     }
 }
@@ -153,6 +221,16 @@ pub enum Rule {
     /// Of these, the ones with at least this probability: [`Method::softmax`] must be set. So fewer than the budget holds and
     /// than [`Method::take_min`], none if no candidate is so likely.
     Threshold(f32),
+    /// Partitions are clusters of the keys of spans, of [`DigestKind::Cluster`]: whole ones are taken, the best first, until the
+    /// next one would exceed the budget; empty ones never. The tokens of a span that the row sees less than
+    /// [`Always::recent_tokens`] after its end are attended. Of the other clusters the best enter attention as one
+    /// *pseudo-token* each: key `c`, value `v` and weight `n exp(q . c / sqrt(head_dim))` with centroid, mean value and size.
+    Clusters {
+        /// Tokens of a span.
+        span_tokens: usize,
+        /// Clusters that become pseudo-tokens, in thousandths of all those that the row may select.
+        estimate_permille: u32,
+    },
 }
 
 /// How the scores of the query heads of a scope become one.
@@ -226,8 +304,12 @@ pub struct RowPlan {
     pub tail_start: usize,
     /// Partitions that are scored; disjoint from both.
     pub candidates: Range<usize>,
-    /// How many of them are selected.
+    /// How many of them are selected; of clusters, at most.
     pub take: usize,
+    /// Tokens that the selected clusters may have together; 0 where partitions are not clusters.
+    pub room: usize,
+    /// How many clusters become pseudo-tokens, at most.
+    pub estimated: usize,
     /// Those among which outliers are, and how many; the others are what `take` counts.
     pub outliers: (Range<usize>, usize),
 }
@@ -235,7 +317,8 @@ pub struct RowPlan {
 impl RowPlan {
     /// Everything.
     fn all() -> Self {
-        RowPlan { sink_end: 0, tail_start: 0, candidates: 0..0, take: 0, outliers: (0..0, 0) }
+        let outliers = (0..0, 0);
+        RowPlan { sink_end: 0, tail_start: 0, candidates: 0..0, take: 0, room: 0, estimated: 0, outliers }
     }
 
     /// Whether the row attends to everything.
@@ -252,14 +335,23 @@ impl RowPlan {
         }
         let first_of_tail = self.tail_start.max(self.sink_end) / page_tokens;
         let per_partition = partition_tokens.div_ceil(page_tokens);
-        let selected = (self.take + self.outliers.1) * per_partition;
+        // The tokens of a cluster may lie in as many pages.
+        let selected = match self.room {
+            0 => (self.take + self.outliers.1) * per_partition,
+            room => room,
+        };
         (self.sink_end.div_ceil(page_tokens) + selected + all - first_of_tail).min(all)
     }
 
-    /// Slots that the row attends to, if every partition taken has `partition_tokens`.
+    /// Slots that the row attends to, if every partition taken has `partition_tokens`; where these are clusters, at most.
+    /// Pseudo-tokens are not among them.
     pub fn attended(&self, context: usize, partition_tokens: usize) -> usize {
         let tail = context - self.tail_start.max(self.sink_end);
-        (self.sink_end + tail + (self.take + self.outliers.1) * partition_tokens).min(context)
+        let selected = match self.room {
+            0 => (self.take + self.outliers.1) * partition_tokens,
+            room => room,
+        };
+        (self.sink_end + tail + selected).min(context)
     }
 }
 
@@ -268,7 +360,7 @@ impl Method {
     /// prompt, with `budget` tokens at most.
     ///
     /// A budget of the context or more gives everything. One too small for the always-set and `take_min` partitions is
-    /// raised to that.
+    /// raised to that; where partitions are clusters, to the always-set.
     ///
     /// # Panics
     /// When the context is empty.
@@ -282,6 +374,18 @@ impl Method {
         let Always { sink_tokens, recent_tokens, generated_tokens, outliers } = self.always;
         let generated = context.saturating_sub(prompt_tokens).min(generated_tokens as usize);
         let recent_tokens = recent_tokens as usize + generated;
+        if let Rule::Clusters { span_tokens, estimate_permille } = self.rule {
+            let tail_start = context.saturating_sub(recent_tokens) / span_tokens * span_tokens;
+            if tail_start == 0 {
+                return all;
+            }
+            let sink_end = (sink_tokens as usize).min(tail_start);
+            let candidates = 0..tail_start / length;
+            let room = budget.saturating_sub(sink_end + context - tail_start);
+            let take = room.min(candidates.len());
+            let estimated = candidates.len() * estimate_permille as usize / 1000;
+            return RowPlan { sink_end, tail_start, candidates, take, room, estimated, ..all };
+        }
         let complete = context / length;
         let sinks = (sink_tokens as usize).div_ceil(length).min(complete);
         let sink_end = sinks * length;
@@ -310,7 +414,7 @@ impl Method {
             return all;
         }
         let among = if outliers == 0 { 0..0 } else { of_prompt };
-        RowPlan { sink_end, tail_start, candidates, take, outliers: (among, outliers) }
+        RowPlan { sink_end, tail_start, candidates, take, outliers: (among, outliers), ..all }
     }
 
     /// Most lines, whatever the reduction and whether there are outliers.
@@ -437,6 +541,8 @@ pub struct SelectionLimits {
     pub partition_tokens_min: usize,
     /// Most [`Method::lines`] of any method.
     pub lines_max: usize,
+    /// Whether clusters may become pseudo-tokens.
+    pub estimates: bool,
 }
 
 impl SelectionLimits {
@@ -457,6 +563,7 @@ impl SelectionLimits {
             partition_tokens_min: scored.map(|m| m.partition_tokens).min().unwrap_or(context_max).max(1),
             // Requests may ask for another reduction than the server's.
             lines_max: methods.iter().map(|m| m.lines_max(heads)).max().unwrap_or(1),
+            estimates: methods.iter().any(|m| matches!(m.rule, Rule::Clusters { .. })),
         }
     }
 
@@ -473,6 +580,7 @@ impl SelectionLimits {
         !scored
             || method.partition_tokens >= self.partition_tokens_min
                 && method.lines(self.heads) <= self.lines_max
+                && (self.estimates || !matches!(method.rule, Rule::Clusters { .. }))
     }
 
     /// Scores per line.
@@ -482,199 +590,5 @@ impl SelectionLimits {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn method() -> Method {
-        Method {
-            dense_layers: 0,
-            partition_tokens: 16,
-            score: Score::Digest { digests: 0 },
-            reduce: Reduce::Mean,
-            softmax: false,
-            scope: Scope::KvHead,
-            always: Always { sink_tokens: 0, recent_tokens: 1, generated_tokens: 0, outliers: 0 },
-            open_competes: false,
-            take_min: 1,
-            rule: Rule::Top,
-        }
-    }
-
-    #[test]
-    fn the_page_of_the_row_is_attended_and_does_not_compete() {
-        let plan = |context, budget| method().plan(context, context, budget);
-        // 100 tokens: six whole partitions and four tokens.
-        assert_eq!(plan(100, 64), RowPlan { tail_start: 96, candidates: 0..6, take: 3, ..RowPlan::all() });
-        // 96 tokens: the sixth is whole, and still the row's own.
-        assert_eq!(plan(96, 64), RowPlan { tail_start: 80, candidates: 0..5, take: 3, ..RowPlan::all() });
-        assert_eq!(plan(96, 1).take, 1, "raised to one partition");
-        assert!(plan(96, 96).is_dense() && plan(96, 100).is_dense() && plan(10, 1).is_dense());
-        assert!(plan(100, 99).take == 5 && plan(99, 98).take == 5, "rounded down to whole partitions");
-    }
-
-    #[test]
-    fn sinks_and_window_take_whole_partitions() {
-        let always = Always { sink_tokens: 20, recent_tokens: 40, ..method().always };
-        let plan = Method { always, ..method() }.plan(200, 200, 128);
-        // The window begins at 160, the sinks end at 32.
-        assert_eq!(
-            plan,
-            RowPlan { sink_end: 32, tail_start: 160, candidates: 2..10, take: 3, outliers: (0..0, 0) }
-        );
-        assert_eq!(plan.attended(200, 16), 32 + 40 + 48);
-        let always = Always { sink_tokens: 90, recent_tokens: 90, ..always };
-        let all = Method { always, ..method() };
-        assert!(all.plan(170, 170, 3).is_dense(), "sinks and window meet");
-    }
-
-    #[test]
-    fn an_open_partition_may_compete() {
-        let always = Always { recent_tokens: 0, ..method().always };
-        let competing = Method { always, open_competes: true, take_min: 3, ..method() };
-        assert_eq!(
-            competing.plan(100, 100, 64),
-            RowPlan { tail_start: 100, candidates: 0..7, take: 4, ..RowPlan::all() }
-        );
-        assert_eq!(competing.plan(100, 100, 5).take, 3);
-        assert_eq!(Method { open_competes: false, ..competing }.plan(100, 100, 64).tail_start, 96);
-    }
-
-    #[test]
-    fn recency_spends_the_whole_budget() {
-        let always = Always { sink_tokens: 4, ..method().always };
-        let streaming = Method { partition_tokens: 1, score: Score::Recency, always, ..method() };
-        let plan = streaming.plan(100, 100, 30);
-        assert_eq!(plan, RowPlan { sink_end: 4, tail_start: 74, ..RowPlan::all() });
-        assert_eq!(plan.attended(100, 1), 30);
-        assert_eq!(streaming.plan(100, 100, 0).attended(100, 1), 5, "sinks and the row itself");
-        assert!(streaming.plan(3, 3, 2).is_dense());
-    }
-
-    /// For all small cases: parts do not overlap, lie in the context, and hold to the budget if that suffices for the
-    /// least that is attended.
-    #[test]
-    fn plans_are_sound() {
-        for partition_tokens in [1, 3, 8] {
-            for sink_tokens in [0, 5] {
-                for recent_tokens in [0, 1, 9] {
-                    for open_competes in [false, true] {
-                        let always = Always { sink_tokens, recent_tokens, ..method().always };
-                        let method = Method { partition_tokens, always, open_competes, ..method() };
-                        for context in 1..60 {
-                            for budget in 0..=context {
-                                let plan = method.plan(context, context, budget);
-                                let what = format!("{method:?} context {context} budget {budget}: {plan:?}");
-                                if plan.is_dense() {
-                                    continue;
-                                }
-                                let (first, end) = (plan.candidates.start, plan.candidates.end);
-                                assert_eq!(plan.sink_end, first * partition_tokens, "{what}");
-                                assert_eq!(plan.tail_start, (end * partition_tokens).min(context), "{what}");
-                                assert!(plan.take >= 1 && plan.take < plan.candidates.len(), "{what}");
-                                let least = plan.sink_end + context - plan.tail_start + partition_tokens;
-                                let attended = plan.attended(context, partition_tokens);
-                                assert!(attended <= budget.max(least), "{what}");
-                            }
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn generated_tokens_and_outliers_are_attended() {
-        let always = Always { sink_tokens: 0, recent_tokens: 32, generated_tokens: 40, outliers: 4 };
-        let shadow = Method { partition_tokens: 8, always, ..method() };
-        let plan = |context| shadow.plan(context, 200, 160);
-        // 21 partitions before the last 32 tokens of the prompt.
-        let outliers = (0..21, 4);
-        let first = RowPlan { sink_end: 0, tail_start: 168, candidates: 0..21, take: 12, outliers };
-        assert_eq!(plan(200), first);
-        // 30 generated tokens more, at the expense of what is selected.
-        assert_eq!(plan(230), RowPlan { take: 8, ..first.clone() });
-        // Only 40 are always attended; those before them compete. The outliers stay what they were.
-        assert_eq!(plan(260), RowPlan { tail_start: 184, candidates: 0..23, take: 6, ..first });
-        assert_eq!(plan(230).attended(230, 8), 62 + 12 * 8);
-        assert!(shadow.plan(100, 60, 90).is_dense() || shadow.plan(100, 60, 90).outliers.0.end <= 3);
-    }
-
-    #[test]
-    fn marks_are_ranges() {
-        for (start, end) in [(0, 0), (0, 64), (3, 7), (60, 70), (64, 128), (1, 200), (199, 200)] {
-            let mut bits = [0u64; 4];
-            mark(&mut bits, start..end);
-            for slot in 0..256 {
-                assert_eq!(bits[slot / 64] >> (slot % 64) & 1 == 1, (start..end).contains(&slot), "{slot}");
-            }
-        }
-    }
-
-    /// Selections by [`Score::Replay`] over some hundred steps of one head, and the share that consecutive ones have in
-    /// common.
-    fn replayed(seed: u64, overlap_permille: u16, prompt: usize, budget: usize) -> f64 {
-        let (steps, head) = (400, 1);
-        let method = Method { score: Score::Replay { seed, overlap_permille }, ..method() };
-        let rate = replay_rate(&method, overlap_permille, prompt, budget);
-        let (mut last, mut kept, mut all) = (Vec::new(), 0, 0);
-        for position in prompt..prompt + steps {
-            let plan = method.plan(position + 1, prompt, budget);
-            let score = |p: usize| replay_score(seed, rate, 3, head, position, p);
-            let mut taken: Vec<usize> = plan.candidates.clone().collect();
-            taken.sort_by_key(|&p| (std::cmp::Reverse(order_key(score(p))), p));
-            taken.truncate(plan.take);
-            if position > prompt {
-                kept += taken.iter().filter(|p| last.contains(*p)).count();
-                all += taken.len();
-            }
-            last = taken;
-        }
-        kept as f64 / all as f64
-    }
-
-    #[test]
-    fn replay_keeps_the_stated_share() {
-        for seed in 0..2 {
-            for overlap_permille in [700, 850, 950] {
-                for (prompt, budget) in [(4096, 256), (8192, 1024), (3000, 500), (32768, 512)] {
-                    let found = replayed(seed, overlap_permille, prompt, budget);
-                    let stated = f64::from(overlap_permille) / 1000.0;
-                    let what =
-                        format!("seed {seed} prompt {prompt} budget {budget}: {found:.3} for {stated}");
-                    assert!((found - stated).abs() < 0.03, "{what}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn replay_rates_have_their_bounds() {
-        let rate = |overlap, prompt, budget| replay_rate(&method(), overlap, prompt, budget);
-        assert_eq!(rate(1000, 4096, 256), 0, "nothing changes");
-        assert_eq!(rate(0, 4096, 2048), 1 << 32, "all draw anew");
-        assert_eq!(rate(750, 10, 256), 1 << 30, "a prompt within its budget");
-        assert!(rate(900, 4096, 2048) > rate(900, 4096, 1024), "some are selected again by chance");
-        assert!(rate(0, u32::MAX as usize - 1, 1) <= 1 << 32);
-        let last = u32::MAX as usize;
-        assert!((0.0..1.0).contains(&replay_score(1, 1 << 32, 0, 0, last, 5)));
-        // The position before an epoch's end and after it differ, others do not.
-        let scores: Vec<f32> = (0..64).map(|position| replay_score(1, 1 << 28, 0, 0, position, 5)).collect();
-        let changes = scores.windows(2).filter(|pair| pair[0] != pair[1]).count();
-        assert_eq!(changes, 4, "{scores:?}");
-    }
-
-    #[test]
-    fn digests_are_a_sixteenth_of_kv_for_a_page() {
-        let geometry = KvGeometry {
-            num_layers: 2,
-            kv_heads: 3,
-            head_dim: 128,
-            page_tokens: 16,
-            dtype: crate::DType::Bf16,
-        };
-        let bytes = |kind, partition_tokens| DigestSpec { kind, partition_tokens }.block_bytes(&geometry);
-        assert_eq!(bytes(DigestKind::MinMax, 16) * 16, geometry.block_bytes());
-        assert_eq!(bytes(DigestKind::MinMax, 32) * 16, geometry.block_bytes());
-        assert_eq!(bytes(DigestKind::Mean, 8) * 16, geometry.block_bytes());
-    }
-}
+#[path = "sparse_tests.rs"]
+mod tests;

@@ -59,24 +59,33 @@ fn cases() -> Vec<Case> {
     let none = Always { sink_tokens: 0, recent_tokens: 0, generated_tokens: 0, outliers: 0 };
     let gate = |dim| DigestKind::Gate { dim };
     let gated = |digests| Score::Gate { digests };
+    let clusters = |span_tokens, sink_tokens| DigestKind::Cluster { span_tokens, sink_tokens };
+    let whole = |partition_tokens, digests, span_tokens, sink_tokens, estimate_permille| Method {
+        softmax: true,
+        always: Always { sink_tokens, recent_tokens: 64, generated_tokens: 0, outliers: 0 },
+        take_min: 0,
+        rule: Rule::Clusters { span_tokens, estimate_permille },
+        ..method(partition_tokens, by(digests))
+    };
     let shadow = Always { sink_tokens: 0, recent_tokens: 32, generated_tokens: 20, outliers: 9 };
     vec![
         Case {
             heads: heads_of(8, 2, 64),
             page_tokens: 16,
-            digests: vec![spec(DigestKind::MinMax, 16), spec(DigestKind::CuboidMean, 32), spec(gate(64), 32)],
+            digests: vec![spec(DigestKind::MinMax, 16), spec(DigestKind::CuboidMean, 32), spec(gate(64), 32), spec(clusters(256, 4), 16)],
             methods: vec![
                 method(16, by(0)),
                 Method { always: none, open_competes: true, take_min: 3, ..method(16, by(0)) },
                 Method { always: sinks, scope: Scope::Layer, ..method(32, by(1)) },
                 Method { dense_layers: LAYER + 1, ..method(32, by(1)) },
                 method(32, gated(2)),
+                whole(16, 3, 256, 4, 232),
             ],
         },
         Case {
             heads: heads_of(3, 3, 80),
             page_tokens: 32,
-            digests: vec![spec(DigestKind::Mean, 8), spec(DigestKind::Landmark, 8), spec(gate(40), 8)],
+            digests: vec![spec(DigestKind::Mean, 8), spec(DigestKind::Landmark, 8), spec(gate(40), 8), spec(clusters(128, 0), 8)],
             methods: vec![
                 Method { always: sinks, reduce: Reduce::Max, softmax: true, ..method(8, by(0)) },
                 Method { always: shadow, reduce: Reduce::Max, softmax: true, ..method(8, by(1)) },
@@ -85,29 +94,33 @@ fn cases() -> Vec<Case> {
                 method(8, Score::Replay { seed: 5, overlap_permille: 850 }),
                 Method { softmax: true, rule: Rule::Threshold(0.03), ..method(8, gated(2)) },
                 Method { scope: Scope::Layer, reduce: Reduce::Max, ..method(8, by(0)) },
+                whole(8, 3, 128, 0, 0),
             ],
         },
         Case {
             heads: heads_of(6, 1, 96),
             page_tokens: 8,
-            digests: vec![spec(DigestKind::MinMax, 64), spec(DigestKind::CuboidMean, 8), spec(gate(96), 64)],
+            digests: vec![spec(DigestKind::MinMax, 64), spec(DigestKind::CuboidMean, 8), spec(gate(96), 64), spec(clusters(512, 40), 32)],
             methods: vec![
                 Method { reduce: Reduce::MeanQuery, ..method(64, by(0)) },
                 Method { softmax: true, ..method(8, by(1)) },
                 Method { always: sinks, ..method(1, Score::Recency) },
                 Method { scope: Scope::Layer, ..method(8, Score::Replay { seed: 6, overlap_permille: 700 }) },
                 Method { scope: Scope::Layer, ..method(64, gated(2)) },
+                whole(32, 3, 512, 40, 300),
             ],
         },
         Case {
             heads: heads_of(4, 1, 128),
             page_tokens: 64,
-            digests: vec![spec(DigestKind::Mean, 1), spec(DigestKind::MinMax, 16), spec(gate(32), 1)],
+            digests: vec![spec(DigestKind::Mean, 1), spec(DigestKind::MinMax, 16), spec(gate(32), 1), spec(clusters(128, 0), 1)],
             methods: vec![
                 Method { reduce: Reduce::Max, ..method(1, by(0)) },
                 Method { scope: Scope::Layer, always: none, open_competes: true, ..method(16, by(1)) },
                 Method { scope: Scope::Layer, ..method(64, Score::Random { seed: 4 }) },
                 Method { always: sinks, ..method(1, gated(2)) },
+                // Every token is its own cluster.
+                whole(1, 3, 128, 0, 1000),
             ],
         },
     ]
@@ -239,7 +252,7 @@ impl<B: Backend> Bench<B> {
     }
 
     fn select(&mut self, backend: &mut B, work: &Work) {
-        backend.select(&mut self.selection, LAYER, self.heads, &work.batch());
+        backend.select(&mut self.selection, &self.digests, LAYER, self.heads, &work.batch());
     }
 
     fn attend(&mut self, backend: &mut B, x: &B::Tensor, work: &Work) -> Vec<f32> {
@@ -327,7 +340,8 @@ fn check_digests<B: Backend>(
             // Blocks in which whole partitions end, and no others.
             let ends = |block: usize| {
                 let (start, end) = (block * case.page_tokens, (block + 1) * case.page_tokens);
-                end <= row.context && end / spec.partition_tokens > start / spec.partition_tokens
+                let made = row.context / spec.made_together() * spec.made_together();
+                end <= made && end / spec.partition_tokens > start / spec.partition_tokens
             };
             for block in (0..table.len()).filter(|&b| ends(b)) {
                 for head in 0..case.heads.kv_heads {
@@ -335,7 +349,7 @@ fn check_digests<B: Backend>(
                     let wanted = oracle.read_digests(&expected.digests[index], LAYER, table[block], head);
                     let what = format!("{what}: {spec:?} block {block} head {head}");
                     match spec.kind {
-                        DigestKind::MinMax => assert_same_bits(&what, &found, &wanted),
+                        DigestKind::MinMax | DigestKind::Cluster { .. } => assert_same_bits(&what, &found, &wanted),
                         // Sums over hundreds of products.
                         DigestKind::Gate { .. } => {
                             assert_close(&what, &found, &wanted, 4.0 * rounding(dtype))

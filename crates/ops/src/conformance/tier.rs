@@ -70,6 +70,25 @@ fn cases() -> Vec<Case> {
             methods: vec![Method { partition_tokens: 8, scope: Scope::Layer, ..plain }],
             window: None,
         },
+        Case {
+            heads: heads_of(4, 2, 32),
+            page_tokens: 16,
+            digests: vec![
+                spec(DigestKind::Cluster { span_tokens: 128, sink_tokens: 4 }, 16),
+                spec(DigestKind::Mean, 16),
+            ],
+            methods: vec![
+                Method {
+                    softmax: true,
+                    always: Always { sink_tokens: 4, recent_tokens: 64, ..plain.always },
+                    take_min: 0,
+                    rule: Rule::Clusters { span_tokens: 128, estimate_permille: 232 },
+                    ..plain
+                },
+                Method { score: Score::Digest { digests: 1 }, ..plain },
+            ],
+            window: None,
+        },
     ]
 }
 
@@ -135,7 +154,7 @@ impl<'a, B: Backend> World<'a, B> {
         let selects = window.is_none() && batch.sparse_rows().next().is_some();
         if selects {
             backend.score(selection, digests, kv, layer, &x, heads, batch);
-            backend.select(selection, layer, heads, batch);
+            backend.select(selection, digests, layer, heads, batch);
             for place in 0..batch.sparse_rows().count() {
                 for head in 0..heads.kv_heads {
                     match given.and_then(|given| given[selections.len()].as_ref()) {
@@ -180,6 +199,8 @@ struct Traffic {
     free: Vec<BlockIndex>,
     owners: Vec<u32>,
     page_tokens: usize,
+    /// Tokens of a prefix that are shared as a whole or not at all.
+    shared_together: usize,
     methods: usize,
 }
 
@@ -200,7 +221,8 @@ impl Traffic {
         };
         let (mut blocks, mut key) = (Vec::new(), random.next_u64());
         if let (Some(other), true) = (self.requests.first(), random.below(2) == 0) {
-            let whole = saved(other.seat).min(other.prompt).min(prompt - 1) / self.page_tokens;
+            let whole = saved(other.seat).min(other.prompt).min(prompt - 1) / self.shared_together
+                * (self.shared_together / self.page_tokens);
             blocks.extend_from_slice(&other.blocks[..whole]);
             key = other.key;
         }
@@ -314,7 +336,7 @@ pub fn check_tiers<B: Backend>(make: &mut dyn FnMut() -> B, dtype: DType, seed: 
             page_tokens: case.page_tokens,
             dtype,
         };
-        let partitions = case.digests.iter().map(|d| d.partition_tokens);
+        let partitions = case.digests.iter().map(|d| d.made_together());
         let spec = TierSpec {
             bytes: 0,
             seats: SEATS,
@@ -363,6 +385,12 @@ fn run<B: Backend>(
         free,
         owners: vec![0; num_blocks],
         page_tokens: case.page_tokens,
+        shared_together: case
+            .digests
+            .iter()
+            .map(|d| d.shared_together(case.page_tokens))
+            .max()
+            .unwrap_or(case.page_tokens),
         methods: case.methods.len(),
     };
     let quota_max =

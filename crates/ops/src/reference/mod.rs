@@ -174,6 +174,7 @@ impl Backend for Reference {
         gate: Option<&Gate>,
     ) -> Result<DigestTable, Error> {
         Gate::check(gate, spec, &geometry)?;
+        spec.check(geometry.page_tokens)?;
         Ok(DigestTable::new(spec, geometry, num_blocks, gate))
     }
 
@@ -336,8 +337,15 @@ impl Backend for Reference {
         selection.score(digests, kv, layer, qkv, heads, batch);
     }
 
-    fn select(&mut self, selection: &mut Selections, layer: usize, heads: HeadShape, batch: &Batch) {
-        selection.select(layer, heads, batch);
+    fn select(
+        &mut self,
+        selection: &mut Selections,
+        digests: &[DigestTable],
+        layer: usize,
+        heads: HeadShape,
+        batch: &Batch,
+    ) {
+        selection.select(digests, layer, heads, batch);
     }
 
     fn resolve(
@@ -404,14 +412,24 @@ impl Backend for Reference {
                             None => &kv.values[kv.slot(layer, table, p, kv_head, part)..][..d],
                         }
                     };
-                    let scores: Vec<f32> = attended.iter().map(|&p| dot(q, slot(p, 0)) * scale).collect();
+                    // Clusters that stand for their tokens: `size * exp(score) = exp(score + ln size)`.
+                    let pseudo = match (selection, place, bits) {
+                        (Some(selection), Some(place), Some(_)) => &selection.pseudo[selection.at(place, kv_head)][..],
+                        _ => &[],
+                    };
+                    let of_cluster =
+                        |p: &sparse::PseudoToken| p.scores[h % heads.group()] * scale + (p.size as f32).ln();
+                    let scores = attended.iter().map(|&p| dot(q, slot(p, 0)) * scale);
+                    let scores: Vec<f32> = scores.chain(pseudo.iter().map(of_cluster)).collect();
                     let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
                     let weights: Vec<f32> = scores.iter().map(|s| (s - max).exp()).collect();
                     let sum: f32 = weights.iter().sum();
                     let o = &mut out.row_mut(row)[h * d..][..d];
                     o.fill(0.0);
-                    for (p, weight) in attended.iter().zip(&weights) {
-                        for (o, v) in o.iter_mut().zip(slot(*p, 1)) {
+                    let values = attended.iter().map(|&p| slot(p, 1));
+                    let values = values.chain(pseudo.iter().map(|p| &p.value[..]));
+                    for (value, weight) in values.zip(&weights) {
+                        for (o, v) in o.iter_mut().zip(value) {
                             *o += weight / sum * v;
                         }
                     }
@@ -529,6 +547,7 @@ impl Backend for Reference {
     fn write_selection(&mut self, selection: &mut Selections, place: usize, head: usize, bits: &[u64]) {
         let at = selection.at(place, head);
         selection.bits[at] = Some(bits.to_vec());
+        selection.pseudo[at].clear();
     }
 }
 

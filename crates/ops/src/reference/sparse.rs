@@ -1,6 +1,7 @@
 //! Digests, scores and selections, from the formulas alone.
 
 use super::{Matrix, Pages, dot};
+use crate::cluster::{ClusterLayout, Clustering, NO_CLUSTER};
 use crate::sparse::{
     DigestKind, DigestSpec, Method, Reduce, RowPlan, Rule, Scope, Score, SelectionLimits, bitmap_words, mark,
     order_key, random_score, replay_rate, replay_score,
@@ -27,7 +28,7 @@ impl DigestTable {
         gate: Option<&Gate>,
     ) -> Self {
         let per_block = spec.per_block(geometry.page_tokens);
-        let width = spec.kind.width(geometry.head_dim);
+        let width = spec.width(geometry.head_dim);
         let len = geometry.num_layers * num_blocks * geometry.kv_heads * per_block * width;
         DigestTable {
             spec,
@@ -68,6 +69,17 @@ impl DigestTable {
         let length = self.spec.partition_tokens;
         for sequence in batch.sequences {
             let table = batch.block_table(sequence);
+            if let DigestKind::Cluster { span_tokens, sink_tokens } = self.spec.kind {
+                let spans =
+                    sequence.first_position as usize / span_tokens..sequence.context_tokens() / span_tokens;
+                for span in spans {
+                    let sinks = sink_tokens.saturating_sub(span * span_tokens);
+                    for head in 0..self.kv_heads {
+                        self.cluster(kv, layer, table, head, span * span_tokens..(span + 1) * span_tokens, sinks);
+                    }
+                }
+                continue;
+            }
             for partition in sequence.first_position as usize / length..sequence.context_tokens() / length {
                 for head in 0..self.kv_heads {
                     let positions = partition * length..(partition + 1) * length;
@@ -76,6 +88,36 @@ impl DigestTable {
                     self.values[at].copy_from_slice(&digest);
                 }
             }
+        }
+    }
+}
+
+impl DigestTable {
+    /// Clusters the keys at `positions`, of which the first `sinks` belong to no cluster.
+    fn cluster(
+        &mut self,
+        kv: &Pages,
+        layer: usize,
+        table: &[BlockIndex],
+        head: usize,
+        positions: std::ops::Range<usize>,
+        sinks: usize,
+    ) {
+        let (d, length) = (kv.geometry.head_dim, self.spec.partition_tokens);
+        let slot = |p: usize, part: usize| &kv.values[kv.slot(layer, table, p, head, part)..][..d];
+        let mut clustering = Clustering::new(positions.len(), positions.len() / length, d);
+        for (to, p) in clustering.keys_mut().chunks_exact_mut(d).zip(positions.clone()) {
+            to.copy_from_slice(slot(p, 0));
+        }
+        clustering.run(sinks);
+        for (token, p) in positions.clone().enumerate() {
+            clustering.add_value(token, slot(p, 1));
+        }
+        for partition in 0..positions.len() / length {
+            let global = positions.start / length + partition;
+            let at = self.of_partition(layer, table, kv.geometry.page_tokens, head, global);
+            clustering.digest(partition, &mut self.values[at.clone()]);
+            self.values[at].iter_mut().for_each(|v| *v = kv.geometry.dtype.round(*v));
         }
     }
 }
@@ -111,6 +153,7 @@ fn digest(
             let least = keys.iter().map(cosine).fold(f32::INFINITY, f32::min);
             mean.into_iter().chain((kind == DigestKind::Landmark).then_some(least)).collect()
         }
+        DigestKind::Cluster { .. } => unreachable!("made span by span"),
         DigestKind::Gate { .. } => {
             let gate = of.gate.as_ref().expect("digests of a gate have its weights");
             let keys: Vec<Vec<f32>> =
@@ -167,6 +210,19 @@ pub struct Selections {
     pub(super) scores: Vec<Vec<f32>>,
     /// `[place][kv head]`; `None` attends to everything.
     pub(super) bits: Vec<Option<Vec<u64>>>,
+    /// `[place][kv head]`: clusters that enter attention as one token each.
+    pub(super) pseudo: Vec<Vec<PseudoToken>>,
+}
+
+/// A cluster that enters attention as one token.
+#[derive(Clone, Debug)]
+pub(super) struct PseudoToken {
+    /// Per query head of the group: `q . centroid`.
+    pub(super) scores: Vec<f32>,
+    /// Tokens that it stands for.
+    pub(super) size: usize,
+    /// Mean of their values.
+    pub(super) value: Vec<f32>,
 }
 
 impl Selections {
@@ -176,6 +232,7 @@ impl Selections {
             limits,
             scores: vec![vec![0.0; limits.partitions_max()]; rows * limits.lines_max],
             bits: vec![None; rows],
+            pseudo: vec![Vec::new(); rows],
         }
     }
 
@@ -248,12 +305,35 @@ impl Selections {
         }
     }
 
-    pub(super) fn select(&mut self, layer: usize, heads: HeadShape, batch: &Batch) {
+    pub(super) fn select(
+        &mut self,
+        digests: &[DigestTable],
+        layer: usize,
+        heads: HeadShape,
+        batch: &Batch,
+    ) {
         for (place, row) in batch.sparse_rows().enumerate() {
             let method = row.method;
             let plan = plan_in(layer, &row);
             for head in 0..heads.kv_heads {
                 let at = self.at(place, head);
+                self.pseudo[at].clear();
+                if let (Rule::Clusters { span_tokens, .. }, Some(plan)) = (method.rule, &plan) {
+                    let Score::Digest { digests: index } = method.score else {
+                        unreachable!("clusters are digests")
+                    };
+                    let table = &digests[index as usize];
+                    let blocks = batch.block_table(row.sequence);
+                    let page_tokens = self.limits.page_tokens;
+                    let digest = |p: usize| {
+                        table.values[table.of_partition(layer, blocks, page_tokens, head, p)].to_vec()
+                    };
+                    let clusters: Vec<Vec<f32>> = plan.candidates.clone().map(digest).collect();
+                    let per_span = span_tokens / method.partition_tokens;
+                    self.bits[at] =
+                        Some(self.clusters(method, plan, heads, (place, head), row.position + 1, &clusters, per_span));
+                    continue;
+                }
                 self.bits[at] = plan.as_ref().map(|plan| {
                     let outliers = self.outliers(method, plan, heads, place, head);
                     let scores = self.reduced(method, plan, heads, place, head, &outliers);
@@ -261,6 +341,56 @@ impl Selections {
                 });
             }
         }
+    }
+
+    /// Selects whole clusters, `per_span` of which lie in a span, and notes those that become pseudo-tokens.
+    fn clusters(
+        &mut self,
+        method: &Method,
+        plan: &RowPlan,
+        heads: HeadShape,
+        (place, head): (usize, usize),
+        context: usize,
+        clusters: &[Vec<f32>],
+        per_span: usize,
+    ) -> Vec<u64> {
+        let layout = ClusterLayout { head_dim: heads.head_dim };
+        let size = |p: usize| {
+            ClusterLayout::size(clusters[p][layout.size_at()], clusters[p][layout.size_at() + 1])
+        };
+        let (empty, mut order): (Vec<usize>, Vec<usize>) = plan.candidates.clone().partition(|&p| size(p) == 0);
+        let scores = self.reduced(method, plan, heads, place, head, &empty);
+        order.sort_by_key(|&p| (std::cmp::Reverse(order_key(scores[p])), p));
+        let mut room = plan.room;
+        let fits = |p: &&usize| {
+            let fits = size(**p) <= room;
+            room -= if fits { size(**p) } else { 0 };
+            fits
+        };
+        let taken: Vec<usize> = order.iter().take_while(fits).copied().collect();
+        let at = self.at(place, head);
+        let line = |line: usize, p: usize| self.scores[self.line(place, head, line)][p];
+        self.pseudo[at] = order[taken.len()..]
+            .iter()
+            .take(plan.estimated)
+            .map(|&p| PseudoToken {
+                scores: (0..heads.group()).map(|g| line(g, p)).collect(),
+                size: size(p),
+                value: clusters[p][layout.value_at()..][..heads.head_dim].to_vec(),
+            })
+            .collect();
+        let mut bits = vec![0; bitmap_words(context)];
+        mark(&mut bits, 0..plan.sink_end);
+        mark(&mut bits, plan.tail_start..context);
+        for position in 0..plan.tail_start {
+            let partition = position / method.partition_tokens;
+            let id = clusters[partition][layout.ids_at() + position % method.partition_tokens];
+            let span = partition / per_span * per_span;
+            if id as u16 != NO_CLUSTER && taken.contains(&(span + id as usize)) {
+                mark(&mut bits, position..position + 1);
+            }
+        }
+        bits
     }
 
     /// The partitions of the prompt whose digests stand worst for their keys, the first of equals.
@@ -356,7 +486,7 @@ fn score_line(
     let (group, d) = (heads.group(), heads.head_dim);
     let query = |g: usize| &qkv[(head * group + g) * d..][..d];
     let raw = |q: &[f32]| match kind {
-        DigestKind::Mean | DigestKind::Landmark => dot(q, &digest[..d]),
+        DigestKind::Mean | DigestKind::Landmark | DigestKind::Cluster { .. } => dot(q, &digest[..d]),
         DigestKind::Gate { .. } => unreachable!("scored by its own query"),
         DigestKind::MinMax | DigestKind::CuboidMean => {
             let (high, low) = digest.split_at(d);

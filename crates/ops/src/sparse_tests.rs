@@ -1,0 +1,196 @@
+//! Tests of `sparse.rs`.
+
+use super::*;
+
+fn method() -> Method {
+    Method {
+        dense_layers: 0,
+        partition_tokens: 16,
+        score: Score::Digest { digests: 0 },
+        reduce: Reduce::Mean,
+        softmax: false,
+        scope: Scope::KvHead,
+        always: Always { sink_tokens: 0, recent_tokens: 1, generated_tokens: 0, outliers: 0 },
+        open_competes: false,
+        take_min: 1,
+        rule: Rule::Top,
+    }
+}
+
+#[test]
+fn the_page_of_the_row_is_attended_and_does_not_compete() {
+    let plan = |context, budget| method().plan(context, context, budget);
+    // 100 tokens: six whole partitions and four tokens.
+    assert_eq!(plan(100, 64), RowPlan { tail_start: 96, candidates: 0..6, take: 3, ..RowPlan::all() });
+    // 96 tokens: the sixth is whole, and still the row's own.
+    assert_eq!(plan(96, 64), RowPlan { tail_start: 80, candidates: 0..5, take: 3, ..RowPlan::all() });
+    assert_eq!(plan(96, 1).take, 1, "raised to one partition");
+    assert!(plan(96, 96).is_dense() && plan(96, 100).is_dense() && plan(10, 1).is_dense());
+    assert!(plan(100, 99).take == 5 && plan(99, 98).take == 5, "rounded down to whole partitions");
+}
+
+#[test]
+fn sinks_and_window_take_whole_partitions() {
+    let always = Always { sink_tokens: 20, recent_tokens: 40, ..method().always };
+    let plan = Method { always, ..method() }.plan(200, 200, 128);
+    // The window begins at 160, the sinks end at 32.
+    assert_eq!(
+        plan,
+        RowPlan { sink_end: 32, tail_start: 160, candidates: 2..10, take: 3, ..RowPlan::all() }
+    );
+    assert_eq!(plan.attended(200, 16), 32 + 40 + 48);
+    let always = Always { sink_tokens: 90, recent_tokens: 90, ..always };
+    let all = Method { always, ..method() };
+    assert!(all.plan(170, 170, 3).is_dense(), "sinks and window meet");
+}
+
+#[test]
+fn an_open_partition_may_compete() {
+    let always = Always { recent_tokens: 0, ..method().always };
+    let competing = Method { always, open_competes: true, take_min: 3, ..method() };
+    assert_eq!(
+        competing.plan(100, 100, 64),
+        RowPlan { tail_start: 100, candidates: 0..7, take: 4, ..RowPlan::all() }
+    );
+    assert_eq!(competing.plan(100, 100, 5).take, 3);
+    assert_eq!(Method { open_competes: false, ..competing }.plan(100, 100, 64).tail_start, 96);
+}
+
+#[test]
+fn recency_spends_the_whole_budget() {
+    let always = Always { sink_tokens: 4, ..method().always };
+    let streaming = Method { partition_tokens: 1, score: Score::Recency, always, ..method() };
+    let plan = streaming.plan(100, 100, 30);
+    assert_eq!(plan, RowPlan { sink_end: 4, tail_start: 74, ..RowPlan::all() });
+    assert_eq!(plan.attended(100, 1), 30);
+    assert_eq!(streaming.plan(100, 100, 0).attended(100, 1), 5, "sinks and the row itself");
+    assert!(streaming.plan(3, 3, 2).is_dense());
+}
+
+/// For all small cases: parts do not overlap, lie in the context, and hold to the budget if that suffices for the
+/// least that is attended.
+#[test]
+fn plans_are_sound() {
+    for partition_tokens in [1, 3, 8] {
+        for sink_tokens in [0, 5] {
+            for recent_tokens in [0, 1, 9] {
+                for open_competes in [false, true] {
+                    let always = Always { sink_tokens, recent_tokens, ..method().always };
+                    let method = Method { partition_tokens, always, open_competes, ..method() };
+                    for context in 1..60 {
+                        for budget in 0..=context {
+                            let plan = method.plan(context, context, budget);
+                            let what = format!("{method:?} context {context} budget {budget}: {plan:?}");
+                            if plan.is_dense() {
+                                continue;
+                            }
+                            let (first, end) = (plan.candidates.start, plan.candidates.end);
+                            assert_eq!(plan.sink_end, first * partition_tokens, "{what}");
+                            assert_eq!(plan.tail_start, (end * partition_tokens).min(context), "{what}");
+                            assert!(plan.take >= 1 && plan.take < plan.candidates.len(), "{what}");
+                            let least = plan.sink_end + context - plan.tail_start + partition_tokens;
+                            let attended = plan.attended(context, partition_tokens);
+                            assert!(attended <= budget.max(least), "{what}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn generated_tokens_and_outliers_are_attended() {
+    let always = Always { sink_tokens: 0, recent_tokens: 32, generated_tokens: 40, outliers: 4 };
+    let shadow = Method { partition_tokens: 8, always, ..method() };
+    let plan = |context| shadow.plan(context, 200, 160);
+    // 21 partitions before the last 32 tokens of the prompt.
+    let outliers = (0..21, 4);
+    let first = RowPlan { tail_start: 168, candidates: 0..21, take: 12, outliers, ..RowPlan::all() };
+    assert_eq!(plan(200), first);
+    // 30 generated tokens more, at the expense of what is selected.
+    assert_eq!(plan(230), RowPlan { take: 8, ..first.clone() });
+    // Only 40 are always attended; those before them compete. The outliers stay what they were.
+    assert_eq!(plan(260), RowPlan { tail_start: 184, candidates: 0..23, take: 6, ..first });
+    assert_eq!(plan(230).attended(230, 8), 62 + 12 * 8);
+    assert!(shadow.plan(100, 60, 90).is_dense() || shadow.plan(100, 60, 90).outliers.0.end <= 3);
+}
+
+#[test]
+fn marks_are_ranges() {
+    for (start, end) in [(0, 0), (0, 64), (3, 7), (60, 70), (64, 128), (1, 200), (199, 200)] {
+        let mut bits = [0u64; 4];
+        mark(&mut bits, start..end);
+        for slot in 0..256 {
+            assert_eq!(bits[slot / 64] >> (slot % 64) & 1 == 1, (start..end).contains(&slot), "{slot}");
+        }
+    }
+}
+
+/// Selections by [`Score::Replay`] over some hundred steps of one head, and the share that consecutive ones have in
+/// common.
+fn replayed(seed: u64, overlap_permille: u16, prompt: usize, budget: usize) -> f64 {
+    let (steps, head) = (400, 1);
+    let method = Method { score: Score::Replay { seed, overlap_permille }, ..method() };
+    let rate = replay_rate(&method, overlap_permille, prompt, budget);
+    let (mut last, mut kept, mut all) = (Vec::new(), 0, 0);
+    for position in prompt..prompt + steps {
+        let plan = method.plan(position + 1, prompt, budget);
+        let score = |p: usize| replay_score(seed, rate, 3, head, position, p);
+        let mut taken: Vec<usize> = plan.candidates.clone().collect();
+        taken.sort_by_key(|&p| (std::cmp::Reverse(order_key(score(p))), p));
+        taken.truncate(plan.take);
+        if position > prompt {
+            kept += taken.iter().filter(|p| last.contains(*p)).count();
+            all += taken.len();
+        }
+        last = taken;
+    }
+    kept as f64 / all as f64
+}
+
+#[test]
+fn replay_keeps_the_stated_share() {
+    for seed in 0..2 {
+        for overlap_permille in [700, 850, 950] {
+            for (prompt, budget) in [(4096, 256), (8192, 1024), (3000, 500), (32768, 512)] {
+                let found = replayed(seed, overlap_permille, prompt, budget);
+                let stated = f64::from(overlap_permille) / 1000.0;
+                let what =
+                    format!("seed {seed} prompt {prompt} budget {budget}: {found:.3} for {stated}");
+                assert!((found - stated).abs() < 0.03, "{what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn replay_rates_have_their_bounds() {
+    let rate = |overlap, prompt, budget| replay_rate(&method(), overlap, prompt, budget);
+    assert_eq!(rate(1000, 4096, 256), 0, "nothing changes");
+    assert_eq!(rate(0, 4096, 2048), 1 << 32, "all draw anew");
+    assert_eq!(rate(750, 10, 256), 1 << 30, "a prompt within its budget");
+    assert!(rate(900, 4096, 2048) > rate(900, 4096, 1024), "some are selected again by chance");
+    assert!(rate(0, u32::MAX as usize - 1, 1) <= 1 << 32);
+    let last = u32::MAX as usize;
+    assert!((0.0..1.0).contains(&replay_score(1, 1 << 32, 0, 0, last, 5)));
+    // The position before an epoch's end and after it differ, others do not.
+    let scores: Vec<f32> = (0..64).map(|position| replay_score(1, 1 << 28, 0, 0, position, 5)).collect();
+    let changes = scores.windows(2).filter(|pair| pair[0] != pair[1]).count();
+    assert_eq!(changes, 4, "{scores:?}");
+}
+
+#[test]
+fn digests_are_a_sixteenth_of_kv_for_a_page() {
+    let geometry = KvGeometry {
+        num_layers: 2,
+        kv_heads: 3,
+        head_dim: 128,
+        page_tokens: 16,
+        dtype: crate::DType::Bf16,
+    };
+    let bytes = |kind, partition_tokens| DigestSpec { kind, partition_tokens }.block_bytes(&geometry);
+    assert_eq!(bytes(DigestKind::MinMax, 16) * 16, geometry.block_bytes());
+    assert_eq!(bytes(DigestKind::MinMax, 32) * 16, geometry.block_bytes());
+    assert_eq!(bytes(DigestKind::Mean, 8) * 16, geometry.block_bytes());
+}
