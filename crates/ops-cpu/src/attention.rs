@@ -3,7 +3,7 @@
 //!
 //! A *unit* is a tile of rows of one sequence with one KV head, so every page is read once for all query heads that
 //! share it. For each split of 512 slots [`crate::split`] computes scores, their maximum, and the weighted values, and
-//! the results are merged in ascending order. Where one row has a long context, splits become tasks of their own:
+//! the results are merged in ascending order, that of pseudo-tokens last. Where one row has a long context, splits become tasks of their own:
 //! each leaves its result in memory, and whoever finishes last merges them in the same order by the same code.
 //! So no bit depends on how the work was cut.
 //!
@@ -23,7 +23,7 @@ use ops::{Batch, DType, HeadShape, KvGeometry, SPLIT_TOKENS, SequenceRows, Tenso
 
 use crate::isa::{Isa, Kernel};
 use crate::memory::{Buffer, PerThread, Shared};
-use crate::merge::{Partial, carry_stride, finish, merge, put_away, take_up};
+use crate::merge::{Partial, Running, carry_stride, finish, merge, put_away, take_up};
 use crate::pages::{Kv, Layers};
 use crate::pool::Pool;
 use crate::selection::Selections;
@@ -479,6 +479,12 @@ impl<E: Element> Kernel for UnitAs<'_, E> {
                 }
             }
             if plan.ends {
+                let selected = plan.place.zip(u.selection);
+                if let Some(estimate) = selected.and_then(|(place, selection)| selection.estimate(place, head)) {
+                    // Its lines lie as those that are carried do.
+                    take_up(&view, &mut Running(partial), estimate.as_ptr(), u.heads.q_heads);
+                    merge(s, &view, &mut running, partial);
+                }
                 finish(s, &view, &running);
             } else {
                 put_away(&view, &running, carry, u.heads.q_heads);

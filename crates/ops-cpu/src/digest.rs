@@ -5,15 +5,17 @@
 //! hundredth of prefill, so that is plain code.
 
 use half::{bf16, f16};
+use ops::cluster::{CLUSTER_TOKENS_MAX, Clustering};
 use ops::sparse::{DigestKind, DigestSpec, padded_width};
 use ops::{Batch, BlockIndex, DType, Error, KvGeometry, SequenceRows};
 
 use crate::gate::Gate;
-use crate::isa::Isa;
-use crate::memory::{Buffer, Shared};
+use crate::isa::{Isa, Kernel};
+use crate::memory::{Buffer, PerThread, Shared};
 use crate::pack::k_per_step;
 use crate::pages::{HEAD_DIM_MAX, Kv, Pages};
 use crate::pool::Pool;
+use crate::simd::Simd;
 
 /// The digests of one kind, of all blocks of a pool.
 #[derive(Debug)]
@@ -26,6 +28,8 @@ pub struct Digests {
     layers: Vec<Buffer<u8>>,
     /// What makes them, where weights do.
     gate: Option<Gate>,
+    /// Memory of the threads that cluster keys, where digests are clusters.
+    clusters: Option<(Isa, PerThread<Clustering>)>,
 }
 
 impl Digests {
@@ -42,18 +46,21 @@ impl Digests {
     ) -> Result<Self, Error> {
         ops::Gate::check(gate, spec, &geometry)?;
         let gate = gate.filter(|_| matches!(spec.kind, DigestKind::Gate { .. }));
-        let (partition, page) = (spec.partition_tokens, geometry.page_tokens);
-        if partition == 0 || !(page.is_multiple_of(partition) || partition.is_multiple_of(page)) {
-            return Err(Error::Unsupported(format!(
-                "partitions of {partition} tokens on pages of {page}; one must divide the other (--page-tokens)"
-            )));
-        }
+        spec.check(geometry.page_tokens)?;
         let layer_bytes = num_blocks.saturating_mul(spec.block_bytes(&geometry) / geometry.num_layers);
         let layers = (0..geometry.num_layers).map(|_| Buffer::zeroed(layer_bytes, "digests"));
-        let per_block = spec.per_block(page);
+        let per_block = spec.per_block(geometry.page_tokens);
         let layers = layers.collect::<Result<_, _>>()?;
-        let gate = gate.map(|gate| Gate::new(isa, gate, partition, threads)).transpose()?;
-        Ok(Digests { spec, geometry, num_blocks, per_block, layers, gate })
+        let gate = gate.map(|gate| Gate::new(isa, gate, spec.partition_tokens, threads)).transpose()?;
+        let clusters = match spec.kind {
+            DigestKind::Cluster { span_tokens, .. } => {
+                let count = span_tokens / spec.partition_tokens;
+                let new = || Clustering::new(span_tokens, count, geometry.head_dim);
+                Some((isa, PerThread::new(threads, new)))
+            }
+            _ => None,
+        };
+        Ok(Digests { spec, geometry, num_blocks, per_block, layers, gate, clusters })
     }
 
     /// What they are.
@@ -69,7 +76,32 @@ impl Digests {
     /// Bytes of one digest.
     #[inline(always)]
     pub fn digest_bytes(&self) -> usize {
-        padded_width(self.spec.kind.width(self.geometry.head_dim)) * self.geometry.dtype.bytes()
+        padded_width(self.spec.width(self.geometry.head_dim)) * self.geometry.dtype.bytes()
+    }
+
+    /// Bytes of a digest that scores are made of, with padding.
+    #[inline(always)]
+    pub fn scored_bytes(&self) -> usize {
+        padded_width(self.spec.kind.scored_width(self.geometry.head_dim)) * self.geometry.dtype.bytes()
+    }
+
+    /// The digest of a partition and head.
+    ///
+    /// # Panics
+    /// When its block does not exist.
+    pub fn digest(&self, layer: usize, table: &[BlockIndex], partition: usize, head: usize) -> &[u8] {
+        let start = self.offset(table, partition) + head * self.head_bytes();
+        &self.layers[layer].as_slice()[start..start + self.digest_bytes()]
+    }
+
+    /// Channels of a head.
+    pub fn head_dim(&self) -> usize {
+        self.geometry.head_dim
+    }
+
+    /// Type of what is kept.
+    pub fn dtype(&self) -> DType {
+        self.geometry.dtype
     }
 
     /// Bytes from the digest of a partition for one head to that for the next.
@@ -102,7 +134,7 @@ impl Digests {
         let dtype = self.geometry.dtype;
         let start = (block.at() * self.geometry.kv_heads + head) * self.head_bytes();
         let bytes = &self.layers[layer].as_slice()[start..start + self.head_bytes()];
-        let width = self.spec.kind.width(self.geometry.head_dim);
+        let width = self.spec.width(self.geometry.head_dim);
         let digests = bytes.chunks_exact(self.digest_bytes());
         digests.flat_map(|digest| (0..width).map(move |i| dtype.read(digest, i))).collect()
     }
@@ -117,6 +149,9 @@ fn completed(sequence: &SequenceRows, partition_tokens: usize) -> std::ops::Rang
 pub fn digest(pool: &mut Pool, digests: &mut Digests, kv: &Kv, layer: usize, batch: &Batch) {
     assert_eq!(*kv.geometry(), digests.geometry, "digests of this pool");
     batch.check(kv.geometry().page_tokens);
+    if let DigestKind::Cluster { span_tokens, sink_tokens } = digests.spec.kind {
+        return cluster_spans(pool, digests, kv, layer, batch, (span_tokens, sink_tokens));
+    }
     let length = digests.spec.partition_tokens;
     let num_tasks = batch.sequences.iter().map(|s| completed(s, length).len()).sum();
     if num_tasks == 0 {
@@ -157,6 +192,85 @@ pub fn digest(pool: &mut Pool, digests: &mut Digests, kv: &Kv, layer: usize, bat
             return;
         }
     });
+}
+
+/// Clusters the spans that the rows of `batch` complete.
+fn cluster_spans(
+    pool: &mut Pool,
+    digests: &mut Digests,
+    kv: &Kv,
+    layer: usize,
+    batch: &Batch,
+    (span_tokens, sink_tokens): (usize, usize),
+) {
+    let kv_heads = digests.geometry.kv_heads;
+    let num_tasks: usize = batch.sequences.iter().map(|s| completed(s, span_tokens).len() * kv_heads).sum();
+    if num_tasks == 0 {
+        return;
+    }
+    let to = Shared(digests.layers[layer].as_mut_ptr());
+    let digests = &*digests;
+    let (isa, memory) = digests.clusters.as_ref().expect("clusters have memory");
+    pool.run(num_tasks, &|task, thread| {
+        let mut task = task;
+        for s in batch.sequences {
+            let spans = completed(s, span_tokens);
+            if task >= spans.len() * kv_heads {
+                task -= spans.len() * kv_heads;
+                continue;
+            }
+            let (span, head) = (spans.start + task / kv_heads, task % kv_heads);
+            let start = span * span_tokens;
+            let positions = start..start + span_tokens;
+            let pages = Pages::of(batch, s);
+            // SAFETY: the memory of this thread, borrowed for this task.
+            let clustering = unsafe { &mut *memory.get(thread) };
+            isa.run(ClusterSpan {
+                keys: Keys { kv, layer, pages, head, positions },
+                sinks: sink_tokens.saturating_sub(start),
+                clustering,
+            });
+            let width = digests.spec.width(digests.geometry.head_dim);
+            let mut values = [0.0; CLUSTER_WIDTH_MAX];
+            let first = start / digests.spec.partition_tokens;
+            for partition in 0..span_tokens / digests.spec.partition_tokens {
+                clustering.digest(partition, &mut values[..width]);
+                let offset = digests.offset(pages.table, first + partition) + head * digests.head_bytes();
+                // SAFETY: the digest lies in the layer, as `offset` checked, and belongs to this span and head alone: blocks
+                // are shared by whole spans, and rows of one batch complete a span once.
+                let bytes = unsafe {
+                    std::slice::from_raw_parts_mut(to.at(offset), width * digests.geometry.dtype.bytes())
+                };
+                store(bytes, &values[..width], digests.geometry.dtype);
+            }
+            return;
+        }
+    });
+}
+
+/// Values of a digest of a cluster, at most.
+const CLUSTER_WIDTH_MAX: usize = 2 * HEAD_DIM_MAX + 2 + CLUSTER_TOKENS_MAX;
+
+/// Finds the clusters of a span.
+struct ClusterSpan<'a> {
+    keys: Keys<'a>,
+    sinks: usize,
+    clustering: &'a mut Clustering,
+}
+
+impl Kernel for ClusterSpan<'_> {
+    type Output = ();
+
+    /// Plain code, compiled for the instruction set: it has no reduction that may be reordered, so its bits are the same.
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let ClusterSpan { keys, sinks, clustering } = self;
+        let d = keys.kv.geometry().head_dim;
+        let to = clustering.keys_mut();
+        keys.each_key(|i, key| to[i * d..(i + 1) * d].copy_from_slice(key));
+        clustering.run(sinks);
+        keys.each_value(|i, value| clustering.add_value(i, value));
+    }
 }
 
 /// The digest of `keys`, in f32 and not rounded; not that of a gate.
@@ -253,6 +367,19 @@ impl Keys<'_> {
                 DType::Bf16 => key.each(|k: &[u8; 2]| bf16::from_le_bytes(*k).to_f32(), |c, k| values[c] = k),
             }
             visit(i, &values[..self.kv.geometry().head_dim]);
+        }
+    }
+
+    /// Visits number and channels of the value of every position, in order.
+    fn each_value(&self, mut visit: impl FnMut(usize, &[f32])) {
+        let KvGeometry { head_dim, page_tokens, dtype, .. } = *self.kv.geometry();
+        let mut values = [0.0; HEAD_DIM_MAX];
+        for (i, position) in self.positions.clone().enumerate() {
+            let page = self.kv.digest_page(self.layer, self.pages, position / page_tokens, self.head);
+            for (c, value) in values[..head_dim].iter_mut().enumerate() {
+                *value = dtype.read(page, self.kv.dram.value_element(position % page_tokens, c));
+            }
+            visit(i, &values[..head_dim]);
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! In reading order: [`Isa`] (which instructions), `simd` (vectors of 16 lanes), `tile` (the one inner loop), `pack`
 //! and `gemm` (matrix products), `pages`, `attention`, `split` and `merge` (the KV cache), `digest`, `score`,
-//! `selection` and `select` (which part of it is attended to), `tier` and `saver` (HBM and DRAM), `rows` (everything that treats a
+//! `selection`, `select` and `cluster` (which part of it is attended to), `tier` and `saver` (HBM and DRAM), `rows` (everything that treats a
 //! row alone), `pool` (threads), `memory`; [`ceiling`] and [`bench`](mod@bench) measure.
 //!
 //! Invariant: at one instruction set, a row's bits depend on nothing but the row: not on the batch, the number of
@@ -15,6 +15,7 @@
 mod attention;
 pub mod bench;
 pub mod ceiling;
+mod cluster;
 mod digest;
 mod gate;
 mod gemm;
@@ -256,8 +257,15 @@ impl Backend for CpuBackend {
         score::score(isa, pool, selection, digests, kv, layer, qkv, heads, batch);
     }
 
-    fn select(&mut self, selection: &mut Selections, layer: usize, heads: HeadShape, batch: &Batch) {
-        select::select(self.isa, &mut self.pool, selection, layer, heads, batch);
+    fn select(
+        &mut self,
+        selection: &mut Selections,
+        digests: &[Digests],
+        layer: usize,
+        heads: HeadShape,
+        batch: &Batch,
+    ) {
+        select::select(self.isa, &mut self.pool, selection, digests, layer, heads, batch);
     }
 
     fn resolve(

@@ -172,7 +172,7 @@ impl Layers {
     }
 
     /// Element of a page that holds channel `c` of V at `slot`.
-    fn value_element(&self, slot: usize, c: usize) -> usize {
+    pub fn value_element(&self, slot: usize, c: usize) -> usize {
         let per_step = k_per_step(self.geometry.dtype);
         let half = self.geometry.page_tokens * self.geometry.head_dim;
         half + (slot / per_step * self.geometry.head_dim + c) * per_step + slot % per_step

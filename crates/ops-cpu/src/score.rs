@@ -182,7 +182,7 @@ impl<E: Element> Kernel for ScoreAs<'_, E> {
     fn run<S: Simd>(self, s: S) {
         let w = self.0;
         let kind = w.digests.spec().kind;
-        let width = padded_width(kind.width(w.heads.head_dim));
+        let width = padded_width(kind.scored_width(w.heads.head_dim));
         let lines = w.method.lines(w.heads);
         let layer = w.digests.layer(w.layer);
         for head in 0..w.heads.kv_heads {
@@ -224,7 +224,7 @@ impl<E: Element> Kernel for ScoreAs<'_, E> {
                 for i in 0..TOGETHER {
                     // SAFETY: digests of all heads follow one another.
                     of_head[i] = unsafe { rows[i].add(head * w.digests.head_bytes()) };
-                    fetch(s, next[i].wrapping_add(head * w.digests.head_bytes()), w.digests.digest_bytes());
+                    fetch(s, next[i].wrapping_add(head * w.digests.head_bytes()), w.digests.scored_bytes());
                 }
                 // SAFETY: the digests lie in the layer.
                 unsafe { w.score_some::<S, E>(s, head, of_head, partition, full_end - partition) };
@@ -268,7 +268,7 @@ impl ScoreRun<'_> {
         partition: usize,
         count: usize,
     ) {
-        let width = padded_width(self.digests.spec().kind.width(self.heads.head_dim));
+        let width = padded_width(self.digests.spec().kind.scored_width(self.heads.head_dim));
         let lines = self.method.lines(self.heads);
         for line in 0..lines {
             // SAFETY: the caller's promise; the line lies in the scratch, and the scores of the run are this task's.

@@ -4,11 +4,14 @@
 //! still belongs is found bit by bit, each bit by counting how many are as large. That is 32 passes over an array in the
 //! first-level cache at 16 lanes a step, 1 us for 1,024 partitions, whatever they hold.
 
-use ops::sparse::{Method, Reduce, RowPlan, Rule, Scope, bitmap_words, mark, order_key};
+use ops::sparse::{Method, Reduce, RowPlan, Rule, Scope, Score, bitmap_words, mark, order_key};
 use ops::{Batch, HeadShape};
 
+use crate::cluster::{Chosen, Clusters};
+use crate::digest::Digests;
 use crate::isa::{Isa, Kernel};
 use crate::memory::Shared;
+use crate::merge::carry_stride;
 use crate::pool::Pool;
 use crate::selection::{Scratch, Selections, num_pages};
 use crate::simd::{LANES, Simd};
@@ -18,11 +21,14 @@ pub fn select(
     isa: Isa,
     pool: &mut Pool,
     selection: &mut Selections,
+    digests: &[Digests],
     layer: usize,
     heads: HeadShape,
     batch: &Batch,
 ) {
     selection.plan(layer, batch);
+    let estimates = Shared(selection.estimates.as_mut_ptr());
+    let estimated = Shared(selection.estimated.as_mut_ptr());
     let words = bitmap_words(selection.limits.context_max);
     let bits = Shared(selection.bits.as_mut_ptr());
     let pages = Shared(selection.pages.as_mut_ptr());
@@ -45,7 +51,23 @@ pub fn select(
             std::slice::from_raw_parts_mut(bits.at(at * words), bitmap_words(context))
         };
         let first = bitmap(head);
-        isa.run(SelectRow { selection, method, plan, heads, place, head, context, scratch, bits: first });
+        let clusters = match (method.rule, method.score) {
+            (Rule::Clusters { span_tokens, .. }, Score::Digest { digests: index }) => {
+                let line = carry_stride(heads.head_dim);
+                let first = (place * heads.q_heads + head * heads.group()) * line;
+                // SAFETY: the lines of this row and head are this task's; there is memory for them where a method selects
+                // clusters, as the plan checked.
+                let to = unsafe { std::slice::from_raw_parts_mut(estimates.at(first), heads.group() * line) };
+                let table = batch.block_table(&batch.sequences[row.sequence]);
+                let digests = &digests[index as usize];
+                Some(Clusters { digests, layer, table, head, span_tokens, to })
+            }
+            _ => None,
+        };
+        let count =
+            isa.run(SelectRow { selection, method, plan, heads, place, head, context, scratch, bits: first, clusters });
+        // SAFETY: as for the bitmaps.
+        unsafe { estimated.at(place * heads.kv_heads + head).write(count as u32) };
         let count = num_pages(first, selection.limits.page_tokens) as u32;
         let owned = if shared { 0..heads.kv_heads } else { head..head + 1 };
         for other in owned {
@@ -69,22 +91,25 @@ struct SelectRow<'a> {
     context: usize,
     scratch: &'a mut Scratch,
     bits: &'a mut [u64],
+    /// Where partitions are clusters.
+    clusters: Option<Clusters<'a>>,
 }
 
 impl Kernel for SelectRow<'_> {
-    type Output = ();
+    /// Pseudo-tokens.
+    type Output = usize;
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let SelectRow { selection, method, plan, heads, place, head, context, scratch, bits } = self;
+    fn run<S: Simd>(self, s: S) -> usize {
+        let SelectRow { selection, method, plan, heads, place, head, context, scratch, bits, clusters } = self;
         bits.fill(0);
         mark(bits, 0..plan.sink_end);
         mark(bits, plan.tail_start..context);
-        if plan.take == 0 {
-            return;
+        if plan.take == 0 && plan.estimated == 0 {
+            return 0;
         }
         let count = plan.candidates.len();
-        let Scratch { reduced, keys, masked, outliers, .. } = scratch;
+        let Scratch { reduced, keys, masked, outliers, order, fates, .. } = scratch;
         let (reduced, masked) = (&mut reduced[..count], &mut masked[..count]);
         let of = if method.scope == Scope::Layer { 0..heads.kv_heads } else { head..head + 1 };
         let lines = method.query_lines(heads);
@@ -97,6 +122,11 @@ impl Kernel for SelectRow<'_> {
                 *key = !order_key(cosine);
             }
             each_best(keys, num_outliers, |i| outliers.push((among.start + i) as u32));
+        }
+        if let Some(clusters) = &clusters {
+            // Those without a token are left out, like outliers.
+            clusters.sizes(&mut fates[..count]);
+            outliers.extend((0..count as u32).filter(|&p| fates[p as usize] == 0));
         }
         let first = plan.candidates.start;
         for (i, head) in of.enumerate() {
@@ -115,6 +145,11 @@ impl Kernel for SelectRow<'_> {
                 *score /= num_lines as f32;
             }
         }
+        if let Some(clusters) = clusters {
+            let chosen = Chosen { plan, order: &mut order[..count], fates: &mut fates[..count], masked };
+            let line = |line: usize| selection.line_of(place, head, line);
+            return clusters.select(s, reduced, chosen, line, bits);
+        }
         let keys = &mut keys[..count];
         for (key, &score) in keys.iter_mut().zip(&*reduced) {
             *key = order_key(score);
@@ -132,6 +167,7 @@ impl Kernel for SelectRow<'_> {
             Rule::Threshold(least) if reduced[i] < least => {}
             _ => take_in(first + i),
         });
+        0
     }
 }
 

@@ -1,9 +1,10 @@
 //! The memory of scores and selections, and which rows they are for.
 
 use ops::sparse::{Method, RowPlan, SelectionLimits, bitmap_words};
-use ops::{Batch, Error, SparseRow};
+use ops::{Batch, Error, HeadShape, SparseRow};
 
 use crate::memory::{Buffer, PerThread};
+use crate::merge::carry_stride;
 use crate::pages::HEAD_DIM_MAX;
 use crate::score::RUN;
 
@@ -24,6 +25,11 @@ pub struct Selections {
     pub(crate) bits: Vec<u64>,
     /// Pages with a selected slot, `[place][kv head]`.
     pub(crate) pages: Vec<u32>,
+    /// Attention to pseudo-tokens, one line of [`carry_stride`] floats for each `[place][query head]`: weighted values, maximum
+    /// and sum, as of a split.
+    pub(crate) estimates: Buffer<f32>,
+    /// Pseudo-tokens, `[place][kv head]`.
+    pub(crate) estimated: Vec<u32>,
     pub(crate) threads: PerThread<Scratch>,
 }
 
@@ -54,6 +60,9 @@ pub(crate) struct Scratch {
     pub(crate) keys: Vec<u32>,
     /// Partitions, ascending.
     pub(crate) outliers: Vec<u32>,
+    /// Clusters with their keys, and what becomes of each.
+    pub(crate) order: Vec<u64>,
+    pub(crate) fates: Vec<u32>,
 }
 
 impl Scratch {
@@ -63,7 +72,9 @@ impl Scratch {
                 + self.reduced.len()
                 + self.masked.len()
                 + self.keys.len()
-                + self.outliers.capacity())
+                + self.outliers.capacity()
+                + 2 * self.order.len()
+                + self.fates.len())
     }
 }
 
@@ -72,6 +83,8 @@ impl Selections {
     pub fn new(limits: SelectionLimits, threads: usize) -> Result<Self, Error> {
         let heads = limits.rows_max * limits.heads.kv_heads;
         let partitions = limits.partitions_max();
+        let clusters = if limits.estimates { partitions } else { 0 };
+        let lines = if limits.estimates { limits.rows_max * limits.heads.q_heads } else { 0 };
         Ok(Selections {
             limits,
             rows: Vec::with_capacity(limits.rows_max),
@@ -79,12 +92,16 @@ impl Selections {
             gated: Buffer::zeroed(heads * limits.heads.head_dim, "queries of a gate")?,
             bits: vec![0; heads * bitmap_words(limits.context_max)],
             pages: vec![0; heads],
+            estimates: Buffer::zeroed(lines * carry_stride(limits.heads.head_dim), "pseudo-tokens")?,
+            estimated: vec![0; heads],
             threads: PerThread::new(threads, || Scratch {
                 lifted: vec![0; limits.heads.kv_heads * limits.lines_max * LIFTED_MAX],
                 reduced: vec![0.0; partitions],
                 masked: vec![0.0; partitions],
                 keys: vec![0; partitions],
                 outliers: Vec::with_capacity(partitions),
+                order: vec![0; clusters],
+                fates: vec![0; clusters],
             }),
         })
     }
@@ -93,9 +110,9 @@ impl Selections {
     pub fn bytes(&mut self) -> u64 {
         let scratch: usize = self.threads.iter_mut().map(|t| t.bytes()).sum();
         let rows = self.rows.capacity() * size_of::<PlannedRow>();
-        (4 * (self.scores.len() + self.gated.len())
+        (4 * (self.scores.len() + self.gated.len() + self.estimates.len())
             + 8 * self.bits.len()
-            + 4 * self.pages.len()
+            + 4 * (self.pages.len() + self.estimated.len())
             + scratch
             + rows) as u64
     }
@@ -109,6 +126,18 @@ impl Selections {
         let words = bitmap_words(self.limits.context_max);
         let bits = &self.bits[at * words..][..bitmap_words(row.position + 1)];
         Some((bits, self.pages[at] as usize))
+    }
+
+    /// Attention to the pseudo-tokens of a sparse row and KV head: a line of [`carry_stride`] floats per query head; `None` if
+    /// there are none.
+    pub(crate) fn estimate(&self, place: usize, head: usize) -> Option<&[f32]> {
+        let HeadShape { q_heads, kv_heads, head_dim } = self.limits.heads;
+        if self.rows[place].plan.is_none() || self.estimated[place * kv_heads + head] == 0 {
+            return None;
+        }
+        let group = self.limits.heads.group();
+        let line = carry_stride(head_dim);
+        Some(&self.estimates.as_slice()[(place * q_heads + head * group) * line..][..group * line])
     }
 
     /// Number of sparse rows, and whether the one at `place` is row `row` of the batch.
@@ -149,6 +178,7 @@ impl Selections {
         let words = bitmap_words(self.limits.context_max);
         self.bits[at * words..][..bits.len()].copy_from_slice(bits);
         self.pages[at] = num_pages(bits, self.limits.page_tokens) as u32;
+        self.estimated[at] = 0;
     }
 
     /// Notes the sparse rows of `batch`, and what each attends to in `layer`.

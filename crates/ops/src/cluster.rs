@@ -23,6 +23,9 @@ pub const ITERATIONS: usize = 10;
 /// Clusters of a span at most: bf16 holds numbers up to this exactly.
 pub const CLUSTERS_MAX: usize = 256;
 
+/// Tokens of a partition whose digest is a cluster, at most: so many have a cluster on average.
+pub const CLUSTER_TOKENS_MAX: usize = 64;
+
 /// The cluster of a token that belongs to none.
 pub const NO_CLUSTER: u16 = CLUSTERS_MAX as u16;
 

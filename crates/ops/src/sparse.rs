@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use crate::cluster::{CLUSTERS_MAX, ClusterLayout};
+use crate::cluster::{CLUSTER_TOKENS_MAX, CLUSTERS_MAX, ClusterLayout};
 use crate::{Error, Gate, HeadShape, KvGeometry, Random};
 
 /// How a sequence attends. Rows of its prompt always attend to everything before them.
@@ -131,11 +131,11 @@ impl DigestSpec {
             )));
         }
         let DigestKind::Cluster { span_tokens: span, .. } = self.kind else { return Ok(()) };
-        if span == 0 || !span.is_multiple_of(length) || !span.is_multiple_of(page_tokens) || span / length > CLUSTERS_MAX
-        {
+        let whole = span > 0 && span.is_multiple_of(length) && span.is_multiple_of(page_tokens);
+        if !whole || span / length > CLUSTERS_MAX || length > CLUSTER_TOKENS_MAX {
             return Err(Error::Unsupported(format!(
                 "spans of {span} tokens with partitions of {length} on pages of {page_tokens}; a span is a multiple of both \
-                 and has at most {CLUSTERS_MAX} partitions"
+                 and has at most {CLUSTERS_MAX} partitions, of at most {CLUSTER_TOKENS_MAX} tokens"
             )));
         }
         Ok(())

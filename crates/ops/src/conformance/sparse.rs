@@ -72,20 +72,19 @@ fn cases() -> Vec<Case> {
         Case {
             heads: heads_of(8, 2, 64),
             page_tokens: 16,
-            digests: vec![spec(DigestKind::MinMax, 16), spec(DigestKind::CuboidMean, 32), spec(gate(64), 32), spec(clusters(256, 4), 16)],
+            digests: vec![spec(DigestKind::MinMax, 16), spec(DigestKind::CuboidMean, 32), spec(gate(64), 32)],
             methods: vec![
                 method(16, by(0)),
                 Method { always: none, open_competes: true, take_min: 3, ..method(16, by(0)) },
                 Method { always: sinks, scope: Scope::Layer, ..method(32, by(1)) },
                 Method { dense_layers: LAYER + 1, ..method(32, by(1)) },
                 method(32, gated(2)),
-                whole(16, 3, 256, 4, 232),
             ],
         },
         Case {
             heads: heads_of(3, 3, 80),
             page_tokens: 32,
-            digests: vec![spec(DigestKind::Mean, 8), spec(DigestKind::Landmark, 8), spec(gate(40), 8), spec(clusters(128, 0), 8)],
+            digests: vec![spec(DigestKind::Mean, 8), spec(DigestKind::Landmark, 8), spec(gate(40), 8)],
             methods: vec![
                 Method { always: sinks, reduce: Reduce::Max, softmax: true, ..method(8, by(0)) },
                 Method { always: shadow, reduce: Reduce::Max, softmax: true, ..method(8, by(1)) },
@@ -94,34 +93,53 @@ fn cases() -> Vec<Case> {
                 method(8, Score::Replay { seed: 5, overlap_permille: 850 }),
                 Method { softmax: true, rule: Rule::Threshold(0.03), ..method(8, gated(2)) },
                 Method { scope: Scope::Layer, reduce: Reduce::Max, ..method(8, by(0)) },
-                whole(8, 3, 128, 0, 0),
             ],
         },
         Case {
             heads: heads_of(6, 1, 96),
             page_tokens: 8,
-            digests: vec![spec(DigestKind::MinMax, 64), spec(DigestKind::CuboidMean, 8), spec(gate(96), 64), spec(clusters(512, 40), 32)],
+            digests: vec![spec(DigestKind::MinMax, 64), spec(DigestKind::CuboidMean, 8), spec(gate(96), 64)],
             methods: vec![
                 Method { reduce: Reduce::MeanQuery, ..method(64, by(0)) },
                 Method { softmax: true, ..method(8, by(1)) },
                 Method { always: sinks, ..method(1, Score::Recency) },
                 Method { scope: Scope::Layer, ..method(8, Score::Replay { seed: 6, overlap_permille: 700 }) },
                 Method { scope: Scope::Layer, ..method(64, gated(2)) },
-                whole(32, 3, 512, 40, 300),
             ],
         },
         Case {
             heads: heads_of(4, 1, 128),
             page_tokens: 64,
-            digests: vec![spec(DigestKind::Mean, 1), spec(DigestKind::MinMax, 16), spec(gate(32), 1), spec(clusters(128, 0), 1)],
+            digests: vec![spec(DigestKind::Mean, 1), spec(DigestKind::MinMax, 16), spec(gate(32), 1)],
             methods: vec![
                 Method { reduce: Reduce::Max, ..method(1, by(0)) },
                 Method { scope: Scope::Layer, always: none, open_competes: true, ..method(16, by(1)) },
                 Method { scope: Scope::Layer, ..method(64, Score::Random { seed: 4 }) },
                 Method { always: sinks, ..method(1, gated(2)) },
-                // Every token is its own cluster.
-                whole(1, 3, 128, 0, 1000),
             ],
+        },
+        Case {
+            heads: heads_of(8, 2, 64),
+            page_tokens: 16,
+            digests: vec![spec(clusters(256, 4), 16), spec(DigestKind::Mean, 16), spec(clusters(64, 0), 1)],
+            methods: vec![
+                whole(16, 0, 256, 4, 232),
+                method(16, by(1)),
+                // Every token is its own cluster.
+                whole(1, 2, 64, 0, 1000),
+            ],
+        },
+        Case {
+            heads: heads_of(6, 1, 96),
+            page_tokens: 8,
+            digests: vec![spec(clusters(512, 40), 32), spec(clusters(128, 0), 8)],
+            methods: vec![whole(32, 0, 512, 40, 300), whole(8, 1, 128, 0, 0)],
+        },
+        Case {
+            heads: heads_of(3, 3, 80),
+            page_tokens: 64,
+            digests: vec![spec(clusters(128, 4), 16)],
+            methods: vec![Method { dense_layers: LAYER, ..whole(16, 0, 128, 4, 150) }],
         },
     ]
 }
@@ -393,7 +411,9 @@ fn check_scores<B: Backend>(
                 backend.read_scores(&got.selection, place, head, line, &mut found);
                 oracle.read_scores(&expected.selection, place, head, line, &mut wanted);
                 let what = format!("{what}: scores of sparse row {place} head {head} line {line}");
-                let tolerance = attention_tolerance(dtype);
+                // Where there are few, the largest may be small beside the rounding of queries and digests.
+                let few = if plan.candidates.len() < 32 { 4.0 } else { 1.0 };
+                let tolerance = few * attention_tolerance(dtype);
                 let candidates = plan.candidates.clone();
                 assert_close(&what, &found[candidates.clone()], &wanted[candidates], tolerance);
                 if !method.softmax {
