@@ -32,6 +32,9 @@ pub struct Config {
     /// Where KV depends on the length of the prompt (dynamic NTK scaling beyond the original context): a prompt longer
     /// than this shares nothing, a shorter one only positions below it.
     pub prefix_limit: Option<usize>,
+    /// Tokens of a prompt that are shared as a whole or not at all, a multiple of `page_tokens`: more than these where digests lie
+    /// with blocks before the last token that they depend on.
+    pub shared_together: usize,
 }
 
 /// What the engine divides of an HBM tier.
@@ -78,6 +81,12 @@ impl Config {
             return Err(ConfigError(format!(
                 "page_tokens is {} and must be one of {allowed:?}",
                 self.page_tokens
+            )));
+        }
+        if self.shared_together == 0 || !self.shared_together.is_multiple_of(self.page_tokens) {
+            return Err(ConfigError(format!(
+                "shared_together is {} and must be a multiple of page_tokens, {}",
+                self.shared_together, self.page_tokens
             )));
         }
         let largest = [

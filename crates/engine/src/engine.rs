@@ -72,7 +72,12 @@ impl<R: Runner> Engine<R> {
         }
         let rows_max = config.rows_max();
         let engine = Engine {
-            kv: KvCache::new(config.num_blocks, config.page_tokens, config.max_num_seqs),
+            kv: KvCache::new(
+                config.num_blocks,
+                config.page_tokens,
+                config.shared_together / config.page_tokens,
+                config.max_num_seqs,
+            ),
             shares: Shares::new(&config),
             waiting: VecDeque::with_capacity(config.max_waiting + config.max_num_seqs),
             running: Vec::with_capacity(config.max_num_seqs),

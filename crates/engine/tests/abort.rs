@@ -40,6 +40,7 @@ fn serve_with_a_broken_runner() {
         prefix_cache: true,
         tier: None,
         prefix_limit: None,
+        shared_together: 8,
     };
     let metrics = Metrics::new(&prometheus::Registry::new()).expect("a fresh registry");
     let (handle, thread) =

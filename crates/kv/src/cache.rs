@@ -21,7 +21,7 @@ pub struct OutOfBlocks {
 /// ```
 /// use sparseserve_kv::{KvCache, Sequence};
 ///
-/// let mut kv = KvCache::new(10, 4, 2);
+/// let mut kv = KvCache::new(10, 4, 1, 2);
 /// let prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9];
 ///
 /// let mut first = Sequence::new(0, usize::MAX, 10);
@@ -37,6 +37,7 @@ pub struct OutOfBlocks {
 /// ```
 pub struct KvCache {
     page_tokens: usize,
+    shared_blocks: usize,
     pool: Pool,
     tree: PrefixCache,
     num_evictions: u64,
@@ -49,17 +50,18 @@ pub struct KvCache {
 
 impl KvCache {
     /// A pool of `num_blocks` free blocks of `page_tokens` tokens, and `num_seats` free seats; allocates all the memory that
-    /// it will ever use.
+    /// it will ever use. Sequences share prefixes in runs of `shared_blocks`, each as a whole or not at all.
     ///
     /// # Panics
     /// When one is 0 or an index would not fit in a u32.
-    pub fn new(num_blocks: usize, page_tokens: usize, num_seats: usize) -> Self {
+    pub fn new(num_blocks: usize, page_tokens: usize, shared_blocks: usize, num_seats: usize) -> Self {
         let seats = u32::try_from(num_seats).expect("seats are u32");
         assert!(seats > 0, "a cache has seats");
         KvCache {
             page_tokens,
+            shared_blocks,
             pool: Pool::new(num_blocks),
-            tree: PrefixCache::new(num_blocks, page_tokens),
+            tree: PrefixCache::new(num_blocks, page_tokens, shared_blocks),
             num_evictions: 0,
             num_seats,
             free_seats: (0..seats).rev().map(SeatIndex).collect(),
@@ -109,7 +111,7 @@ impl KvCache {
         self.num_evictions
     }
 
-    /// Gives an empty `sequence` the longest cached prefix of `tokens`, in whole blocks, and returns its length in
+    /// Gives an empty `sequence` the longest cached prefix of `tokens`, in whole runs, and returns its length in
     /// tokens. At least one token is left over, because only running a token yields the logits after it.
     ///
     /// # Panics
@@ -118,11 +120,13 @@ impl KvCache {
         assert!(sequence.blocks.is_empty(), "a prefix is matched before anything is reserved");
         let limit = tokens.len().saturating_sub(1).min(sequence.shareable_tokens);
         let mut parent = Parent::Start(sequence.salt);
-        for run in tokens[..limit].chunks_exact(self.page_tokens) {
-            let Some(block) = self.tree.find(parent, run) else { break };
-            self.pool.share(block);
-            push(&mut sequence.blocks, block);
-            parent = Parent::Block(block);
+        for run in tokens[..limit].chunks_exact(self.shared_blocks * self.page_tokens) {
+            let Some(first) = self.tree.find(parent, run) else { break };
+            for block in self.tree.blocks_of(first) {
+                self.pool.share(block);
+                push(&mut sequence.blocks, block);
+            }
+            parent = Parent::Block(first);
         }
         sequence.num_published = sequence.blocks.len();
         sequence.num_tokens = sequence.blocks.len() * self.page_tokens;
@@ -150,8 +154,13 @@ impl KvCache {
             return block;
         }
         let block = self.pool.take_oldest().expect("the caller counted the available blocks");
-        self.tree.remove(block);
-        self.num_evictions += 1;
+        // Whoever uses a block of a run uses all of it, so nobody uses the others either; and nobody could without this one.
+        let first = self.tree.first_of(block);
+        for other in self.tree.blocks_of(first).filter(|other| *other != block) {
+            self.pool.forget(other);
+        }
+        self.tree.remove(first);
+        self.num_evictions += self.shared_blocks as u64;
         block
     }
 
@@ -169,30 +178,34 @@ impl KvCache {
             "tokens are written to reserved slots"
         );
         sequence.num_tokens = tokens.len();
-        let num_sealed = tokens.len().min(sequence.shareable_tokens).min(saved_tokens) / self.page_tokens;
-        for i in sequence.num_published..num_sealed {
-            self.publish(sequence, i, &tokens[i * self.page_tokens..][..self.page_tokens]);
+        let run_tokens = self.shared_blocks * self.page_tokens;
+        let num_sealed = tokens.len().min(sequence.shareable_tokens).min(saved_tokens) / run_tokens;
+        for i in sequence.num_published / self.shared_blocks..num_sealed {
+            self.publish(sequence, i, &tokens[i * run_tokens..][..run_tokens]);
         }
     }
 
-    /// Block `i` of `sequence` enters the tree, or gives way to its twin there.
+    /// Run `i` of `sequence` enters the tree, or gives way to its twin there.
     fn publish(&mut self, sequence: &mut Sequence, i: usize, tokens: &[u32]) {
-        assert_eq!(i, sequence.num_published, "blocks are published in order");
+        let start = i * self.shared_blocks;
+        assert_eq!(start, sequence.num_published, "blocks are published in order");
         let parent = match i {
             0 => Parent::Start(sequence.salt),
-            _ => Parent::Block(sequence.blocks[i - 1]),
+            _ => Parent::Block(sequence.blocks[start - self.shared_blocks]),
         };
-        let block = sequence.blocks[i];
+        let blocks = &mut sequence.blocks[start..start + self.shared_blocks];
         match self.tree.find(parent, tokens) {
-            None => self.tree.insert(block, parent, tokens),
+            None => self.tree.insert(blocks, parent, tokens),
             Some(first) => {
-                assert_ne!(first, block, "{block:?} is published once");
-                self.pool.share(first);
-                self.pool.release(block, false);
-                sequence.blocks[i] = first;
+                for (block, twin) in blocks.iter_mut().zip(self.tree.blocks_of(first)) {
+                    assert_ne!(twin, *block, "{block:?} is published once");
+                    self.pool.share(twin);
+                    self.pool.release(*block, false);
+                    *block = twin;
+                }
             }
         }
-        sequence.num_published += 1;
+        sequence.num_published += self.shared_blocks;
     }
 
     /// Releases all blocks of `sequence` and empties it. Published blocks stay cached until their place is needed. The
@@ -217,11 +230,20 @@ impl KvCache {
     pub fn discard(&mut self, sequence: &mut Sequence) {
         while let Some(block) = sequence.blocks.pop() {
             let published = sequence.blocks.len() < sequence.num_published;
-            let forget = published && self.pool.owners(block) == 1 && !self.tree.has_children(block);
-            if forget {
-                self.tree.remove(block);
+            if !published {
+                self.pool.release(block, false);
+                continue;
             }
-            self.pool.release(block, published && !forget);
+            let first = self.tree.first_of(block);
+            let forget = self.pool.owners(block) == 1 && !self.tree.has_children(first);
+            if forget {
+                self.tree.remove(first);
+            }
+            self.pool.release(block, !forget);
+            for _ in 1..self.shared_blocks {
+                let block = sequence.blocks.pop().expect("published blocks are whole runs");
+                self.pool.release(block, !forget);
+            }
         }
         sequence.num_published = 0;
         sequence.num_tokens = 0;

@@ -54,6 +54,8 @@ struct Live {
 struct Fuzz {
     bug: Bug,
     page_tokens: usize,
+    /// Blocks that are shared together.
+    run_blocks: usize,
     num_blocks: usize,
     real: KvCache,
     live: Vec<Live>,
@@ -71,12 +73,13 @@ fn digest(salt: u64, tokens: &[u32]) -> u64 {
 }
 
 impl Fuzz {
-    fn new(bug: Bug, num_blocks: usize, page_tokens: usize, hash_mask: u64) -> Self {
-        let mut real = KvCache::new(num_blocks, page_tokens, 8);
+    fn new(bug: Bug, num_blocks: usize, page_tokens: usize, run_blocks: usize, hash_mask: u64) -> Self {
+        let mut real = KvCache::new(num_blocks, page_tokens, run_blocks, 8);
         real.weaken_hash(hash_mask);
         Fuzz {
             bug,
             page_tokens,
+            run_blocks,
             num_blocks,
             real,
             live: Vec::new(),
@@ -129,11 +132,11 @@ impl Fuzz {
         let limit = (tokens.len() - 1 + whole).min(shareable_tokens);
         let known_salt = if self.bug == Bug::IgnoresSalt { 0 } else { salt };
         let mut blocks = 0;
-        while (blocks + 1) * self.page_tokens <= limit {
-            let prefix = (known_salt, tokens[..(blocks + 1) * self.page_tokens].to_vec());
+        while (blocks + self.run_blocks) * self.page_tokens <= limit {
+            let prefix = (known_salt, tokens[..(blocks + self.run_blocks) * self.page_tokens].to_vec());
             let Some(published) = self.published.get_mut(&prefix) else { break };
             published.users += 1;
-            blocks += 1;
+            blocks += self.run_blocks;
         }
         assert_eq!(matched, blocks * self.page_tokens, "matched prefix");
         self.live.push(Live {
@@ -148,9 +151,9 @@ impl Fuzz {
     }
 
     fn counts(&self) -> Counts {
-        let shared = self.published.values().filter(|p| p.users > 0).count();
+        let shared = self.run_blocks * self.published.values().filter(|p| p.users > 0).count();
         let private: usize = self.live.iter().map(|l| l.num_blocks - l.num_published).sum();
-        let cached = self.published.len() - shared;
+        let cached = self.run_blocks * self.published.len() - shared;
         Counts { free: self.num_blocks - shared - private - cached, in_use: shared + private, cached }
     }
 
@@ -165,7 +168,7 @@ impl Fuzz {
             return;
         }
         live.num_blocks += wanted;
-        for _ in counts.free..wanted {
+        for _ in (counts.free..wanted).step_by(self.run_blocks) {
             let unused = self.published.iter().filter(|(_, p)| p.users == 0);
             let victim = match self.bug {
                 Bug::EvictsNewest => unused.max_by_key(|(_, p)| p.released),
@@ -173,7 +176,7 @@ impl Fuzz {
             };
             let victim = victim.expect("the model has as many cached blocks").0.clone();
             self.published.remove(&victim);
-            self.num_evictions += 1;
+            self.num_evictions += self.run_blocks as u64;
         }
         for position in live.num_written..target {
             let block = live.kv.blocks()[position / self.page_tokens];
@@ -182,10 +185,11 @@ impl Fuzz {
         }
         self.real.advance(&mut live.kv, &live.tokens[..target], usize::MAX);
         live.num_written = target;
-        for i in live.num_published..target.min(live.shareable_tokens) / self.page_tokens {
-            let prefix = (live.salt, live.tokens[..(i + 1) * self.page_tokens].to_vec());
+        let run_tokens = self.run_blocks * self.page_tokens;
+        for i in live.num_published / self.run_blocks..target.min(live.shareable_tokens) / run_tokens {
+            let prefix = (live.salt, live.tokens[..(i + 1) * run_tokens].to_vec());
             self.published.entry(prefix).or_insert(Published { users: 0, released: 0 }).users += 1;
-            live.num_published += 1;
+            live.num_published += self.run_blocks;
         }
     }
 
@@ -196,8 +200,8 @@ impl Fuzz {
         } else {
             self.real.free(&mut live.kv);
         }
-        for i in (0..live.num_published).rev() {
-            let prefix = (live.salt, live.tokens[..(i + 1) * self.page_tokens].to_vec());
+        for i in (0..live.num_published / self.run_blocks).rev() {
+            let prefix = (live.salt, live.tokens[..(i + 1) * self.run_blocks * self.page_tokens].to_vec());
             let longer = |other: &Prefix| other.0 == prefix.0 && other.1.len() > prefix.1.len();
             let is_continued =
                 self.published.keys().any(|other| longer(other) && other.1.starts_with(&prefix.1));
@@ -236,7 +240,9 @@ fn fuzz(bug: Bug, seed: u64, num_ops: usize, hash_mask: u64) -> (u64, usize) {
     let mut random = Random::new(seed);
     let num_blocks = 8 + random.below(60);
     let page_tokens = [1, 4, 8][random.below(3)];
-    let mut fuzz = Fuzz::new(bug, num_blocks, page_tokens, hash_mask);
+    // A bug shows first in what the canaries expect where runs are single blocks.
+    let run_blocks = if bug == Bug::None { [1, 1, 2, 3][random.below(4)] } else { 1 };
+    let mut fuzz = Fuzz::new(bug, num_blocks, page_tokens, run_blocks, hash_mask);
     let mut num_shared = 0;
     for _ in 0..num_ops {
         let op = fuzz.draw(&mut random);

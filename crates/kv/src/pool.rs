@@ -6,6 +6,10 @@
 //!                      ^   |  release, kept
 //!                share |   v
 //!                      cached --------------> in use    (take_oldest: its content is forgotten)
+//!                      |
+//!                      | forget
+//!                      v
+//!                     free
 //! ```
 
 use ops::BlockIndex;
@@ -92,6 +96,13 @@ impl Pool {
         self.unlink(block);
         self.states[block.at()] = State::InUse { owners: 1 };
         Some(block)
+    }
+
+    /// Cached -> free: its content is forgotten.
+    pub(crate) fn forget(&mut self, block: BlockIndex) {
+        self.unlink(block);
+        self.states[block.at()] = State::Free;
+        self.free.push(block);
     }
 
     /// One owner more, of a block that is in use or cached.

@@ -1,4 +1,7 @@
 //! The prefix cache, a tree: sealed blocks by what they hold and what precedes them.
+//!
+//! Its nodes are *runs* of as many blocks as are shared together, which is one where nothing asks for more. A run is known by its
+//! first block.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
@@ -10,13 +13,13 @@ use ops::BlockIndex;
 pub(crate) enum Parent {
     /// Nothing: it starts a sequence of this salt.
     Start(u64),
-    /// A block of the tree. Its index identifies the whole prefix for as long as it has a child, since it cannot leave
-    /// the tree before them.
+    /// The first block of a run of the tree. Its index identifies the whole prefix for as long as it has a child, since it
+    /// cannot leave the tree before them.
     Block(BlockIndex),
 }
 
 struct Entry {
-    /// Hash of this block's tokens and of everything before them.
+    /// Hash of this run's tokens and of everything before them.
     hash: u64,
     parent: Parent,
     num_children: u32,
@@ -24,10 +27,13 @@ struct Entry {
 
 pub(crate) struct PrefixCache {
     page_tokens: usize,
+    run_blocks: usize,
     /// Finds entries by hash; equality is decided by parent and tokens.
     index: HashTable<BlockIndex>,
-    /// By block; `None` when it is not in the tree.
+    /// By first block; `None` for the others, and when it is not in the tree.
     entries: Vec<Option<Entry>>,
+    /// By block: the first one of its run and the one after it, itself after the last; `None` when it is not in the tree.
+    runs: Vec<Option<(BlockIndex, BlockIndex)>>,
     /// `[num_blocks, page_tokens]`: the tokens of blocks in the tree.
     tokens: Vec<u32>,
     /// Bits of a hash that count: all of them, except in tests that want collisions.
@@ -35,13 +41,16 @@ pub(crate) struct PrefixCache {
 }
 
 impl PrefixCache {
-    pub(crate) fn new(num_blocks: usize, page_tokens: usize) -> Self {
+    pub(crate) fn new(num_blocks: usize, page_tokens: usize, run_blocks: usize) -> Self {
         assert!(page_tokens > 0, "a page has slots");
+        assert!(run_blocks > 0, "a run has blocks");
         PrefixCache {
             page_tokens,
+            run_blocks,
             // Room for twice the entries: a table at most half full is cleaned of tombstones in place, never grown.
             index: HashTable::with_capacity(2 * num_blocks),
             entries: (0..num_blocks).map(|_| None).collect(),
+            runs: vec![None; num_blocks],
             tokens: vec![0; num_blocks * page_tokens],
             hash_mask: u64::MAX,
         }
@@ -53,30 +62,56 @@ impl PrefixCache {
         self.hash_mask = mask;
     }
 
-    /// The block that holds `tokens` after `parent`.
+    /// The run that holds `tokens` after `parent`.
     pub(crate) fn find(&self, parent: Parent, tokens: &[u32]) -> Option<BlockIndex> {
-        assert_eq!(tokens.len(), self.page_tokens, "only sealed blocks are in the tree");
-        let same =
-            |&block: &BlockIndex| self.entry(block).parent == parent && self.tokens_of(block) == tokens;
+        assert_eq!(tokens.len(), self.run_blocks * self.page_tokens, "only sealed blocks are in the tree");
+        let holds = |first: BlockIndex| {
+            let mut pages = tokens.chunks_exact(self.page_tokens);
+            self.blocks_of(first).all(|block| pages.next() == Some(self.tokens_of(block)))
+        };
+        let same = |&block: &BlockIndex| self.entry(block).parent == parent && holds(block);
         self.index.find(self.hash(parent, tokens), same).copied()
     }
 
-    /// Adds a sealed block. Its content must not be in the tree yet.
-    pub(crate) fn insert(&mut self, block: BlockIndex, parent: Parent, tokens: &[u32]) {
-        assert!(self.entries[block.at()].is_none(), "{block:?} is in the tree once");
+    /// The first block of the run that `block` is in.
+    pub(crate) fn first_of(&self, block: BlockIndex) -> BlockIndex {
+        self.runs[block.at()].expect("a block of the tree").0
+    }
+
+    /// The blocks of the run that begins with `first`, in order.
+    pub(crate) fn blocks_of(&self, first: BlockIndex) -> impl Iterator<Item = BlockIndex> {
+        std::iter::successors(Some(first), |block| {
+            let (_, next) = self.runs[block.at()].expect("a block of the tree");
+            (next != *block).then_some(next)
+        })
+    }
+
+    /// Adds a run of sealed blocks. Its content must not be in the tree yet.
+    pub(crate) fn insert(&mut self, blocks: &[BlockIndex], parent: Parent, tokens: &[u32]) {
+        assert_eq!(blocks.len(), self.run_blocks, "runs are whole");
+        let in_tree = blocks.iter().find(|block| self.contains(**block));
+        assert_eq!(in_tree, None, "a block is in the tree once");
         assert!(self.find(parent, tokens).is_none(), "the tree holds each prefix once");
         let hash = self.hash(parent, tokens);
         if let Parent::Block(parent) = parent {
             self.entry_mut(parent).num_children += 1;
         }
-        self.tokens[block.at() * self.page_tokens..][..self.page_tokens].copy_from_slice(tokens);
+        let block = blocks[0];
+        for (i, (own, page)) in blocks.iter().zip(tokens.chunks_exact(self.page_tokens)).enumerate() {
+            self.tokens[own.at() * self.page_tokens..][..self.page_tokens].copy_from_slice(page);
+            self.runs[own.at()] = Some((block, *blocks.get(i + 1).unwrap_or(own)));
+        }
         self.entries[block.at()] = Some(Entry { hash, parent, num_children: 0 });
         let Self { index, entries, .. } = self;
         index.insert_unique(hash, block, |b| entries[b.at()].as_ref().expect("the index lists entries").hash);
     }
 
-    /// Forgets a block that is evicted or discarded.
+    /// Forgets the run that begins with `block`, which is evicted or discarded.
     pub(crate) fn remove(&mut self, block: BlockIndex) {
+        let mut next = block;
+        while let Some((_, after)) = self.runs[next.at()].take() {
+            next = after;
+        }
         let entry = self.entries[block.at()].take().expect("only blocks of the tree leave it");
         assert_eq!(entry.num_children, 0, "a child leaves the tree before its parent");
         if let Parent::Block(parent) = entry.parent {
@@ -89,10 +124,10 @@ impl PrefixCache {
     }
 
     pub(crate) fn contains(&self, block: BlockIndex) -> bool {
-        self.entries[block.at()].is_some()
+        self.runs[block.at()].is_some()
     }
 
-    /// Whether blocks of the tree continue this one.
+    /// Whether blocks of the tree continue the run that begins with `block`.
     pub(crate) fn has_children(&self, block: BlockIndex) -> bool {
         self.entry(block).num_children > 0
     }
@@ -123,7 +158,7 @@ impl PrefixCache {
     /// `cached` (next victim first) lists children before parents.
     pub(crate) fn check(&self, cached: impl Iterator<Item = BlockIndex>) {
         let mut num_children = vec![0; self.entries.len()];
-        let mut num_entries = 0;
+        let (mut num_entries, mut in_runs) = (0, 0);
         for (i, entry) in self.entries.iter().enumerate() {
             let Some(entry) = entry else { continue };
             num_entries += 1;
@@ -132,9 +167,14 @@ impl PrefixCache {
                 assert!(self.contains(parent), "the parent of {block:?} is in the tree");
                 num_children[parent.at()] += 1;
             }
-            let found = self.find(entry.parent, self.tokens_of(block));
-            assert_eq!(found, Some(block), "a block is found by its content");
+            let blocks: Vec<BlockIndex> = self.blocks_of(block).collect();
+            assert_eq!(blocks.len(), self.run_blocks, "runs are whole");
+            assert!(blocks.iter().all(|b| self.first_of(*b) == block), "blocks know their run");
+            in_runs += blocks.len();
+            let tokens: Vec<u32> = blocks.iter().flat_map(|b| self.tokens_of(*b)).copied().collect();
+            assert_eq!(self.find(entry.parent, &tokens), Some(block), "a run is found by its content");
         }
+        assert_eq!(self.runs.iter().flatten().count(), in_runs, "every block is in a run");
         assert_eq!(self.index.len(), num_entries, "the index lists every entry once");
         for (i, entry) in self.entries.iter().enumerate() {
             assert_eq!(
@@ -143,8 +183,13 @@ impl PrefixCache {
                 "children of block {i}"
             );
         }
-        // Taking victims in order must always take leaves.
+        // Taking victims in order must always take leaves. A run goes with the first of its blocks that does.
+        let mut taken = vec![false; self.entries.len()];
         for block in cached {
+            let block = self.first_of(block);
+            if std::mem::replace(&mut taken[block.at()], true) {
+                continue;
+            }
             assert_eq!(num_children[block.at()], 0, "children of {block:?} are evicted before it");
             if let Parent::Block(parent) = self.entry(block).parent {
                 num_children[parent.at()] -= 1;
@@ -155,9 +200,10 @@ impl PrefixCache {
     /// Panics unless `blocks` are a path of the tree from its start under `salt`.
     pub(crate) fn check_path(&self, salt: u64, blocks: &[BlockIndex]) {
         let mut parent = Parent::Start(salt);
-        for &block in blocks {
-            assert_eq!(self.entry(block).parent, parent, "published blocks form a path");
-            parent = Parent::Block(block);
+        for run in blocks.chunks(self.run_blocks) {
+            assert!(self.blocks_of(run[0]).eq(run.iter().copied()), "published blocks are whole runs");
+            assert_eq!(self.entry(run[0]).parent, parent, "published blocks form a path");
+            parent = Parent::Block(run[0]);
         }
     }
 }

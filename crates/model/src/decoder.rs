@@ -104,7 +104,7 @@ impl<B: Backend> Model<B> {
             let selection = match &mut kv.selection {
                 Some(selection) if window.is_none() && rows.sparse_rows().next().is_some() => {
                     backend.score(selection, &kv.digests, &kv.pages, index, qkv, heads, &rows);
-                    backend.select(selection, index, heads, &rows);
+                    backend.select(selection, &kv.digests, index, heads, &rows);
                     if let Some(player) = &mut kv.player {
                         player.play(backend, selection, index, &rows);
                     }

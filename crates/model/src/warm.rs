@@ -56,7 +56,7 @@ impl WarmStart {
         }
         let scored = Batch { sequences: &self.scored, ..*rows };
         backend.score(selection, &kv.digests, &kv.pages, layer, qkv, heads, &scored);
-        backend.select(selection, layer, heads, &scored);
+        backend.select(selection, &kv.digests, layer, heads, &scored);
         let resolved = Batch { sequences: &self.resolved, ..*rows };
         backend.resolve(&mut kv.pages, layer, heads, None, &resolved, Some(selection));
         // What stays comes with the first wave; what would only pass through is needed by nobody.

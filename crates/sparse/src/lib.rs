@@ -19,6 +19,7 @@ mod options;
 mod quest;
 mod random;
 mod replay;
+mod retroinfer;
 mod seerattention;
 mod served;
 mod shadowkv;
@@ -47,7 +48,7 @@ pub struct Policy {
 }
 
 /// All policies.
-pub const POLICIES: [&Policy; 8] = [
+pub const POLICIES: [&Policy; 9] = [
     &dense::DENSE,
     &streaming::STREAMING,
     &random::RANDOM,
@@ -56,6 +57,7 @@ pub const POLICIES: [&Policy; 8] = [
     &shadowkv::SHADOWKV,
     &replay::REPLAY,
     &seerattention::SEERATTENTION,
+    &retroinfer::RETROINFER,
 ];
 
 /// What a policy needs of a server and asks of a device.

@@ -66,6 +66,27 @@ impl Options {
         }
     }
 
+    /// Takes a share out, a percentage with at most one decimal, in thousandths.
+    pub(crate) fn permille(&mut self, option: &'static str, default: u32) -> Result<u32, Error> {
+        let Some(value) = self.0.remove(option) else { return Ok(default) };
+        let digits = |text: &str| {
+            let plain = !text.is_empty() && text.len() <= 3 && text.bytes().all(|b| b.is_ascii_digit());
+            plain.then(|| text.parse::<u32>().ok()).flatten()
+        };
+        let parsed = value.strip_suffix('%').and_then(|percent| match percent.split_once('.') {
+            None => digits(percent).map(|whole| 10 * whole),
+            Some((whole, tenth)) if tenth.len() == 1 => Some(10 * digits(whole)? + digits(tenth)?),
+            Some(_) => None,
+        });
+        match parsed {
+            Some(permille @ 0..=1000) => Ok(permille),
+            _ => {
+                let allowed = "a percentage from 0% to 100%, with at most one decimal".into();
+                Err(Error::BadValue { option, value, allowed })
+            }
+        }
+    }
+
     /// Takes a text out that is not empty.
     pub(crate) fn text(&mut self, option: &'static str, default: &str) -> Result<String, Error> {
         let value = self.0.remove(option).unwrap_or_else(|| default.into());

@@ -94,6 +94,13 @@ impl Served {
         &self.digests
     }
 
+    /// Consecutive tokens of a prompt that requests share as a whole or not at all, on pages of `page_tokens`: a multiple of what
+    /// each of the digests asks for.
+    pub fn shared_together(&self, page_tokens: usize) -> usize {
+        let wanted = self.digests.iter().map(|d| d.shared_together(page_tokens));
+        wanted.fold(page_tokens, |all, one| all / greatest_divisor(all, one) * one)
+    }
+
     /// Names, the default first.
     pub fn names(&self) -> impl Iterator<Item = &'static str> {
         self.policies.iter().map(|(policy, _)| policy.name)
@@ -153,9 +160,18 @@ impl Served {
         let Setup { digest, method } = setup;
         let (Some(digest), Some(method)) = (digest, method) else { return Ok(method) };
         let index = self.digests.iter().position(|d| *d == digest);
-        let index = index.ok_or(Error::Fixed { what: "the option partition" })?;
+        let what = match digest.kind {
+            DigestKind::Cluster { .. } => "an option that says how keys are clustered (span, partition, sinks)",
+            _ => "the option partition",
+        };
+        let index = index.ok_or(Error::Fixed { what })?;
         Ok(Some(Method { score: method.score.with_digests(index as u16), ..method }))
     }
+}
+
+/// Of two numbers, neither 0 (Euclid).
+fn greatest_divisor(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { greatest_divisor(b, a % b) }
 }
 
 #[cfg(test)]
@@ -201,6 +217,35 @@ mod tests {
             refused("arkvale", &[("window", "-1")]),
             "the option window is \"-1\"; it must be a number from 0 to 1048576"
         );
+    }
+
+    #[test]
+    fn clusters_are_fixed_and_what_becomes_of_them_is_not() {
+        let served = Served::new(["retroinfer"], &options(&[("span", "256")])).unwrap();
+        assert_eq!(served.shared_together(16), 256);
+        let method = |pairs: &[(&str, &str)]| served.method(None, &options(pairs));
+        let rule = method(&[("estimate", "0%")]).unwrap().1.unwrap().rule;
+        assert_eq!(rule, Rule::Clusters { span_tokens: 256, estimate_permille: 0 });
+        assert_eq!(method(&[("window", "100")]).unwrap().1.unwrap().always.recent_tokens, 100);
+        for pairs in [[("span", "512")], [("sinks", "8")], [("partition", "32")]] {
+            let error = method(&pairs).unwrap_err().to_string();
+            assert!(error.starts_with("an option that says how keys are clustered"), "{error}");
+        }
+        let error = method(&[("span", "100")]).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "the option span is \"100\"; it must be a multiple of 64 and of partition, from 64 to 4096"
+        );
+        for bad in ["0.5", "23.25%", "101%", "100.1%", "-1%", "%", ".5%", "5.%", "+5%"] {
+            let error = method(&[("estimate", bad)]).unwrap_err().to_string();
+            assert!(error.starts_with("the option estimate is"), "{error}");
+        }
+        let estimate = |text| match method(&[("estimate", text)]).unwrap().1.unwrap().rule {
+            Rule::Clusters { estimate_permille, .. } => estimate_permille,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(["0%", "7%", "0.4%", "100.0%"].map(estimate), [0, 70, 4, 1000]);
+        assert_eq!(Served::new(["quest"], &Options::default()).unwrap().shared_together(16), 16);
     }
 
     #[test]

@@ -38,6 +38,7 @@ struct Seen {
 fn random_config(random: &mut Random) -> Config {
     let mut config = config(6 + random.below(40));
     config.page_tokens = [8, 16][random.below(2)];
+    config.shared_together = config.page_tokens * [1, 1, 1, 2, 5][random.below(5)];
     config.max_num_seqs = 1 + random.below(12);
     config.max_inject_tokens = [1, 3, 8, 17, 64, 300][random.below(6)];
     config.max_context = 60 + random.below(160);

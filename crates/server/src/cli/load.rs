@@ -197,7 +197,7 @@ impl<B: Backend> Prepared<B> {
         });
         let selection_bytes = selections.map_or(0, |limits| limits.bytes());
         let limit = memory_limit(settings.dram)?;
-        let partitions = digests.iter().map(|d| d.partition_tokens);
+        let partitions = digests.iter().map(|d| d.made_together());
         let tier = settings.hbm.map(|_| TierSpec {
             bytes: 0,
             seats: settings.max_num_seqs,
@@ -270,6 +270,7 @@ impl<B: Backend> Prepared<B> {
                 rule: settings.quota_rule,
             }),
             prefix_limit: Rope::new(&self.config.rope).prefix_limit(),
+            shared_together: settings.sparse.served.shared_together(self.geometry.page_tokens),
         }
     }
 

@@ -199,8 +199,15 @@ impl<B: Backend> Backend for Profiled<B> {
         self.timed("score", (0, 0), |b| b.score(selection, digests, kv, layer, qkv, heads, batch));
     }
 
-    fn select(&mut self, selection: &mut B::Selection, layer: usize, heads: HeadShape, batch: &Batch) {
-        self.timed("select", (0, 0), |b| b.select(selection, layer, heads, batch));
+    fn select(
+        &mut self,
+        selection: &mut B::Selection,
+        digests: &[B::Digests],
+        layer: usize,
+        heads: HeadShape,
+        batch: &Batch,
+    ) {
+        self.timed("select", (0, 0), |b| b.select(selection, digests, layer, heads, batch));
     }
 
     fn balance(&mut self, kv: &mut B::Kv, batch: &Batch) {

@@ -171,6 +171,7 @@ mod tests {
             prefix_cache: false,
             tier: None,
             prefix_limit: None,
+            shared_together: 16,
         };
         let registry = prometheus::Registry::new();
         let metrics = Metrics::new(&registry).unwrap();

@@ -118,6 +118,7 @@ pub async fn start(options: Options) -> Server {
         prefix_cache: true,
         tier: None,
         prefix_limit: None,
+        shared_together: 16,
     };
     let parrot =
         Parrot { scratch: SampleScratch::with_vocab(VOCAB), step: options.step, held: Arc::clone(&held) };

@@ -152,7 +152,7 @@ impl Step {
         let sparse = rows(position, 1, prompt_tokens, Attention::Sparse { method: 0, budget });
         let sparse = batch(&[0], &positions, std::slice::from_ref(&sparse), &table, &methods);
         backend.score(&mut selection, &digests, &kv, 0, &qkv, heads, &sparse);
-        backend.select(&mut selection, 0, heads, &sparse);
+        backend.select(&mut selection, &digests, 0, heads, &sparse);
         backend.attend(&mut out, &kv, 0, &qkv, heads, None, &sparse, Some(&selection), 0);
         let indices = (0..kv_heads).map(|head| match backend.read_selection(&selection, 0, head) {
             None => everything(),
