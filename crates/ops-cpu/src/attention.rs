@@ -480,7 +480,9 @@ impl<E: Element> Kernel for UnitAs<'_, E> {
             }
             if plan.ends {
                 let selected = plan.place.zip(u.selection);
-                if let Some(estimate) = selected.and_then(|(place, selection)| selection.estimate(place, head)) {
+                if let Some(estimate) =
+                    selected.and_then(|(place, selection)| selection.estimate(place, head))
+                {
                     // Its lines lie as those that are carried do.
                     take_up(&view, &mut Running(partial), estimate.as_ptr(), u.heads.q_heads);
                     merge(s, &view, &mut running, partial);

@@ -64,8 +64,18 @@ pub fn select(
             }
             _ => None,
         };
-        let count =
-            isa.run(SelectRow { selection, method, plan, heads, place, head, context, scratch, bits: first, clusters });
+        let count = isa.run(SelectRow {
+            selection,
+            method,
+            plan,
+            heads,
+            place,
+            head,
+            context,
+            scratch,
+            bits: first,
+            clusters,
+        });
         // SAFETY: as for the bitmaps.
         unsafe { estimated.at(place * heads.kv_heads + head).write(count as u32) };
         let count = num_pages(first, selection.limits.page_tokens) as u32;
@@ -101,7 +111,8 @@ impl Kernel for SelectRow<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> usize {
-        let SelectRow { selection, method, plan, heads, place, head, context, scratch, bits, clusters } = self;
+        let SelectRow { selection, method, plan, heads, place, head, context, scratch, bits, clusters } =
+            self;
         bits.fill(0);
         mark(bits, 0..plan.sink_end);
         mark(bits, plan.tail_start..context);

@@ -39,7 +39,8 @@ impl World {
     /// A context of random tokens whose digests are made in chunks of at most `chunk` tokens.
     fn new(isa: Isa, dtype: DType, span: usize, partition: usize, chunk: usize, threads: usize) -> Self {
         let HeadShape { kv_heads, head_dim, .. } = HEADS;
-        let mut backend = CpuBackend::new(CpuOptions { threads: Some(threads), isa: Some(isa) }).expect("a backend");
+        let mut backend =
+            CpuBackend::new(CpuOptions { threads: Some(threads), isa: Some(isa) }).expect("a backend");
         let geometry = KvGeometry { num_layers: 1, kv_heads, head_dim, page_tokens: PAGE, dtype };
         let table: Vec<BlockIndex> = (0..CONTEXT.div_ceil(PAGE) as u32).rev().map(BlockIndex).collect();
         let mut kv = backend.kv(geometry, table.len(), None).expect("memory");
@@ -140,7 +141,10 @@ fn tokens_that_stand_for_themselves_are_attended() {
         }
         let method = world.method(0);
         let (out, _) = world.attend(Some((method, 0)));
-        assert!(out.iter().zip(&dense).any(|(a, b)| (a - b).abs() > 1e-2), "without them it is another answer");
+        assert!(
+            out.iter().zip(&dense).any(|(a, b)| (a - b).abs() > 1e-2),
+            "without them it is another answer"
+        );
     }
 }
 

@@ -316,8 +316,7 @@ mod tests {
         assert_eq!((layout.value_at(), layout.size_at(), layout.ids_at()), (32, 64, 66));
         let mut digests = vec![vec![9.0; found.digest_width()]; 8];
         digests.iter_mut().enumerate().for_each(|(p, to)| found.digest(p, to));
-        let ids: Vec<usize> =
-            digests.iter().flat_map(|d| d[66..].iter().map(|&id| id as usize)).collect();
+        let ids: Vec<usize> = digests.iter().flat_map(|d| d[66..].iter().map(|&id| id as usize)).collect();
         assert_eq!(ids[..5], [NO_CLUSTER as usize; 5], "sinks");
         let mut all = 0;
         for (p, digest) in digests.iter().enumerate() {

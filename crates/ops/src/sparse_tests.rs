@@ -34,10 +34,7 @@ fn sinks_and_window_take_whole_partitions() {
     let always = Always { sink_tokens: 20, recent_tokens: 40, ..method().always };
     let plan = Method { always, ..method() }.plan(200, 200, 128);
     // The window begins at 160, the sinks end at 32.
-    assert_eq!(
-        plan,
-        RowPlan { sink_end: 32, tail_start: 160, candidates: 2..10, take: 3, ..RowPlan::all() }
-    );
+    assert_eq!(plan, RowPlan { sink_end: 32, tail_start: 160, candidates: 2..10, take: 3, ..RowPlan::all() });
     assert_eq!(plan.attended(200, 16), 32 + 40 + 48);
     let always = Always { sink_tokens: 90, recent_tokens: 90, ..always };
     let all = Method { always, ..method() };
@@ -156,8 +153,7 @@ fn replay_keeps_the_stated_share() {
             for (prompt, budget) in [(4096, 256), (8192, 1024), (3000, 500), (32768, 512)] {
                 let found = replayed(seed, overlap_permille, prompt, budget);
                 let stated = f64::from(overlap_permille) / 1000.0;
-                let what =
-                    format!("seed {seed} prompt {prompt} budget {budget}: {found:.3} for {stated}");
+                let what = format!("seed {seed} prompt {prompt} budget {budget}: {found:.3} for {stated}");
                 assert!((found - stated).abs() < 0.03, "{what}");
             }
         }
@@ -182,15 +178,56 @@ fn replay_rates_have_their_bounds() {
 
 #[test]
 fn digests_are_a_sixteenth_of_kv_for_a_page() {
-    let geometry = KvGeometry {
-        num_layers: 2,
-        kv_heads: 3,
-        head_dim: 128,
-        page_tokens: 16,
-        dtype: crate::DType::Bf16,
-    };
+    let geometry =
+        KvGeometry { num_layers: 2, kv_heads: 3, head_dim: 128, page_tokens: 16, dtype: crate::DType::Bf16 };
     let bytes = |kind, partition_tokens| DigestSpec { kind, partition_tokens }.block_bytes(&geometry);
     assert_eq!(bytes(DigestKind::MinMax, 16) * 16, geometry.block_bytes());
     assert_eq!(bytes(DigestKind::MinMax, 32) * 16, geometry.block_bytes());
     assert_eq!(bytes(DigestKind::Mean, 8) * 16, geometry.block_bytes());
+}
+
+#[test]
+fn whole_clusters_fill_what_the_always_set_leaves() {
+    let always = Always { sink_tokens: 4, recent_tokens: 64, ..method().always };
+    let rule = Rule::Clusters { span_tokens: 256, estimate_permille: 232 };
+    let retro = Method { softmax: true, always, take_min: 0, rule, ..method() };
+    let plan = |context, budget| retro.plan(context, context, budget);
+    assert!(plan(319, 10).is_dense(), "no span ends before the window");
+    assert!(plan(700, 700).is_dense());
+    // One span; 4 sinks and what follows the span are attended.
+    let tail = RowPlan { sink_end: 4, tail_start: 256, candidates: 0..16, estimated: 3, ..RowPlan::all() };
+    assert_eq!(plan(320, 68), tail);
+    assert_eq!(
+        (plan(320, 68).attended(320, 16), plan(320, 1).attended(320, 16)),
+        (68, 68),
+        "raised to the always-set"
+    );
+    assert_eq!(plan(320, 78), RowPlan { take: 10, room: 10, ..tail.clone() });
+    // Each token may lie in a page of its own: that of the sinks, 5 of the tail, and 10.
+    assert_eq!((plan(320, 78).pages_max(320, 16, 16), plan(320, 78).attended(320, 16)), (1 + 4 + 10, 78));
+    assert_eq!(plan(320, 300), RowPlan { take: 16, room: 232, ..tail });
+    assert_eq!(plan(320, 300).pages_max(320, 16, 16), 20, "never more than there are");
+    assert_eq!((plan(575, 500).tail_start, plan(576, 500).tail_start), (256, 512));
+    let none = Method { rule: Rule::Clusters { span_tokens: 256, estimate_permille: 0 }, ..retro };
+    assert_eq!(none.plan(600, 600, 100).estimated, 0);
+}
+
+#[test]
+fn digests_of_clusters_need_whole_spans() {
+    let spec = |partition_tokens, span_tokens| DigestSpec {
+        kind: DigestKind::Cluster { span_tokens, sink_tokens: 4 },
+        partition_tokens,
+    };
+    assert_eq!(spec(16, 1024).width(128), 128 + 128 + 2 + 16);
+    assert_eq!((spec(16, 1024).made_together(), spec(16, 1024).shared_together(16)), (1024, 1024));
+    assert!(
+        spec(16, 1024).check(16).is_ok() && spec(32, 64).check(8).is_ok() && spec(1, 256).check(64).is_ok()
+    );
+    for (partition, span, page) in
+        [(16, 1000, 16), (16, 96, 64), (1, 512, 16), (16, 8192, 16), (128, 1024, 16), (24, 1024, 16)]
+    {
+        assert!(spec(partition, span).check(page).is_err(), "{partition} {span} {page}");
+    }
+    let mean = DigestSpec { kind: DigestKind::Mean, partition_tokens: 32 };
+    assert_eq!((mean.made_together(), mean.shared_together(16), mean.width(128)), (32, 16, 128));
 }

@@ -45,7 +45,10 @@ fn build(options: &mut Options) -> Result<Setup, Error> {
     let span_tokens: usize = options.number("span", 1024, SPAN_UNIT, CLUSTERS_MAX * CLUSTER_TOKENS_MAX)?;
     let most = CLUSTERS_MAX * partition_tokens;
     let unit = SPAN_UNIT.max(partition_tokens);
-    if !span_tokens.is_multiple_of(SPAN_UNIT) || !span_tokens.is_multiple_of(partition_tokens) || span_tokens > most {
+    if !span_tokens.is_multiple_of(SPAN_UNIT)
+        || !span_tokens.is_multiple_of(partition_tokens)
+        || span_tokens > most
+    {
         let (option, value) = ("span", span_tokens.to_string());
         let allowed = format!("a multiple of {SPAN_UNIT} and of partition, from {unit} to {most}");
         return Err(Error::BadValue { option, value, allowed });

@@ -161,7 +161,9 @@ impl Served {
         let (Some(digest), Some(method)) = (digest, method) else { return Ok(method) };
         let index = self.digests.iter().position(|d| *d == digest);
         let what = match digest.kind {
-            DigestKind::Cluster { .. } => "an option that says how keys are clustered (span, partition, sinks)",
+            DigestKind::Cluster { .. } => {
+                "an option that says how keys are clustered (span, partition, sinks)"
+            }
             _ => "the option partition",
         };
         let index = index.ok_or(Error::Fixed { what })?;

@@ -367,7 +367,9 @@ fn check_digests<B: Backend>(
                     let wanted = oracle.read_digests(&expected.digests[index], LAYER, table[block], head);
                     let what = format!("{what}: {spec:?} block {block} head {head}");
                     match spec.kind {
-                        DigestKind::MinMax | DigestKind::Cluster { .. } => assert_same_bits(&what, &found, &wanted),
+                        DigestKind::MinMax | DigestKind::Cluster { .. } => {
+                            assert_same_bits(&what, &found, &wanted)
+                        }
                         // Sums over hundreds of products.
                         DigestKind::Gate { .. } => {
                             assert_close(&what, &found, &wanted, 4.0 * rounding(dtype))

@@ -414,7 +414,9 @@ impl Backend for Reference {
                     };
                     // Clusters that stand for their tokens: `size * exp(score) = exp(score + ln size)`.
                     let pseudo = match (selection, place, bits) {
-                        (Some(selection), Some(place), Some(_)) => &selection.pseudo[selection.at(place, kv_head)][..],
+                        (Some(selection), Some(place), Some(_)) => {
+                            &selection.pseudo[selection.at(place, kv_head)][..]
+                        }
                         _ => &[],
                     };
                     let of_cluster =

@@ -75,7 +75,14 @@ impl DigestTable {
                 for span in spans {
                     let sinks = sink_tokens.saturating_sub(span * span_tokens);
                     for head in 0..self.kv_heads {
-                        self.cluster(kv, layer, table, head, span * span_tokens..(span + 1) * span_tokens, sinks);
+                        self.cluster(
+                            kv,
+                            layer,
+                            table,
+                            head,
+                            span * span_tokens..(span + 1) * span_tokens,
+                            sinks,
+                        );
                     }
                 }
                 continue;
@@ -305,13 +312,7 @@ impl Selections {
         }
     }
 
-    pub(super) fn select(
-        &mut self,
-        digests: &[DigestTable],
-        layer: usize,
-        heads: HeadShape,
-        batch: &Batch,
-    ) {
+    pub(super) fn select(&mut self, digests: &[DigestTable], layer: usize, heads: HeadShape, batch: &Batch) {
         for (place, row) in batch.sparse_rows().enumerate() {
             let method = row.method;
             let plan = plan_in(layer, &row);
@@ -330,8 +331,15 @@ impl Selections {
                     };
                     let clusters: Vec<Vec<f32>> = plan.candidates.clone().map(digest).collect();
                     let per_span = span_tokens / method.partition_tokens;
-                    self.bits[at] =
-                        Some(self.clusters(method, plan, heads, (place, head), row.position + 1, &clusters, per_span));
+                    self.bits[at] = Some(self.clusters(
+                        method,
+                        plan,
+                        heads,
+                        (place, head),
+                        row.position + 1,
+                        &clusters,
+                        per_span,
+                    ));
                     continue;
                 }
                 self.bits[at] = plan.as_ref().map(|plan| {
@@ -355,10 +363,10 @@ impl Selections {
         per_span: usize,
     ) -> Vec<u64> {
         let layout = ClusterLayout { head_dim: heads.head_dim };
-        let size = |p: usize| {
-            ClusterLayout::size(clusters[p][layout.size_at()], clusters[p][layout.size_at() + 1])
-        };
-        let (empty, mut order): (Vec<usize>, Vec<usize>) = plan.candidates.clone().partition(|&p| size(p) == 0);
+        let size =
+            |p: usize| ClusterLayout::size(clusters[p][layout.size_at()], clusters[p][layout.size_at() + 1]);
+        let (empty, mut order): (Vec<usize>, Vec<usize>) =
+            plan.candidates.clone().partition(|&p| size(p) == 0);
         let scores = self.reduced(method, plan, heads, place, head, &empty);
         order.sort_by_key(|&p| (std::cmp::Reverse(order_key(scores[p])), p));
         let mut room = plan.room;
