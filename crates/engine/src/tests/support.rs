@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ops::sample::SamplingParams;
-use ops::sparse::{Always, Method, Reduce, Scope, Score};
+use ops::sparse::{Always, Method, Reduce, Rule, Scope, Score};
 use prometheus::Registry;
 
 use super::fake_runner::{FakeRunner, VOCAB};
@@ -58,6 +58,7 @@ pub fn sparse(partition_tokens: usize, budget: u32) -> Sparse {
         always: Always { sink_tokens: 1, recent_tokens: 2, generated_tokens: 0, outliers: 0 },
         open_competes: false,
         take_min: 1,
+        rule: Rule::Top,
     };
     Sparse { method, budget }
 }
