@@ -346,7 +346,7 @@ fn pages_are_counted_once() {
     assert_eq!(sum(|u| u.pages.streamed), pages("streamed"));
     assert!(usages.iter().all(|u| u.pages.resident_peak == 5 && u.pages.stall_nanos > 0));
     assert_eq!(bench.metric("sparseserve_hbm_frames", Some("empty")), 32.0 * 6.0);
-    assert!(bench.metric("sparseserve_kv_stall_microseconds_total", None) > 0.0);
+    assert!(bench.metric("sparseserve_kv_stall_seconds_total", None) > 0.0);
 }
 
 #[test]

@@ -401,6 +401,8 @@ mod tests {
             max-inject-tokens = 7
             page-tokens = 8
             dram = "60%"
+            hbm = "10%"
+            buffering = "auto"
             no-prefix-cache = true
             policy = "quest"
             policies = ["dense"]
@@ -416,7 +418,11 @@ mod tests {
         assert_eq!(file.server.port, Some(1));
         assert_eq!(file.server.drain_timeout, Some(3));
         assert_eq!(file.engine.compute.threads, Some(4));
-        assert_eq!(file.engine.dram, Some(Size::Percent(60.0)));
+        assert_eq!(
+            (file.engine.dram, file.engine.hbm),
+            (Some(Size::Percent(60.0)), Some(Size::Percent(10.0)))
+        );
+        assert_eq!(file.engine.buffering.as_deref(), Some("auto"));
         assert_eq!(file.engine.no_prefix_cache, Some(true));
         assert_eq!(file.engine.sparse.policy.as_deref(), Some("quest"));
         assert_eq!(file.engine.sparse.budget.as_deref(), Some("9"));
