@@ -98,7 +98,7 @@ impl<R: Runner> Engine<R> {
             // Matching a long prompt costs time; it is worth another try only when this many could be had.
             let matched_unused = available - short.available;
             sequence.admit_when_available = matched_unused + short.wanted;
-            self.kv.free(&mut sequence.kv);
+            self.kv.suspend(&mut sequence.kv);
             return false;
         }
         self.kv.take_seat(&mut sequence.kv);

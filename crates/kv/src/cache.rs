@@ -24,13 +24,13 @@ pub struct OutOfBlocks {
 /// let mut kv = KvCache::new(10, 4, 2);
 /// let prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9];
 ///
-/// let mut first = Sequence::new(0, usize::MAX, 10);
+/// let mut first = Sequence::new(0, usize::MAX, 1, 10);
 /// assert_eq!(kv.match_prefix(&mut first, &prompt), 0);
 /// kv.reserve(&mut first, prompt.len())?; // three blocks
 /// kv.advance(&mut first, &prompt, usize::MAX); // two of them are sealed
 /// kv.free(&mut first);
 ///
-/// let mut second = Sequence::new(0, usize::MAX, 10);
+/// let mut second = Sequence::new(0, usize::MAX, 2, 10);
 /// assert_eq!(kv.match_prefix(&mut second, &prompt), 8);
 /// kv.free(&mut second);
 /// # Ok::<(), sparseserve_kv::OutOfBlocks>(())
@@ -116,10 +116,11 @@ impl KvCache {
     /// When the sequence has blocks already.
     pub fn match_prefix(&mut self, sequence: &mut Sequence, tokens: &[u32]) -> usize {
         assert!(sequence.blocks.is_empty(), "a prefix is matched before anything is reserved");
-        let limit = tokens.len().saturating_sub(1).min(sequence.shareable_tokens);
+        let limit = tokens.len().saturating_sub(1);
         let mut parent = Parent::Start(sequence.salt);
         for run in tokens[..limit].chunks_exact(self.page_tokens) {
-            let Some(block) = self.tree.find(parent, run) else { break };
+            let owner = sequence.owner_of(sequence.blocks.len(), self.page_tokens);
+            let Some(block) = self.tree.find(parent, run, owner) else { break };
             self.pool.share(block);
             push(&mut sequence.blocks, block);
             parent = Parent::Block(block);
@@ -169,7 +170,7 @@ impl KvCache {
             "tokens are written to reserved slots"
         );
         sequence.num_tokens = tokens.len();
-        let num_sealed = tokens.len().min(sequence.shareable_tokens).min(saved_tokens) / self.page_tokens;
+        let num_sealed = tokens.len().min(saved_tokens) / self.page_tokens;
         for i in sequence.num_published..num_sealed {
             self.publish(sequence, i, &tokens[i * self.page_tokens..][..self.page_tokens]);
         }
@@ -183,8 +184,9 @@ impl KvCache {
             _ => Parent::Block(sequence.blocks[i - 1]),
         };
         let block = sequence.blocks[i];
-        match self.tree.find(parent, tokens) {
-            None => self.tree.insert(block, parent, tokens),
+        let owner = sequence.owner_of(i, self.page_tokens);
+        match self.tree.find(parent, tokens, owner) {
+            None => self.tree.insert(block, parent, tokens, owner),
             Some(first) => {
                 assert_ne!(first, block, "{block:?} is published once");
                 self.pool.share(first);
@@ -195,17 +197,34 @@ impl KvCache {
         sequence.num_published += 1;
     }
 
-    /// Releases all blocks of `sequence` and empties it. Published blocks stay cached until their place is needed. The
-    /// last block goes first, so that in order of release children come before parents.
+    /// Releases all blocks of `sequence`, which will not come back, and empties it. Published blocks that others may find
+    /// stay cached until their place is needed.
     pub fn free(&mut self, sequence: &mut Sequence) {
+        self.release(sequence, false);
+    }
+
+    /// Releases all blocks of `sequence`, which will go on later, and empties it. What it alone may find stays cached, too.
+    pub fn suspend(&mut self, sequence: &mut Sequence) {
+        self.release(sequence, true);
+    }
+
+    /// The last block goes first, so that in order of release children come before parents.
+    fn release(&mut self, sequence: &mut Sequence, keep_own: bool) {
         while let Some(block) = sequence.blocks.pop() {
-            let published = sequence.blocks.len() < sequence.num_published;
+            let i = sequence.blocks.len();
+            let published = i < sequence.num_published;
             assert_eq!(
                 published,
                 self.tree.contains(block),
                 "published blocks, and no others, are in the tree"
             );
-            self.pool.release(block, published);
+            // What it found of its own when it went on may have more behind it, which it did not take.
+            let own = sequence.owner_of(i, self.page_tokens) != 0;
+            let keep = published && (keep_own || !own || self.tree.has_children(block));
+            if published && !keep {
+                self.tree.remove(block);
+            }
+            self.pool.release(block, keep);
         }
         sequence.num_published = 0;
         sequence.num_tokens = 0;

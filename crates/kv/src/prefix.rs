@@ -16,9 +16,11 @@ pub(crate) enum Parent {
 }
 
 struct Entry {
-    /// Hash of this block's tokens and of everything before them.
+    /// Hash of this block's tokens, of everything before them, and of whose it is.
     hash: u64,
     parent: Parent,
+    /// The only sequence that may find it; 0 for all.
+    owner: u64,
     num_children: u32,
 }
 
@@ -53,24 +55,26 @@ impl PrefixCache {
         self.hash_mask = mask;
     }
 
-    /// The block that holds `tokens` after `parent`.
-    pub(crate) fn find(&self, parent: Parent, tokens: &[u32]) -> Option<BlockIndex> {
+    /// The block that holds `tokens` after `parent`, for everybody (`owner` 0) or for one sequence.
+    pub(crate) fn find(&self, parent: Parent, tokens: &[u32], owner: u64) -> Option<BlockIndex> {
         assert_eq!(tokens.len(), self.page_tokens, "only sealed blocks are in the tree");
-        let same =
-            |&block: &BlockIndex| self.entry(block).parent == parent && self.tokens_of(block) == tokens;
-        self.index.find(self.hash(parent, tokens), same).copied()
+        let same = |&block: &BlockIndex| {
+            let entry = self.entry(block);
+            (entry.parent, entry.owner) == (parent, owner) && self.tokens_of(block) == tokens
+        };
+        self.index.find(self.hash(parent, tokens, owner), same).copied()
     }
 
     /// Adds a sealed block. Its content must not be in the tree yet.
-    pub(crate) fn insert(&mut self, block: BlockIndex, parent: Parent, tokens: &[u32]) {
+    pub(crate) fn insert(&mut self, block: BlockIndex, parent: Parent, tokens: &[u32], owner: u64) {
         assert!(self.entries[block.at()].is_none(), "{block:?} is in the tree once");
-        assert!(self.find(parent, tokens).is_none(), "the tree holds each prefix once");
-        let hash = self.hash(parent, tokens);
+        assert!(self.find(parent, tokens, owner).is_none(), "the tree holds each prefix once");
+        let hash = self.hash(parent, tokens, owner);
         if let Parent::Block(parent) = parent {
             self.entry_mut(parent).num_children += 1;
         }
         self.tokens[block.at() * self.page_tokens..][..self.page_tokens].copy_from_slice(tokens);
-        self.entries[block.at()] = Some(Entry { hash, parent, num_children: 0 });
+        self.entries[block.at()] = Some(Entry { hash, parent, owner, num_children: 0 });
         let Self { index, entries, .. } = self;
         index.insert_unique(hash, block, |b| entries[b.at()].as_ref().expect("the index lists entries").hash);
     }
@@ -109,13 +113,13 @@ impl PrefixCache {
         &self.tokens[block.at() * self.page_tokens..][..self.page_tokens]
     }
 
-    fn hash(&self, parent: Parent, tokens: &[u32]) -> u64 {
+    fn hash(&self, parent: Parent, tokens: &[u32], owner: u64) -> u64 {
         let mut hasher = DefaultHasher::new();
         match parent {
             Parent::Start(salt) => salt.hash(&mut hasher),
             Parent::Block(parent) => self.entry(parent).hash.hash(&mut hasher),
         }
-        tokens.hash(&mut hasher);
+        (owner, tokens).hash(&mut hasher);
         hasher.finish() & self.hash_mask
     }
 
@@ -132,7 +136,7 @@ impl PrefixCache {
                 assert!(self.contains(parent), "the parent of {block:?} is in the tree");
                 num_children[parent.at()] += 1;
             }
-            let found = self.find(entry.parent, self.tokens_of(block));
+            let found = self.find(entry.parent, self.tokens_of(block), entry.owner);
             assert_eq!(found, Some(block), "a block is found by its content");
         }
         assert_eq!(self.index.len(), num_entries, "the index lists every entry once");
