@@ -193,11 +193,15 @@ def plot(args):
         )
         dense = share(pool(cells, policy="dense"))
         axes.axhline(dense, color="#222222", linestyle="--", linewidth=1, label="dense")
+        seen = set()
         for policy in (p for p in policies if p != "dense"):
-            color, marker = STYLES[policy.split(":")[0]]
+            name = policy.split(":")[0]
+            color, marker = STYLES[name]
+            line = ":" if name in seen else "-"
+            seen.add(name)
             found = [pool(cells, policy=policy, budget=budget) for budget in budgets]
             xs, ys = [int(budget) for budget in budgets], [share(one) for one in found]
-            axes.plot(xs, ys, color=color, linewidth=1.4, marker=marker, markersize=5, label=label(policy))
+            axes.plot(xs, ys, line, color=color, linewidth=1.4, marker=marker, markersize=5, label=label(policy))
             raised = [i for i, budget in enumerate(budgets) if is_raised(budget, lengths[0], found[i])]
             if marker not in "x+":
                 axes.plot(
