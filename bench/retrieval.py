@@ -35,15 +35,20 @@ STYLES = {
 DEPTHS = 5
 
 
+def key(cell):
+    return cell["task"], cell["length"], cell["policy"], cell["budget"]
+
+
 def read(paths):
-    """The cells of all files, and what is said of them all."""
-    cells, heads = [], []
+    """The cells of all files; one that is in several counts once."""
+    cells = {}
     for path in paths:
         with open(path) as file:
             report = json.load(file)
-        cells += report["cells"]
-        heads.append({key: value for key, value in report.items() if key != "cells"})
-    return cells, heads
+        for cell in report["cells"]:
+            if cells.setdefault(key(cell), cell) != cell:
+                sys.exit(f"{path} says otherwise than a file before it: {key(cell)}")
+    return list(cells.values())
 
 
 def unique(values):
@@ -101,8 +106,7 @@ def run(args):
 
 
 def table(args):
-    cells, heads = read(args.files)
-    print("; ".join(f"{h['contexts']} texts per task and length, {h['questions']} questions each" for h in heads[:1]))
+    cells = read(args.files)
     budgets, lengths = in_order(c["budget"] for c in cells), sorted(unique(c["length"] for c in cells))
     policies = unique(cell["policy"] for cell in sorted(cells, key=lambda c: c["length"]))
     tasks = [task for task in POOLED + ["unknown"] if any(cell["task"] == task for cell in cells)]
@@ -116,7 +120,7 @@ def table(args):
             line = f"| {code(policy)} |"
             for _, more in columns:
                 found = pool(cells, group, policy=policy, **wanted, **more)
-                raised = is_raised({**wanted, **more}["budget"], more["length"], found)
+                raised = found["asked"] and is_raised({**wanted, **more}["budget"], more["length"], found)
                 line += f" {share(found):.4f}{' *' if raised else ''} |" if found["asked"] else " |"
             print(line)
 
@@ -174,7 +178,7 @@ def plot(args):
         print(path)
 
     if args.budgets:
-        cells, heads = read(args.budgets)
+        cells = read(args.budgets)
         budgets = [b for b in in_order(c["budget"] for c in cells) if not b.endswith("%")]
         policies = args.policies.split(",")
         lengths = unique(cell["length"] for cell in cells)
@@ -224,7 +228,7 @@ def plot(args):
         save(figure, "retrieval-budget")
 
     if args.lengths:
-        cells, heads = read(args.lengths)
+        cells = read(args.lengths)
         lengths = sorted(unique(cell["length"] for cell in cells))
         shown = ["dense", args.best, "streaming"]
         figure, all_axes = plt.subplots(1, len(shown), figsize=(9.6, 3.4), sharey=True, layout="constrained")
@@ -239,20 +243,22 @@ def plot(args):
                     row.append(correct / asked)
                 grid.append(row)
             # Rectangles, not a picture in the picture.
-            mesh = axes.pcolormesh(grid, cmap="RdYlGn", vmin=0, vmax=1, edgecolors="white", linewidth=1)
+            mesh = axes.pcolormesh(grid, cmap="viridis", vmin=0, vmax=1, edgecolors="white", linewidth=1)
             for y, row in enumerate(grid):
                 for x, value in enumerate(row):
                     # Never 1.00 where a question went wrong.
                     text = f"{min(value, 0.99) if value < 1 else 1:.2f}"
-                    axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=8, color="#222222")
-            axes.set_title("dense" if policy == "dense" else f"{label(policy)}, budget {args.budget}", fontsize=9)
+                    axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=8, color="#222222" if value > 0.5 else "white")
+            name, _, options = label(policy).partition(", ")
+            name += "" if name == "dense" else f", budget {args.budget}"
+            axes.set_title(f"{name}\n{options}" if options else name, fontsize=9)
             axes.set_xticks([i + 0.5 for i in range(len(lengths))], [f"{n // 1024}K" for n in lengths])
             axes.set_xlabel("tokens of text")
         step = 100 // DEPTHS
         all_axes[0].set_yticks([i + 0.5 for i in range(DEPTHS)], [f"{i * step}-{(i + 1) * step} %" for i in range(DEPTHS)])
         all_axes[0].set_ylabel("depth of the fact")
         all_axes[0].invert_yaxis()
-        figure.colorbar(mesh, ax=all_axes, shrink=0.9, label="right answers")
+        figure.colorbar(mesh, ax=all_axes, shrink=0.9, pad=0.01, label="right answers")
         print(f"questions per cell: {fewest} at least")
         save(figure, "retrieval-depth")
 
@@ -262,7 +268,6 @@ def compare(args):
     for path in (args.first, args.second):
         with open(path) as file:
             report = json.load(file)
-        key = lambda cell: (cell["task"], cell["length"], cell["policy"], cell["budget"])
         sides.append((report, {key(cell): cell for cell in report["cells"]}))
     (first, left), (second, right) = sides
     differences = [
@@ -270,16 +275,16 @@ def compare(args):
         for name in sorted((first.keys() | second.keys()) - {"cells"})
         if first.get(name) != second.get(name)
     ]
-    keys = [key for key in unique([*left, *right]) if not (args.subset and key not in right)]
-    for key in keys:
-        if key not in left or key not in right:
-            differences.append(f"{key}: only in {args.first if key in left else args.second}")
-        elif left[key] != right[key]:
-            for field in sorted(left[key].keys() | right[key].keys()):
-                values = left[key].get(field), right[key].get(field)
+    keys = [at for at in unique([*left, *right]) if not (args.subset and at not in right)]
+    for at in keys:
+        if at not in left or at not in right:
+            differences.append(f"{at}: only in {args.first if at in left else args.second}")
+        elif left[at] != right[at]:
+            for field in sorted(left[at].keys() | right[at].keys()):
+                values = left[at].get(field), right[at].get(field)
                 if values[0] != values[1]:
-                    differences.append(f"{key} {field}: {values[0]!r} and {values[1]!r}")
-    print("\n".join(differences) if differences else f"the same: {len(keys)} cells, {sum(right[k]['asked'] for k in keys)} answers")
+                    differences.append(f"{at} {field}: {values[0]!r} and {values[1]!r}")
+    print("\n".join(differences) if differences else f"the same: {len(keys)} cells, {sum(right[at]['asked'] for at in keys)} answers")
     sys.exit(1 if differences or not keys else 0)
 
 
