@@ -10,7 +10,9 @@
     python bench/retrieval.py compare --subset budgets.json tiers.json
 
 `run` hands flags that it does not know to `eval retrieval`. `compare` fails unless both files say the same to the last digit;
-they hold no times. With `--subset` the second may lack cells of the first. Drawing needs matplotlib, the rest nothing but Python.
+they hold no times. With `--subset` the second may lack cells of the first.
+
+Drawing needs matplotlib, the rest nothing but Python.
 
 "Pooled" is over the tasks whose answer lies in the text. `unknown`, which a policy passes by finding nothing, is told apart.
 """
