@@ -130,7 +130,7 @@ def table(args):
         for group, name in groups:
             columns = [(b, {"budget": b, "length": lengths[0]}) for b in budgets]
             rows(f"{name}, {lengths[0]} tokens", {}, columns, group)
-        needs(cells, policies, budgets)
+        needs(cells, policies, [budget for budget in budgets if not budget.endswith("%")])
     else:
         for budget in budgets:
             for group, name in groups:
