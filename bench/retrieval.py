@@ -6,11 +6,13 @@
         --lengths 1024,2048,4096,8192,16384,32768 --budgets 512,12.5%
     python bench/retrieval.py table budgets.json
     python bench/retrieval.py plot docs/img --budgets budgets.json --lengths lengths.json
-    python bench/retrieval.py run target/release/sparseserve tiers.json --contexts 25 --hbm 10%
-    python bench/retrieval.py compare budgets.json tiers.json
+    python bench/retrieval.py run target/release/sparseserve tiers.json --contexts 25 --hbm 10% --compare dense,quest
+    python bench/retrieval.py compare --subset budgets.json tiers.json
 
 `run` hands flags that it does not know to `eval retrieval`. `compare` fails unless both files say the same to the last digit;
-they hold no times. Drawing needs matplotlib, the rest nothing but Python.
+they hold no times. With `--subset` the second may lack cells of the first.
+
+Drawing needs matplotlib, the rest nothing but Python.
 
 "Pooled" is over the tasks whose answer lies in the text. `unknown`, which a policy passes by finding nothing, is told apart.
 """
@@ -128,7 +130,7 @@ def table(args):
         for group, name in groups:
             columns = [(b, {"budget": b, "length": lengths[0]}) for b in budgets]
             rows(f"{name}, {lengths[0]} tokens", {}, columns, group)
-        needs(cells, policies, budgets)
+        needs(cells, policies, [budget for budget in budgets if not budget.endswith("%")])
     else:
         for budget in budgets:
             for group, name in groups:
@@ -248,7 +250,8 @@ def plot(args):
                 for x, value in enumerate(row):
                     # Never 1.00 where a question went wrong.
                     text = f"{min(value, 0.99) if value < 1 else 1:.2f}"
-                    axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=8, color="#222222" if value > 0.5 else "white")
+                    color = "#222222" if value > 0.5 else "white"
+                    axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=8, color=color)
             name, _, options = label(policy).partition(", ")
             name += "" if name == "dense" else f", budget {args.budget}"
             axes.set_title(f"{name}\n{options}" if options else name, fontsize=9)
@@ -284,7 +287,8 @@ def compare(args):
                 values = left[at].get(field), right[at].get(field)
                 if values[0] != values[1]:
                     differences.append(f"{at} {field}: {values[0]!r} and {values[1]!r}")
-    print("\n".join(differences) if differences else f"the same: {len(keys)} cells, {sum(right[at]['asked'] for at in keys)} answers")
+    answers = sum(right[at]["asked"] for at in keys if at in right)
+    print("\n".join(differences) if differences else f"the same: {len(keys)} cells, {answers} answers")
     sys.exit(1 if differences or not keys else 0)
 
 
@@ -308,7 +312,8 @@ def main():
     command.add_argument("--budgets", nargs="+", metavar="FILE.json", help="of one length, for accuracy over budget")
     command.add_argument("--lengths", nargs="+", metavar="FILE.json", help="of many lengths, for accuracy by depth")
     command.add_argument("--policies", default=POLICIES, help="lines over budget")
-    command.add_argument("--best", default="arkvale:partition=16:sinks=16:window=16", help="drawn by depth beside dense and streaming")
+    best = POLICIES.split(",")[4]
+    command.add_argument("--best", default=best, help=f"drawn by depth, beside dense and streaming [default: {best}]")
     command.add_argument("--budget", default="512", help="of the picture by depth [default: 512]")
     command.set_defaults(run=plot)
     command = commands.add_parser("compare", help="fail unless two files say the same")
