@@ -39,14 +39,17 @@ struct Row {
 
 /// Runs the command.
 pub fn run(args: &BenchMetadataArgs) -> Result<(), Failure> {
-    let sizes = [args.layers, args.kv_heads, args.head_dim];
-    let counts = args.contexts.iter().chain(&args.requests);
-    if sizes.iter().chain(counts).any(|&n| n == 0 || n > 1 << 24)
+    let sizes = [(args.layers, 1024), (args.kv_heads, 1024), (args.head_dim, 1024)];
+    let counts =
+        args.contexts.iter().map(|&n| (n, 1 << 24)).chain(args.requests.iter().map(|&n| (n, 1 << 12)));
+    if sizes.into_iter().chain(counts).any(|(n, most)| n == 0 || n > most)
         || !PAGE_TOKENS_ALLOWED.contains(&args.page_tokens)
     {
         return Err(Failure::input(format!(
-            "shapes, contexts and requests must be from 1 to {}, and --page-tokens one of {PAGE_TOKENS_ALLOWED:?}",
-            1 << 24
+            "layers, heads and channels must be from 1 to 1024, contexts to {}, requests to {}, and --page-tokens one \
+             of {PAGE_TOKENS_ALLOWED:?}",
+            1 << 24,
+            1 << 12
         )));
     }
     let mut rows = Vec::new();
@@ -116,11 +119,12 @@ fn row(args: &BenchMetadataArgs, context: usize, requests: usize, hbm_bytes: u64
         tables.grow(seat, layer, extents / args.layers);
         let quota = tables.quota(seat, layer);
         tables.begin(seat, layer);
-        while tables.held(seat, layer) < quota.min(blocks * args.kv_heads) {
-            let (head, page) = (random.below(args.kv_heads), random.below(blocks));
-            if tables.find(seat, layer, head, page).is_none() {
-                tables.insert(seat, layer, head, page);
-            }
+        let all = blocks * args.kv_heads;
+        let mut order: Vec<u32> = (0..all as u32).collect();
+        for i in 0..quota.min(all) {
+            let other = i + random.below(all - i);
+            order.swap(i, other);
+            tables.insert(seat, layer, order[i] as usize % args.kv_heads, order[i] as usize / args.kv_heads);
         }
     }
     tables.check();
@@ -134,8 +138,8 @@ fn row(args: &BenchMetadataArgs, context: usize, requests: usize, hbm_bytes: u64
         tables: all * tables.bytes_in_use(),
         tables_max: all * shape.bytes(),
         block_tables: all * blocks as u64 * 4,
-        digests: all * (blocks * digests.block_bytes(&geometry)) as u64,
-        flat: all * pages * FLAT_ENTRY_BYTES as u64,
+        digests: all.saturating_mul(blocks as u64 * digests.block_bytes(&geometry) as u64),
+        flat: all.saturating_mul(pages * FLAT_ENTRY_BYTES as u64),
     })
 }
 
