@@ -17,10 +17,9 @@ impl<R: Runner> Engine<R> {
             let (counters, held) = self.runner.seat_counters(seat);
             sequence.pages.add(&counters.since(&sequence.counted), held, stall_nanos);
             sequence.counted = counters;
-            self.shares.observe(seat, &counters);
+            let of_answer = part.positions.start >= sequence.prompt_len;
+            self.shares.observe(seat, &counters, of_answer);
         }
-        let (lent, reclaimed) = self.shares.lent();
-        self.metrics.tier(&state, lent, reclaimed);
     }
 
     /// Notes the KV that was written, appends the drawn tokens, and decides who has ended.

@@ -126,6 +126,11 @@ impl<R: Runner> Engine<R> {
         self.commit();
         let committed = clock();
         self.emit(committed);
+        self.leave_seats();
+        if let Some(state) = self.runner.tier_state() {
+            let (lent, reclaimed) = self.shares.lent();
+            self.metrics.tier(&state, lent, reclaimed);
+        }
         let phases = [scheduled - start, ran - scheduled, committed - ran, clock() - committed];
         self.metrics.stepped(phases, self.rows.num_rows());
         self.observe();

@@ -5,7 +5,8 @@ use std::time::Duration;
 use kv::Counts;
 use ops::tier::TierState;
 use prometheus::{
-    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    Counter, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry,
 };
 
 use crate::request::FinishReason;
@@ -177,7 +178,7 @@ const MOVED: MetricDoc = MetricDoc {
     help: "Bytes of KV copied from DRAM to HBM (fetched) and from HBM to DRAM (saved).",
 };
 const STALL: MetricDoc = MetricDoc {
-    name: "sparseserve_kv_stall_microseconds_total",
+    name: "sparseserve_kv_stall_seconds_total",
     kind: MetricKind::Counter,
     labels: &[],
     help: "Time that steps waited for pages to be fetched.",
@@ -273,7 +274,7 @@ pub struct Metrics {
     repeated: IntCounter,
     /// By direction, as in `DIRECTIONS`.
     moved: [IntCounter; 2],
-    stall: IntCounter,
+    stall: Counter,
     waves: IntCounter,
     /// By state, as in `FRAME_STATES`.
     frames: [IntGauge; 3],
@@ -308,7 +309,7 @@ impl Metrics {
             pages: counters(registry, PAGES)?,
             repeated: counter(registry, REPEATED)?,
             moved: counters(registry, MOVED)?,
-            stall: counter(registry, STALL)?,
+            stall: float_counter(registry, STALL)?,
             waves: counter(registry, WAVES)?,
             frames: gauges(registry, FRAMES)?,
             lent: gauge(registry, LENT)?,
@@ -379,7 +380,7 @@ impl Metrics {
         advance(&self.repeated, pages.hits_by_age[1]);
         let moved = [state.fetched_bytes, state.saved_bytes];
         self.moved.iter().zip(moved).for_each(|(counter, total)| advance(counter, total));
-        advance(&self.stall, state.stall_nanos / 1000);
+        self.stall.inc_by((state.stall_nanos as f64 * 1e-9 - self.stall.get()).max(0.0));
         advance(&self.waves, state.extra_waves);
         let frames = [state.cache_frames - state.cache_used, state.cache_used, state.pinned_frames];
         self.frames.iter().zip(frames).for_each(|(gauge, count)| gauge.set(count as i64));
@@ -426,6 +427,13 @@ fn label(doc: &MetricDoc) -> [&'static str; 1] {
 fn counter(registry: &Registry, doc: MetricDoc) -> prometheus::Result<IntCounter> {
     check(&doc, MetricKind::Counter, false);
     let metric = IntCounter::with_opts(opts(&doc))?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+fn float_counter(registry: &Registry, doc: MetricDoc) -> prometheus::Result<Counter> {
+    check(&doc, MetricKind::Counter, false);
+    let metric = Counter::with_opts(opts(&doc))?;
     registry.register(Box::new(metric.clone()))?;
     Ok(metric)
 }

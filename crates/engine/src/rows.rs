@@ -87,9 +87,16 @@ impl StepRows {
             blocks: first_block as u32..self.block_tables.len() as u32,
             attention,
             seat: sequence.kv.seat().expect("who runs has a seat"),
-            quota: sequence.quota,
+            quota: 0,
         });
         self.parts.push(Part { owner, positions, first_row, samples: 0..0, draws: false });
+    }
+
+    /// Takes over the quotas of `running`, once everybody is known who runs.
+    pub(crate) fn set_quotas(&mut self, running: &[Sequence]) {
+        for (sequence, part) in self.sequences.iter_mut().zip(&self.parts) {
+            sequence.quota = running[part.owner].quota;
+        }
     }
 
     pub(crate) fn batch(&self) -> Batch<'_> {

@@ -34,18 +34,23 @@ pub trait Runner {
 }
 
 impl<R: Runner> Engine<R> {
+    /// Has the device forget the seats that were left. Before a step at the latest: their blocks may be others' by then.
+    pub(crate) fn leave_seats(&mut self) {
+        for seat in self.kv.left_seats() {
+            self.runner.release(seat);
+            self.shares.release(seat);
+        }
+    }
+
     /// Runs the scheduled rows and samples where a sequence asks for it.
     pub(crate) fn run(&mut self) {
+        self.leave_seats();
         let mut samples = recycle(std::mem::take(&mut self.samples));
         for part in &mut self.rows.parts {
             let start = samples.len();
             let sequence = &self.running[part.owner];
             part.draws = sequence.push_samples(&mut samples, part.first_row, part.positions.clone());
             part.samples = start..samples.len();
-        }
-        for seat in self.kv.left_seats() {
-            self.runner.release(seat);
-            self.shares.release(seat);
         }
         self.runner.run(&self.rows.batch(), &samples, &mut self.output);
         assert_eq!(self.output.sampled.len(), samples.len(), "the runner samples what it was asked to");

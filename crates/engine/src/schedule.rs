@@ -22,7 +22,6 @@ impl<R: Runner> Engine<R> {
     /// are admitted while budget, places and blocks last; the head of the queue is never overtaken.
     pub(crate) fn schedule(&mut self, now: Duration) {
         self.rows.clear();
-        self.shares.divide(&mut self.running);
         let mut budget = StepBudget { tokens: self.config.max_inject_tokens, replay_rows: REPLAY_ROWS };
         let mut next = 0;
         while next < self.running.len() {
@@ -35,6 +34,8 @@ impl<R: Runner> Engine<R> {
             self.push_rows(self.running.len() - 1, &mut budget);
         }
         assert!(self.rows.num_rows() > 0, "whenever there is work, some of it proceeds");
+        self.shares.divide(&mut self.running);
+        self.rows.set_quotas(&self.running);
     }
 
     fn push_rows(&mut self, owner: usize, budget: &mut StepBudget) {
@@ -98,7 +99,7 @@ impl<R: Runner> Engine<R> {
             // Matching a long prompt costs time; it is worth another try only when this many could be had.
             let matched_unused = available - short.available;
             sequence.admit_when_available = matched_unused + short.wanted;
-            self.kv.free(&mut sequence.kv);
+            self.kv.suspend(&mut sequence.kv);
             return false;
         }
         self.kv.take_seat(&mut sequence.kv);

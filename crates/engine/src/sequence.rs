@@ -130,7 +130,7 @@ impl Sequence {
             sparse,
             tokens,
             prompt_len,
-            kv: kv::Sequence::new(0, shareable_tokens, blocks_max),
+            kv: kv::Sequence::new(0, shareable_tokens, arrival, blocks_max),
             attended: Attended::default(),
             quota: 0,
             pages: PageUse::default(),
@@ -172,7 +172,7 @@ impl Sequence {
     }
 
     pub(crate) fn preempt(&mut self, kv: &mut KvCache) {
-        kv.free(&mut self.kv);
+        kv.suspend(&mut self.kv);
         self.num_preemptions += 1;
         self.quota = 0;
         self.counted = SeatCounters::default();

@@ -2,7 +2,7 @@
 
 use kv::{Quotas, Want};
 use ops::SeatIndex;
-use ops::residency::EXTENT_FRAMES;
+use ops::residency::{EXTENT_FRAMES, SeatCounters};
 
 use crate::config::{Config, TierShare};
 use crate::request::Sparse;
@@ -30,8 +30,7 @@ impl Shares {
         }
     }
 
-    /// Gives each of `running`, in order of arrival, its quota for the next step. One that is admitted in that step has none
-    /// until the step after it.
+    /// Gives each of `running`, in order of arrival, its quota for the step at hand.
     pub(crate) fn divide(&mut self, running: &mut [Sequence]) {
         let Some((tier, quotas)) = &mut self.tier else { return };
         self.wants.clear();
@@ -42,10 +41,12 @@ impl Shares {
         }
     }
 
-    /// Notes what a step did to the pages of `seat`.
-    pub(crate) fn observe(&mut self, seat: SeatIndex, counters: &ops::residency::SeatCounters) {
-        if let Some((_, quotas)) = &mut self.tier {
-            quotas.observe(seat, counters);
+    /// Notes what a step did to the pages of `seat`; `of_answer` if it ran tokens of an answer alone.
+    pub(crate) fn observe(&mut self, seat: SeatIndex, counters: &SeatCounters, of_answer: bool) {
+        match &mut self.tier {
+            Some((_, quotas)) if of_answer => quotas.observe(seat, counters),
+            Some((_, quotas)) => quotas.pass_over(seat, counters),
+            None => {}
         }
     }
 

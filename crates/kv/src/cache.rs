@@ -16,6 +16,14 @@ pub struct OutOfBlocks {
     pub available: usize,
 }
 
+/// How a sequence lets go of its blocks.
+#[derive(Clone, Copy, PartialEq)]
+enum End {
+    Free,
+    Suspend,
+    Discard,
+}
+
 /// The state of all blocks.
 ///
 /// ```
@@ -24,13 +32,13 @@ pub struct OutOfBlocks {
 /// let mut kv = KvCache::new(10, 4, 1, 2);
 /// let prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9];
 ///
-/// let mut first = Sequence::new(0, usize::MAX, 10);
+/// let mut first = Sequence::new(0, usize::MAX, 1, 10);
 /// assert_eq!(kv.match_prefix(&mut first, &prompt), 0);
 /// kv.reserve(&mut first, prompt.len())?; // three blocks
 /// kv.advance(&mut first, &prompt, usize::MAX); // two of them are sealed
 /// kv.free(&mut first);
 ///
-/// let mut second = Sequence::new(0, usize::MAX, 10);
+/// let mut second = Sequence::new(0, usize::MAX, 2, 10);
 /// assert_eq!(kv.match_prefix(&mut second, &prompt), 8);
 /// kv.free(&mut second);
 /// # Ok::<(), sparseserve_kv::OutOfBlocks>(())
@@ -118,10 +126,11 @@ impl KvCache {
     /// When the sequence has blocks already.
     pub fn match_prefix(&mut self, sequence: &mut Sequence, tokens: &[u32]) -> usize {
         assert!(sequence.blocks.is_empty(), "a prefix is matched before anything is reserved");
-        let limit = tokens.len().saturating_sub(1).min(sequence.shareable_tokens);
+        let limit = tokens.len().saturating_sub(1);
         let mut parent = Parent::Start(sequence.salt);
         for run in tokens[..limit].chunks_exact(self.shared_blocks * self.page_tokens) {
-            let Some(first) = self.tree.find(parent, run) else { break };
+            let owner = sequence.owner_of(sequence.blocks.len() / self.shared_blocks, run.len());
+            let Some(first) = self.tree.find(parent, run, owner) else { break };
             for block in self.tree.blocks_of(first) {
                 self.pool.share(block);
                 push(&mut sequence.blocks, block);
@@ -179,7 +188,7 @@ impl KvCache {
         );
         sequence.num_tokens = tokens.len();
         let run_tokens = self.shared_blocks * self.page_tokens;
-        let num_sealed = tokens.len().min(sequence.shareable_tokens).min(saved_tokens) / run_tokens;
+        let num_sealed = tokens.len().min(saved_tokens) / run_tokens;
         for i in sequence.num_published / self.shared_blocks..num_sealed {
             self.publish(sequence, i, &tokens[i * run_tokens..][..run_tokens]);
         }
@@ -193,9 +202,10 @@ impl KvCache {
             0 => Parent::Start(sequence.salt),
             _ => Parent::Block(sequence.blocks[start - self.shared_blocks]),
         };
+        let owner = sequence.owner_of(i, tokens.len());
         let blocks = &mut sequence.blocks[start..start + self.shared_blocks];
-        match self.tree.find(parent, tokens) {
-            None => self.tree.insert(blocks, parent, tokens),
+        match self.tree.find(parent, tokens, owner) {
+            None => self.tree.insert(blocks, parent, tokens, owner),
             Some(first) => {
                 for (block, twin) in blocks.iter_mut().zip(self.tree.blocks_of(first)) {
                     assert_ne!(twin, *block, "{block:?} is published once");
@@ -208,34 +218,41 @@ impl KvCache {
         sequence.num_published += self.shared_blocks;
     }
 
-    /// Releases all blocks of `sequence` and empties it. Published blocks stay cached until their place is needed. The
-    /// last block goes first, so that in order of release children come before parents.
+    /// Releases all blocks of `sequence`, which will not come back, and empties it. Published blocks that others may find
+    /// stay cached until their place is needed.
     pub fn free(&mut self, sequence: &mut Sequence) {
-        while let Some(block) = sequence.blocks.pop() {
-            let published = sequence.blocks.len() < sequence.num_published;
-            assert_eq!(
-                published,
-                self.tree.contains(block),
-                "published blocks, and no others, are in the tree"
-            );
-            self.pool.release(block, published);
-        }
-        sequence.num_published = 0;
-        sequence.num_tokens = 0;
-        self.leave_seat(sequence);
+        self.release(sequence, End::Free);
+    }
+
+    /// Releases all blocks of `sequence`, which will go on later, and empties it. What it alone may find stays cached, too.
+    pub fn suspend(&mut self, sequence: &mut Sequence) {
+        self.release(sequence, End::Suspend);
     }
 
     /// Releases all blocks of `sequence` and empties it, and forgets their content wherever nobody else depends on it:
     /// for KV that turned out to be worthless.
     pub fn discard(&mut self, sequence: &mut Sequence) {
+        self.release(sequence, End::Discard);
+    }
+
+    /// The last block goes first, so that in order of release children come before parents.
+    fn release(&mut self, sequence: &mut Sequence, end: End) {
+        let run_tokens = self.shared_blocks * self.page_tokens;
         while let Some(block) = sequence.blocks.pop() {
-            let published = sequence.blocks.len() < sequence.num_published;
-            if !published {
+            let i = sequence.blocks.len();
+            if i >= sequence.num_published {
+                assert!(!self.tree.contains(block), "published blocks, and no others, are in the tree");
                 self.pool.release(block, false);
                 continue;
             }
             let first = self.tree.first_of(block);
-            let forget = self.pool.owners(block) == 1 && !self.tree.has_children(first);
+            // What it found of its own when it went on may have more behind it, which it did not take.
+            let forget = !self.tree.has_children(first)
+                && match end {
+                    End::Free => sequence.owner_of(i / self.shared_blocks, run_tokens) != 0,
+                    End::Suspend => false,
+                    End::Discard => self.pool.owners(block) == 1,
+                };
             if forget {
                 self.tree.remove(first);
             }

@@ -19,6 +19,10 @@ enum Op {
     Advance { pick: usize, num_tokens: usize },
     /// A sequence ends.
     Free { pick: usize },
+    /// A sequence stops, to go on later.
+    Suspend { pick: usize },
+    /// It goes on.
+    Resume { pick: usize },
     /// A sequence ends and its KV is worthless.
     Discard { pick: usize },
 }
@@ -30,10 +34,11 @@ enum Bug {
     EvictsNewest,
     MatchesWholePrompt,
     IgnoresSalt,
+    ForgetsOwn,
 }
 
-/// A published prefix: (salt, its tokens).
-type Prefix = (u64, Vec<u32>);
+/// A published prefix: (salt, who may find its last block, its tokens).
+type Prefix = (u64, u64, Vec<u32>);
 
 struct Published {
     users: usize,
@@ -41,14 +46,48 @@ struct Published {
     released: u64,
 }
 
-struct Live {
+#[derive(Clone)]
+struct Identity {
     tokens: Vec<u32>,
     salt: u64,
     shareable_tokens: usize,
+    owner: u64,
+}
+
+impl Identity {
+    /// Who may find run `i`.
+    fn owner_of(&self, i: usize, run_tokens: usize) -> u64 {
+        if (i + 1) * run_tokens <= self.shareable_tokens { 0 } else { self.owner }
+    }
+
+    /// Its first `runs` runs.
+    fn prefix(&self, runs: usize, run_tokens: usize) -> Prefix {
+        (self.salt, self.owner_of(runs - 1, run_tokens), self.tokens[..runs * run_tokens].to_vec())
+    }
+
+    /// What the device holds at `position`.
+    fn digest(&self, position: usize, run_tokens: usize) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        (self.salt, self.owner_of(position / run_tokens, run_tokens)).hash(&mut hasher);
+        self.tokens[..=position].hash(&mut hasher);
+        hasher.finish()
+    }
+}
+
+struct Live {
+    id: Identity,
     kv: Sequence,
     num_written: usize,
     num_blocks: usize,
     num_published: usize,
+}
+
+/// How a sequence lets go of its blocks.
+#[derive(Clone, Copy, PartialEq)]
+enum End {
+    Free,
+    Suspend,
+    Discard,
 }
 
 struct Fuzz {
@@ -59,17 +98,15 @@ struct Fuzz {
     num_blocks: usize,
     real: KvCache,
     live: Vec<Live>,
+    suspended: Vec<Identity>,
+    /// Shareable tokens of every sequence that was started, by owner.
+    shareable: Vec<usize>,
+    /// Tokens of their own that sequences found again.
+    num_resumed: usize,
     published: BTreeMap<Prefix, Published>,
     num_evictions: u64,
     now: u64,
     memory: Vec<u64>,
-}
-
-/// What the device holds at the last position of `tokens`.
-fn digest(salt: u64, tokens: &[u32]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    (salt, tokens).hash(&mut hasher);
-    hasher.finish()
 }
 
 impl Fuzz {
@@ -83,6 +120,9 @@ impl Fuzz {
             num_blocks,
             real,
             live: Vec::new(),
+            suspended: Vec::new(),
+            shareable: Vec::new(),
+            num_resumed: 0,
             published: BTreeMap::new(),
             num_evictions: 0,
             now: 0,
@@ -97,13 +137,15 @@ impl Fuzz {
                 family: random.below(4),
                 num_tokens: 1 + random.below(self.num_blocks * self.page_tokens / 2),
                 salt: u64::from(random.below(8) == 0),
-                shareable_tokens: if random.below(6) == 0 { random.below(64) } else { usize::MAX },
+                shareable_tokens: if random.below(3) == 0 { random.below(64) } else { usize::MAX },
             };
         }
         let pick = random.below(self.live.len());
         match random.below(24) {
-            0..4 => Op::Free { pick },
+            0..2 => Op::Free { pick },
+            2..4 => Op::Suspend { pick },
             4 => Op::Discard { pick },
+            5..7 if !self.suspended.is_empty() => Op::Resume { pick: random.below(self.suspended.len()) },
             _ => Op::Advance { pick, num_tokens: 1 + random.below(3 * self.page_tokens) },
         }
     }
@@ -111,43 +153,46 @@ impl Fuzz {
     fn apply(&mut self, op: Op) {
         match op {
             Op::Start { family, num_tokens, salt, shareable_tokens } => {
-                self.start(family, num_tokens, salt, shareable_tokens);
+                self.shareable.push(shareable_tokens);
+                let owner = self.shareable.len() as u64;
+                // Families share long prefixes and differ from a point of their own on.
+                let token = |i| {
+                    if i < 5 * self.page_tokens { (family % 2) as u32 } else { (family * 7 + i % 3) as u32 }
+                };
+                let tokens = (0..num_tokens).map(token).collect();
+                self.start(Identity { tokens, salt, shareable_tokens, owner });
+            }
+            Op::Resume { pick } => {
+                let id = self.suspended.swap_remove(pick);
+                self.start(id);
             }
             Op::Advance { pick, num_tokens } => self.advance(pick, num_tokens),
-            Op::Free { pick } => self.free(pick, false),
-            Op::Discard { pick } => self.free(pick, true),
+            Op::Free { pick } => self.free(pick, End::Free),
+            Op::Suspend { pick } => self.free(pick, End::Suspend),
+            Op::Discard { pick } => self.free(pick, End::Discard),
         }
         self.compare();
     }
 
-    fn start(&mut self, family: usize, num_tokens: usize, salt: u64, shareable_tokens: usize) {
-        // Families share long prefixes and differ from a point of their own on.
-        let tokens: Vec<u32> = (0..num_tokens)
-            .map(|i| if i < 5 * self.page_tokens { (family % 2) as u32 } else { (family * 7 + i % 3) as u32 })
-            .collect();
-        let mut kv = Sequence::new(salt, shareable_tokens, self.num_blocks);
-        let matched = self.real.match_prefix(&mut kv, &tokens);
+    fn start(&mut self, id: Identity) {
+        let Identity { tokens, salt, shareable_tokens, owner } = &id;
+        let mut kv = Sequence::new(*salt, *shareable_tokens, *owner, self.num_blocks);
+        let matched = self.real.match_prefix(&mut kv, tokens);
 
         let whole = usize::from(self.bug == Bug::MatchesWholePrompt);
-        let limit = (tokens.len() - 1 + whole).min(shareable_tokens);
-        let known_salt = if self.bug == Bug::IgnoresSalt { 0 } else { salt };
+        let limit = tokens.len() - 1 + whole;
+        let limit = if self.bug == Bug::ForgetsOwn { limit.min(*shareable_tokens) } else { limit };
         let mut blocks = 0;
         while (blocks + self.run_blocks) * self.page_tokens <= limit {
-            let prefix = (known_salt, tokens[..(blocks + self.run_blocks) * self.page_tokens].to_vec());
+            let mut prefix = id.prefix(blocks / self.run_blocks + 1, self.run_blocks * self.page_tokens);
+            prefix.0 = if self.bug == Bug::IgnoresSalt { 0 } else { prefix.0 };
             let Some(published) = self.published.get_mut(&prefix) else { break };
             published.users += 1;
             blocks += self.run_blocks;
         }
         assert_eq!(matched, blocks * self.page_tokens, "matched prefix");
-        self.live.push(Live {
-            tokens,
-            salt,
-            shareable_tokens,
-            kv,
-            num_written: matched,
-            num_blocks: blocks,
-            num_published: blocks,
-        });
+        self.num_resumed += matched.saturating_sub(*shareable_tokens);
+        self.live.push(Live { id, kv, num_written: matched, num_blocks: blocks, num_published: blocks });
     }
 
     fn counts(&self) -> Counts {
@@ -160,7 +205,7 @@ impl Fuzz {
     fn advance(&mut self, pick: usize, num_tokens: usize) {
         let counts = self.counts();
         let live = &mut self.live[pick];
-        let target = (live.num_written + num_tokens).min(live.tokens.len());
+        let target = (live.num_written + num_tokens).min(live.id.tokens.len());
         let wanted = target.div_ceil(self.page_tokens).saturating_sub(live.num_blocks);
         let reserved = self.real.reserve(&mut live.kv, target);
         assert_eq!(reserved.is_ok(), wanted <= counts.free + counts.cached, "{reserved:?}");
@@ -181,38 +226,54 @@ impl Fuzz {
         for position in live.num_written..target {
             let block = live.kv.blocks()[position / self.page_tokens];
             let slot = block.at() * self.page_tokens + position % self.page_tokens;
-            self.memory[slot] = digest(live.salt, &live.tokens[..=position]);
+            self.memory[slot] = live.id.digest(position, self.run_blocks * self.page_tokens);
         }
-        self.real.advance(&mut live.kv, &live.tokens[..target], usize::MAX);
+        self.real.advance(&mut live.kv, &live.id.tokens[..target], usize::MAX);
         live.num_written = target;
         let run_tokens = self.run_blocks * self.page_tokens;
-        for i in live.num_published / self.run_blocks..target.min(live.shareable_tokens) / run_tokens {
-            let prefix = (live.salt, live.tokens[..(i + 1) * run_tokens].to_vec());
+        for i in live.num_published / self.run_blocks..target / run_tokens {
+            let prefix = live.id.prefix(i + 1, run_tokens);
             self.published.entry(prefix).or_insert(Published { users: 0, released: 0 }).users += 1;
             live.num_published += self.run_blocks;
         }
     }
 
-    fn free(&mut self, pick: usize, discard: bool) {
+    fn free(&mut self, pick: usize, end: End) {
         let mut live = self.live.swap_remove(pick);
-        if discard {
-            self.real.discard(&mut live.kv);
-        } else {
-            self.real.free(&mut live.kv);
+        match end {
+            End::Free => self.real.free(&mut live.kv),
+            End::Suspend => self.real.suspend(&mut live.kv),
+            End::Discard => self.real.discard(&mut live.kv),
         }
         for i in (0..live.num_published / self.run_blocks).rev() {
-            let prefix = (live.salt, live.tokens[..(i + 1) * self.run_blocks * self.page_tokens].to_vec());
-            let longer = |other: &Prefix| other.0 == prefix.0 && other.1.len() > prefix.1.len();
-            let is_continued =
-                self.published.keys().any(|other| longer(other) && other.1.starts_with(&prefix.1));
+            let prefix = live.id.prefix(i + 1, self.run_blocks * self.page_tokens);
+            let longer = |other: &Prefix| other.0 == prefix.0 && other.2.len() > prefix.2.len();
+            // A sequence's own blocks follow its shareable ones.
+            let passes = |other: &Prefix| match prefix.1 {
+                0 => other.1 == 0 || prefix.2.len() <= self.shareable[other.1 as usize - 1],
+                owner => other.1 == owner,
+            };
+            let continues = |other: &Prefix| longer(other) && passes(other) && other.2.starts_with(&prefix.2);
+            let is_continued = self.published.keys().any(continues);
             let published = self.published.get_mut(&prefix).expect("a used prefix is published");
             published.users -= 1;
-            if published.users == 0 && discard && !is_continued {
+            if published.users > 0 {
+                continue;
+            }
+            let forget = match end {
+                End::Free => prefix.1 != 0 && !is_continued,
+                End::Suspend => false,
+                End::Discard => !is_continued,
+            };
+            if forget {
                 self.published.remove(&prefix);
-            } else if published.users == 0 {
+            } else {
                 self.now += 1;
                 published.released = self.now;
             }
+        }
+        if end == End::Suspend {
+            self.suspended.push(live.id);
         }
     }
 
@@ -228,14 +289,18 @@ impl Fuzz {
             for n in ends {
                 let block = live.kv.blocks()[(n - 1) / self.page_tokens];
                 let slot = block.at() * self.page_tokens + (n - 1) % self.page_tokens;
-                assert_eq!(self.memory[slot], digest(live.salt, &live.tokens[..n]), "KV of its own tokens");
+                assert_eq!(
+                    self.memory[slot],
+                    live.id.digest(n - 1, self.run_blocks * self.page_tokens),
+                    "KV of its own tokens"
+                );
             }
         }
     }
 }
 
-/// Returns how many evictions and shared tokens the run has seen, so that a test can tell an idle fuzz.
-fn fuzz(bug: Bug, seed: u64, num_ops: usize, hash_mask: u64) -> (u64, usize) {
+/// Returns how many evictions, shared tokens and tokens found again the run has seen, so that a test can tell an idle fuzz.
+fn fuzz(bug: Bug, seed: u64, num_ops: usize, hash_mask: u64) -> (u64, usize, usize) {
     println!("seed {seed}");
     let mut random = Random::new(seed);
     let num_blocks = 8 + random.below(60);
@@ -256,7 +321,7 @@ fn fuzz(bug: Bug, seed: u64, num_ops: usize, hash_mask: u64) -> (u64, usize) {
         fuzz.apply(Op::Free { pick: 0 });
     }
     assert_eq!(fuzz.real.counts().in_use, 0);
-    (fuzz.num_evictions, num_shared)
+    (fuzz.num_evictions, num_shared, fuzz.num_resumed)
 }
 
 #[test]
@@ -265,6 +330,7 @@ fn agrees_with_the_model() {
         (0..24 * ops::conformance::seed_factor()).map(|seed| fuzz(Bug::None, seed, 2000, u64::MAX)).collect();
     assert!(seen.iter().map(|s| s.0).sum::<u64>() > 1000, "blocks were evicted: {seen:?}");
     assert!(seen.iter().map(|s| s.1).sum::<usize>() > 1000, "prefixes were shared: {seen:?}");
+    assert!(seen.iter().map(|s| s.2).sum::<usize>() > 500, "sequences went on: {seen:?}");
 }
 
 #[test]
@@ -287,6 +353,14 @@ fn canary_wrong_victim_is_noticed() {
 fn canary_whole_prompt_match_is_noticed() {
     for seed in 0..24 {
         fuzz(Bug::MatchesWholePrompt, seed, 2000, u64::MAX);
+    }
+}
+
+#[test]
+#[should_panic(expected = "matched prefix")]
+fn canary_forgotten_tokens_are_noticed() {
+    for seed in 0..24 {
+        fuzz(Bug::ForgetsOwn, seed, 2000, u64::MAX);
     }
 }
 

@@ -19,9 +19,11 @@ pub(crate) enum Parent {
 }
 
 struct Entry {
-    /// Hash of this run's tokens and of everything before them.
+    /// Hash of this run's tokens, of everything before them, and of whose it is.
     hash: u64,
     parent: Parent,
+    /// The only sequence that may find it; 0 for all.
+    owner: u64,
     num_children: u32,
 }
 
@@ -62,15 +64,18 @@ impl PrefixCache {
         self.hash_mask = mask;
     }
 
-    /// The run that holds `tokens` after `parent`.
-    pub(crate) fn find(&self, parent: Parent, tokens: &[u32]) -> Option<BlockIndex> {
+    /// The run that holds `tokens` after `parent`, for everybody (`owner` 0) or for one sequence.
+    pub(crate) fn find(&self, parent: Parent, tokens: &[u32], owner: u64) -> Option<BlockIndex> {
         assert_eq!(tokens.len(), self.run_blocks * self.page_tokens, "only sealed blocks are in the tree");
         let holds = |first: BlockIndex| {
             let mut pages = tokens.chunks_exact(self.page_tokens);
             self.blocks_of(first).all(|block| pages.next() == Some(self.tokens_of(block)))
         };
-        let same = |&block: &BlockIndex| self.entry(block).parent == parent && holds(block);
-        self.index.find(self.hash(parent, tokens), same).copied()
+        let same = |&block: &BlockIndex| {
+            let entry = self.entry(block);
+            (entry.parent, entry.owner) == (parent, owner) && holds(block)
+        };
+        self.index.find(self.hash(parent, tokens, owner), same).copied()
     }
 
     /// The first block of the run that `block` is in.
@@ -87,12 +92,12 @@ impl PrefixCache {
     }
 
     /// Adds a run of sealed blocks. Its content must not be in the tree yet.
-    pub(crate) fn insert(&mut self, blocks: &[BlockIndex], parent: Parent, tokens: &[u32]) {
+    pub(crate) fn insert(&mut self, blocks: &[BlockIndex], parent: Parent, tokens: &[u32], owner: u64) {
         assert_eq!(blocks.len(), self.run_blocks, "runs are whole");
         let in_tree = blocks.iter().find(|block| self.contains(**block));
         assert_eq!(in_tree, None, "a block is in the tree once");
-        assert!(self.find(parent, tokens).is_none(), "the tree holds each prefix once");
-        let hash = self.hash(parent, tokens);
+        assert!(self.find(parent, tokens, owner).is_none(), "the tree holds each prefix once");
+        let hash = self.hash(parent, tokens, owner);
         if let Parent::Block(parent) = parent {
             self.entry_mut(parent).num_children += 1;
         }
@@ -101,7 +106,7 @@ impl PrefixCache {
             self.tokens[own.at() * self.page_tokens..][..self.page_tokens].copy_from_slice(page);
             self.runs[own.at()] = Some((block, *blocks.get(i + 1).unwrap_or(own)));
         }
-        self.entries[block.at()] = Some(Entry { hash, parent, num_children: 0 });
+        self.entries[block.at()] = Some(Entry { hash, parent, owner, num_children: 0 });
         let Self { index, entries, .. } = self;
         index.insert_unique(hash, block, |b| entries[b.at()].as_ref().expect("the index lists entries").hash);
     }
@@ -144,13 +149,13 @@ impl PrefixCache {
         &self.tokens[block.at() * self.page_tokens..][..self.page_tokens]
     }
 
-    fn hash(&self, parent: Parent, tokens: &[u32]) -> u64 {
+    fn hash(&self, parent: Parent, tokens: &[u32], owner: u64) -> u64 {
         let mut hasher = DefaultHasher::new();
         match parent {
             Parent::Start(salt) => salt.hash(&mut hasher),
             Parent::Block(parent) => self.entry(parent).hash.hash(&mut hasher),
         }
-        tokens.hash(&mut hasher);
+        (owner, tokens).hash(&mut hasher);
         hasher.finish() & self.hash_mask
     }
 
@@ -172,7 +177,11 @@ impl PrefixCache {
             assert!(blocks.iter().all(|b| self.first_of(*b) == block), "blocks know their run");
             in_runs += blocks.len();
             let tokens: Vec<u32> = blocks.iter().flat_map(|b| self.tokens_of(*b)).copied().collect();
-            assert_eq!(self.find(entry.parent, &tokens), Some(block), "a run is found by its content");
+            assert_eq!(
+                self.find(entry.parent, &tokens, entry.owner),
+                Some(block),
+                "a run is found by its content"
+            );
         }
         assert_eq!(self.runs.iter().flatten().count(), in_runs, "every block is in a run");
         assert_eq!(self.index.len(), num_entries, "the index lists every entry once");

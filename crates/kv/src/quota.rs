@@ -155,6 +155,11 @@ impl Quotas {
         self.curves[seat.at()].observe(counters);
     }
 
+    /// Notes what a step did that says nothing of an answer's needs: one of its prompt.
+    pub fn pass_over(&mut self, seat: SeatIndex, counters: &SeatCounters) {
+        self.curves[seat.at()].seen = (counters.needed(), counters.misses + counters.streamed);
+    }
+
     /// Forgets a request that left its seat.
     pub fn release(&mut self, seat: SeatIndex) {
         self.curves[seat.at()] = Curve::new();

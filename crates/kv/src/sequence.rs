@@ -8,7 +8,7 @@ use ops::{BlockIndex, SeatIndex};
 /// Who owns what, as half-open ranges of the table:
 ///
 /// ```text
-/// [0, num_published)            in the prefix cache, possibly shared with other sequences
+/// [0, num_published)            in the prefix cache: up to shareable_tokens possibly shared with other sequences, then its own
 /// [num_published, blocks.len()) this sequence's alone
 /// ```
 ///
@@ -20,22 +20,30 @@ pub struct Sequence {
     pub(crate) num_tokens: usize,
     pub(crate) salt: u64,
     pub(crate) shareable_tokens: usize,
+    pub(crate) owner: u64,
     pub(crate) seat: Option<SeatIndex>,
 }
 
 impl Sequence {
     /// An empty sequence. Only KV of equal `salt` is ever shared; only blocks that lie below position
-    /// `shareable_tokens` are (0: nothing of this sequence is). The table never grows beyond `blocks_max`, so it does
-    /// not allocate again.
-    pub fn new(salt: u64, shareable_tokens: usize, blocks_max: usize) -> Self {
+    /// `shareable_tokens` are (0: nothing of this sequence is). Later ones are found again by a sequence of the same `owner`,
+    /// which is not 0 and nobody else's. The table never grows beyond `blocks_max`, so it does not allocate again.
+    pub fn new(salt: u64, shareable_tokens: usize, owner: u64, blocks_max: usize) -> Self {
+        assert!(owner != 0, "0 is everybody");
         Sequence {
             blocks: Vec::with_capacity(blocks_max),
             num_published: 0,
             num_tokens: 0,
             salt,
             shareable_tokens,
+            owner,
             seat: None,
         }
+    }
+
+    /// Who may find run `i` of so many tokens each, once it is sealed: 0 for everybody.
+    pub(crate) fn owner_of(&self, i: usize, run_tokens: usize) -> u64 {
+        if (i + 1) * run_tokens <= self.shareable_tokens { 0 } else { self.owner }
     }
 
     /// The block table, one entry per block from position 0.

@@ -16,6 +16,7 @@ pub struct DeviceKv<B: Backend> {
     pub(crate) selection: Option<B::Selection>,
     /// Whether HBM is a tier apart.
     pub(crate) tiered: bool,
+    pub(crate) page_tokens: usize,
     /// Where selections are recorded, if they are.
     pub(crate) recorder: Option<Recorder>,
     /// What is selected instead, if anything is.
@@ -62,7 +63,15 @@ impl<B: Backend> DeviceKv<B> {
             Some(limits) => Some(backend.selection(limits)?.0),
         };
         let pages = backend.kv(geometry, num_blocks, tier)?;
-        Ok(DeviceKv { pages, digests, selection, tiered: tier.is_some(), recorder: None, player: None })
+        Ok(DeviceKv {
+            pages,
+            digests,
+            selection,
+            tiered: tier.is_some(),
+            page_tokens: geometry.page_tokens,
+            recorder: None,
+            player: None,
+        })
     }
 
     /// Forgets what HBM holds for `seat`.

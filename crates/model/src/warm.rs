@@ -3,6 +3,7 @@
 //! The prompt attends to everything, page by page in passing, and leaves nothing behind that the answer needs; without this
 //! its first step would miss every page at once. What is selected here is attended to by nobody, so no answer depends on it.
 
+use ops::residency::EXTENT_FRAMES;
 use ops::sparse::Attention;
 use ops::{Backend, Batch, HeadShape, SequenceRows};
 
@@ -31,13 +32,14 @@ impl WarmStart {
         heads: HeadShape,
         rows: &Batch,
     ) {
+        let page_tokens = kv.page_tokens;
         let Some(selection) = &mut kv.selection else { return };
         self.scored.clear();
         self.resolved.clear();
         for sequence in rows.sequences {
             let ends = sequence.context_tokens() == sequence.prompt_len as usize;
             let mut scored = sequence.clone();
-            if ends && sequence.attention != Attention::Dense {
+            if ends && fits(sequence, rows, heads, page_tokens) {
                 // As if its last token were the first of the answer.
                 scored.prompt_len -= 1;
                 let row = self.resolved.len() as u32;
@@ -59,7 +61,16 @@ impl WarmStart {
         backend.select(selection, &kv.digests, layer, heads, &scored);
         let resolved = Batch { sequences: &self.resolved, ..*rows };
         backend.resolve(&mut kv.pages, layer, heads, None, &resolved, Some(selection));
-        // What stays comes with the first wave; what would only pass through is needed by nobody.
         backend.gather(&mut kv.pages, 0);
     }
+}
+
+/// Whether the quota holds all that the last token would select: what does not stay is fetched for nobody.
+fn fits(sequence: &SequenceRows, rows: &Batch, heads: HeadShape, page_tokens: usize) -> bool {
+    let Attention::Sparse { method, budget } = sequence.attention else { return false };
+    let method = &rows.methods[method as usize];
+    let context = sequence.context_tokens();
+    let plan = method.plan(context, sequence.prompt_len as usize - 1, budget as usize);
+    let pages = plan.pages_max(context, method.partition_tokens, page_tokens);
+    pages * heads.kv_heads <= sequence.quota as usize * EXTENT_FRAMES
 }

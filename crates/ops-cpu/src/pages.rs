@@ -62,7 +62,12 @@ impl Kv {
     /// The bytes of a page from which digests are made: its local copy, or that in DRAM.
     pub fn digest_page(&self, layer: usize, of: Pages, page: usize, head: usize) -> &[u8] {
         let local = self.tier.as_ref().and_then(|tier| tier.local_page(of.seat, layer, page, head));
-        local.unwrap_or_else(|| self.dram.page_bytes(layer, of.table[page], head))
+        local.unwrap_or_else(|| {
+            if let Some(tier) = &self.tier {
+                tier.check_clean(of.seat, layer, page);
+            }
+            self.dram.page_bytes(layer, of.table[page], head)
+        })
     }
 
     /// Offset of the pages of `page` of a sequence, head by head, in what [`Kv::shared`] points to.
@@ -136,7 +141,8 @@ impl Layers {
     /// When there is no such page.
     #[inline]
     pub fn page(&self, layer: usize, block: BlockIndex, head: usize) -> *const u8 {
-        self.layers[layer].as_slice()[self.offset(block, head)..].as_ptr()
+        // SAFETY: `offset` checked that the page lies in the layer.
+        unsafe { self.layers[layer].as_ptr().add(self.offset(block, head)) }
     }
 
     /// The bytes of a page.
@@ -144,7 +150,8 @@ impl Layers {
     /// # Panics
     /// When there is no such page.
     pub fn page_bytes(&self, layer: usize, block: BlockIndex, head: usize) -> &[u8] {
-        &self.layers[layer].as_slice()[self.offset(block, head)..][..self.geometry.page_bytes()]
+        // SAFETY: a page of the layer, as `offset` checked. Only the page is borrowed: others may be on their way to DRAM.
+        unsafe { std::slice::from_raw_parts(self.page(layer, block, head), self.geometry.page_bytes()) }
     }
 
     /// Bytes from the start of a page to its V.
@@ -155,14 +162,18 @@ impl Layers {
     /// The pages of a block, of all heads.
     pub fn block(&self, layer: usize, block: BlockIndex) -> &[u8] {
         let bytes = self.geometry.kv_heads * self.geometry.page_bytes();
-        &self.layers[layer].as_slice()[self.offset(block, 0)..][..bytes]
+        // SAFETY: the pages of all heads of a block follow one another.
+        unsafe { std::slice::from_raw_parts(self.page(layer, block, 0), bytes) }
     }
 
     /// The pages of `run` blocks from `block` on.
     pub fn run_mut(&mut self, layer: usize, block: BlockIndex, run: usize) -> &mut [u8] {
         let bytes = run * self.geometry.kv_heads * self.geometry.page_bytes();
-        let offset = self.offset(block, 0);
-        &mut self.layers[layer].as_mut_slice()[offset..][..bytes]
+        let (first, last) = (self.offset(block, 0), BlockIndex(block.0 + run as u32 - 1));
+        assert!(self.offset(last, 0) >= first, "a run of blocks");
+        // SAFETY: the blocks from the first to the last, which `offset` checked, and this borrows the pool alone. Pages
+        // outside of the run may be on their way to DRAM and are not borrowed.
+        unsafe { std::slice::from_raw_parts_mut(self.layers[layer].as_mut_ptr().add(first), bytes) }
     }
 
     /// Element of a page that holds channel `c` of K at `slot`.

@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use ops::Error;
 
@@ -69,12 +70,12 @@ impl Drop for Farewell {
 }
 
 impl Saver {
-    /// A thread with `chunks` chunks of `chunk_bytes`.
+    /// A thread with `chunks` chunks of `chunk_bytes`, which takes its time if `slow`: for tests.
     ///
     /// # Errors
     /// Out of memory; a thread that cannot be started.
-    pub fn new(chunks: usize, chunk_bytes: usize) -> Result<Self, Error> {
-        Self::with(chunks, chunk_bytes, copy)
+    pub fn new(chunks: usize, chunk_bytes: usize, slow: bool) -> Result<Self, Error> {
+        Self::with(chunks, chunk_bytes, if slow { copy_late } else { copy })
     }
 
     /// The same with another way to do a job.
@@ -180,6 +181,12 @@ fn work(queue: &Queue, run: fn(Job)) {
     }
 }
 
+/// Long enough for a step that does not wait to read what is not there.
+fn copy_late(job: Job) {
+    std::thread::sleep(Duration::from_micros(300));
+    copy(job);
+}
+
 fn copy(job: Job) {
     // SAFETY: as the sender promised; staging and blocks do not overlap.
     unsafe { job.to.0.copy_from_nonoverlapping(job.from.0, job.bytes) }
@@ -187,8 +194,6 @@ fn copy(job: Job) {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     /// Sends `count` chunks of 8 bytes, waits for all, and returns where they went.
@@ -208,7 +213,7 @@ mod tests {
     #[test]
     fn everything_arrives_whatever_the_staging_holds() {
         for chunks in [2, 3, 100] {
-            let mut saver = Saver::new(chunks, 8).expect("memory");
+            let mut saver = Saver::new(chunks, 8, false).expect("memory");
             let blocks = send_all(&mut saver, 40);
             assert!(blocks.chunks(8).enumerate().all(|(i, b)| b.iter().all(|&v| v == i as u8 + 1)));
             assert_eq!((saver.done(), saver.in_flight()), (40, 0));

@@ -467,9 +467,12 @@ impl Residency {
 
     /// Forgets everything about `seat`. Calls `evicted` with each frame that held a page.
     pub fn release(&mut self, seat: SeatIndex, evicted: &mut impl FnMut(FrameIndex)) {
+        // Who leaves gives way to nobody.
+        let evictions = self.counters[seat.at()].evictions;
         for layer in 0..self.shape.layers {
             self.shrink(seat, layer, 0, &mut |frame, _| evicted(frame));
         }
+        self.counters[seat.at()].evictions = evictions;
         let counters = std::mem::take(&mut self.counters[seat.at()]);
         self.gone.add(&counters);
     }

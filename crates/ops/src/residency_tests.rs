@@ -10,16 +10,19 @@ const SHAPE: ResidencyShape = ResidencyShape { seats: 3, layers: 2, kv_heads: 2,
 /// A page in a frame: head, page, and the step in which it was last needed.
 type Held = (usize, usize, u64);
 
+/// The frames of a (seat, layer) in order, and its step.
+type Frames = (Vec<Option<Held>>, u64);
+
 /// What the tables should say, by the rules alone: of each (seat, layer) its frames in order, and its step.
 #[derive(Default)]
 struct Naive {
-    owners: BTreeMap<(u32, usize), (Vec<Option<Held>>, u64)>,
+    owners: BTreeMap<(u32, usize), Frames>,
     /// Contents of frames, as a device would have them: what was last put there, by frame of the tables.
     bytes: BTreeMap<FrameIndex, (u32, usize, usize, usize)>,
 }
 
 impl Naive {
-    fn owner(&mut self, seat: u32, layer: usize) -> &mut (Vec<Option<Held>>, u64) {
+    fn owner(&mut self, seat: u32, layer: usize) -> &mut Frames {
         self.owners.entry((seat, layer)).or_default()
     }
 

@@ -26,14 +26,14 @@ pub struct TierSpec {
     pub inject_tokens_max: usize,
     /// Tokens of the longest partition of any method.
     pub partition_tokens_max: usize,
-    /// Whether frames that hold nothing are filled with NaN, so that reading one shows: for tests.
+    /// Whether frames that hold nothing are filled with NaN, so that reading one shows, and saves take their time: for tests.
     pub poison: bool,
 }
 
 /// The frames of an HBM tier by kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TierLayout {
-    /// Pages that a (seat, layer, KV head) keeps locally: those of an open partition, and one that is being saved.
+    /// Pages that a (seat, layer, KV head) keeps locally: those of partitions that may be open.
     pub local_pages: usize,
     /// All local frames.
     pub local_frames: usize,
@@ -73,7 +73,7 @@ impl TierSpec {
     pub fn layout(&self, geometry: &KvGeometry) -> Result<TierLayout, TooSmall> {
         let KvGeometry { num_layers, kv_heads, page_tokens, .. } = *geometry;
         let page_bytes = geometry.page_bytes() as u64;
-        let local_pages = self.partition_tokens_max.div_ceil(page_tokens).max(1) + 1;
+        let local_pages = (self.open_tokens_max(page_tokens) - 1).div_ceil(page_tokens) + 1;
         let local_frames = self.seats * num_layers * kv_heads * local_pages;
         // A sequence with several rows begins and ends within pages, and brings the open ones along.
         let prompts = self.seats.min(self.inject_tokens_max);
@@ -95,7 +95,8 @@ impl TierSpec {
         let extent_bytes = EXTENT_FRAMES as u64 * page_bytes + (shape(1).bytes() - shape(0).bytes());
         // More frames than pages could ever be resident buy nothing.
         let useful = self.seats * num_layers * (shape(0).pages_max * kv_heads).div_ceil(EXTENT_FRAMES);
-        let extents = (left / extent_bytes).min(useful as u64) as usize;
+        let addressable = (u32::MAX as usize).saturating_sub(pinned + wave_frames) / EXTENT_FRAMES;
+        let extents = (left / extent_bytes).min(useful.min(addressable) as u64) as usize;
         let frames = pinned - split_frames + wave_frames + extents * EXTENT_FRAMES;
         Ok(TierLayout {
             local_pages,
@@ -106,6 +107,17 @@ impl TierSpec {
             frame_bytes: frames as u64 * page_bytes,
             table_bytes: shape(extents).bytes(),
         })
+    }
+
+    /// Tokens of the longest partition or page that can be open.
+    fn open_tokens_max(&self, page_tokens: usize) -> usize {
+        self.partition_tokens_max.max(page_tokens)
+    }
+
+    /// The first page that a sequence whose rows begin at `first_position` keeps locally: no partition that a row completes or
+    /// finds open, of whatever size, begins before it.
+    pub fn local_start(&self, first_position: usize, page_tokens: usize) -> usize {
+        (first_position + 1).saturating_sub(self.open_tokens_max(page_tokens)) / page_tokens
     }
 
     /// Blocks of one layer that may be on their way to DRAM: some of prompts, and one of each answer.

@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 mod arkvale;
+pub mod auto;
 mod budget;
 mod dense;
 mod options;
@@ -30,7 +31,7 @@ use ops::sparse::{DigestSpec, Method};
 
 pub use budget::Budget;
 pub use options::{OptionDoc, Options};
-pub use served::{GATE_OF_MODEL, Served, Variant};
+pub use served::{Choice, GATE_OF_MODEL, Served, Variant};
 
 /// A sparse method that users can name.
 #[derive(Debug)]
@@ -74,7 +75,7 @@ pub struct Setup {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// There is no such policy.
-    #[error("there is no policy {name:?}; there are {}", names(", "))]
+    #[error("there is no policy {name:?}; there are {}, and auto", names(", "))]
     NoSuchPolicy {
         /// As asked for.
         name: String,

@@ -2,7 +2,7 @@
 
 use ops::sparse::{DigestKind, DigestSpec, Method};
 
-use crate::{Error, Options, Policy, Setup};
+use crate::{Error, Options, Policy, Setup, auto};
 
 /// A policy with options, as somebody compares it with others.
 #[derive(Clone, Debug)]
@@ -18,9 +18,41 @@ pub struct Variant {
 /// The digests of all of them are made for every request, so a cached prompt serves whatever the next request asks for.
 #[derive(Clone, Debug)]
 pub struct Served {
-    policies: Vec<(&'static Policy, Options)>,
+    policies: Vec<Offer>,
     digests: Vec<DigestSpec>,
     gate: Option<String>,
+}
+
+/// A policy on offer.
+#[derive(Clone, Debug)]
+struct Offer {
+    /// As requests call it: the policy's name, or `auto`.
+    name: &'static str,
+    policy: &'static Policy,
+    options: Options,
+    /// Shorter prompts are attended to whole.
+    dense_below: usize,
+}
+
+/// How the answer to a request attends, once the length of its prompt is known.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Choice {
+    policy: &'static str,
+    method: Option<Method>,
+    dense_below: usize,
+}
+
+impl Choice {
+    /// Attends to everything.
+    pub const DENSE: Choice = Choice { policy: crate::dense::DENSE.name, method: None, dense_below: 0 };
+
+    /// For a prompt of so many tokens: the policy's name, and its method, `None` for everything.
+    pub fn for_prompt(&self, prompt_tokens: usize) -> (&'static str, Option<Method>) {
+        match self.method {
+            Some(_) if prompt_tokens < self.dense_below => (crate::dense::DENSE.name, None),
+            method => (self.policy, method),
+        }
+    }
 }
 
 /// The gate that comes with a model, where a file is asked for.
@@ -35,14 +67,38 @@ impl Served {
     pub fn new<'a>(names: impl IntoIterator<Item = &'a str>, options: &Options) -> Result<Self, Error> {
         let mut served = Served { policies: Vec::new(), digests: Vec::new(), gate: None };
         for name in names {
-            let policy = Policy::named(name)?;
-            if served.policies.iter().any(|(known, _)| known.name == policy.name) {
-                continue;
+            let first = served.policies.is_empty();
+            let own = if first { options.clone() } else { Options::default() };
+            if name == auto::AUTO {
+                // Whoever asks for what it would choose shall get it.
+                let chosen = Options::parse(auto::OPTIONS)?.overridden_by(&own);
+                served.offer_once(
+                    auto::AUTO,
+                    Policy::named(auto::POLICY)?,
+                    chosen.clone(),
+                    auto::DENSE_BELOW,
+                )?;
+                served.offer_once(auto::POLICY, Policy::named(auto::POLICY)?, chosen, 0)?;
+                served.offer_once(Choice::DENSE.policy, &crate::dense::DENSE, Options::default(), 0)?;
+            } else {
+                let policy = Policy::named(name)?;
+                served.offer_once(policy.name, policy, own, 0)?;
             }
-            let options = if served.policies.is_empty() { options.clone() } else { Options::default() };
-            served.offer(policy, options)?;
         }
         Ok(served)
+    }
+
+    fn offer_once(
+        &mut self,
+        name: &'static str,
+        policy: &'static Policy,
+        options: Options,
+        dense_below: usize,
+    ) -> Result<(), Error> {
+        if self.policies.iter().all(|offer| offer.name != name) {
+            self.offer(Offer { name, policy, options, dense_below })?;
+        }
+        Ok(())
     }
 
     /// Policies with options of their own, `name:option=value:option=value` each, side by side for a comparison.
@@ -55,7 +111,8 @@ impl Served {
         for spec in specs {
             let (name, options) = spec.split_once(':').unwrap_or((spec, ""));
             let (policy, options) = (Policy::named(name)?, Options::parse(&options.replace(':', ","))?);
-            setups.push((spec.clone(), served.offer(policy, options)?));
+            let offer = Offer { name: policy.name, policy, options, dense_below: 0 };
+            setups.push((spec.clone(), served.offer(offer)?));
         }
         let variant = |(name, setup)| Ok(Variant { name, method: served.place(setup)? });
         let variants = setups.into_iter().map(variant).collect::<Result<_, _>>()?;
@@ -64,14 +121,16 @@ impl Served {
 
     /// Nothing but dense attention.
     pub fn dense() -> Self {
-        Served { policies: vec![(&crate::dense::DENSE, Options::default())], digests: Vec::new(), gate: None }
+        let (policy, options) = (&crate::dense::DENSE, Options::default());
+        let dense = Offer { name: policy.name, policy, options, dense_below: 0 };
+        Served { policies: vec![dense], digests: Vec::new(), gate: None }
     }
 
-    fn offer(&mut self, policy: &'static Policy, options: Options) -> Result<Setup, Error> {
-        let setup = policy.setup(&options)?;
+    fn offer(&mut self, offer: Offer) -> Result<Setup, Error> {
+        let setup = offer.policy.setup(&offer.options)?;
         if let Some(digest) = setup.digest {
             if let DigestKind::Gate { .. } = digest.kind {
-                let file = options.get("gate").unwrap_or(GATE_OF_MODEL).to_owned();
+                let file = offer.options.get("gate").unwrap_or(GATE_OF_MODEL).to_owned();
                 if let Some(other) = self.gate.replace(file.clone()).filter(|other| *other != file) {
                     return Err(Error::TwoGates { one: other, other: file });
                 }
@@ -80,7 +139,7 @@ impl Served {
                 self.digests.push(digest);
             }
         }
-        self.policies.push((policy, options));
+        self.policies.push(offer);
         Ok(setup)
     }
 
@@ -103,16 +162,16 @@ impl Served {
 
     /// Names, the default first.
     pub fn names(&self) -> impl Iterator<Item = &'static str> {
-        self.policies.iter().map(|(policy, _)| policy.name)
+        self.policies.iter().map(|offer| offer.name)
     }
 
     /// Names with the options that differ from their defaults, as [`Served::variants`] reads them, the default first.
     pub fn specs(&self) -> Vec<String> {
-        let spec = |(policy, options): &(&'static Policy, Options)| match options.first() {
+        let spec = |Offer { policy, options, .. }: &Offer| match options.first() {
             None => policy.name.to_owned(),
             Some(_) => format!("{}:{}", policy.name, options.to_string().replace(',', ":")),
         };
-        self.policies.iter().map(spec).collect()
+        self.policies.iter().filter(|offer| offer.name == offer.policy.name).map(spec).collect()
     }
 
     /// The methods of all policies with the server's options: what a device must have memory for.
@@ -120,26 +179,22 @@ impl Served {
     /// # Panics
     /// Never: the options were checked.
     pub fn methods(&self) -> Vec<Method> {
-        let setups = self.policies.iter().map(|(policy, options)| policy.setup(options));
+        let setups = self.policies.iter().map(|offer| offer.policy.setup(&offer.options));
         setups.filter_map(|setup| self.place(setup.ok()?).ok()?).collect()
     }
 
-    /// How a request attends that asks for the policy `name`, or for none, with `options` of its own on top of the server's:
-    /// the policy's name, and its method, `None` for everything.
+    /// How a request attends that asks for the policy `name`, or for none, with `options` of its own on top of the server's.
     ///
     /// # Errors
     /// A policy that is not offered, options that it does not have or that need other digests.
-    pub fn method(
-        &self,
-        name: Option<&str>,
-        options: &Options,
-    ) -> Result<(&'static str, Option<Method>), Error> {
+    pub fn method(&self, name: Option<&str>, options: &Options) -> Result<Choice, Error> {
         let found = match name {
             None => self.policies.first(),
-            Some(name) => self.policies.iter().find(|(policy, _)| policy.name == name),
+            Some(name) => self.policies.iter().find(|offer| offer.name == name),
         };
-        let Some((policy, own)) = found else {
-            let name = Policy::named(name.unwrap_or_default())?.name.into();
+        let Some(Offer { policy, options: own, dense_below, .. }) = found else {
+            let asked = name.unwrap_or_default();
+            let name = if asked == auto::AUTO { asked } else { Policy::named(asked)?.name }.to_owned();
             let offered = self.names().collect::<Vec<_>>().join(", ");
             return Err(Error::NotServed { name, offered });
         };
@@ -152,7 +207,7 @@ impl Served {
         if options.get("gate").is_some_and(|file| self.gate() != Some(file)) {
             return Err(Error::Fixed { what: "the option gate" });
         }
-        Ok((policy.name, asked))
+        Ok(Choice { policy: policy.name, method: asked, dense_below: *dense_below })
     }
 
     /// The method with its digests by their number on this server.
@@ -193,11 +248,11 @@ mod tests {
         assert_eq!(served.specs(), ["arkvale:window=96", "quest", "dense"]);
         let variants = Served::variants(&served.specs()).unwrap();
         assert_eq!(variants.0.methods(), served.methods(), "specs say all");
-        let default = served.method(None, &Options::default()).unwrap().1.unwrap();
+        let default = served.method(None, &Options::default()).unwrap().method.unwrap();
         assert_eq!((default.always.recent_tokens, default.score), (96, Score::Digest { digests: 0 }));
-        let quest = served.method(Some("quest"), &options(&[("group", "max")])).unwrap().1.unwrap();
+        let quest = served.method(Some("quest"), &options(&[("group", "max")])).unwrap().method.unwrap();
         assert_eq!(quest.score, Score::Digest { digests: 1 });
-        assert_eq!(served.method(Some("dense"), &Options::default()).unwrap(), ("dense", None));
+        assert_eq!(served.method(Some("dense"), &Options::default()).unwrap(), Choice::DENSE);
         let refused = |name, pairs: &[(&str, &str)]| {
             served.method(Some(name), &options(pairs)).unwrap_err().to_string()
         };
@@ -226,9 +281,9 @@ mod tests {
         let served = Served::new(["retroinfer"], &options(&[("span", "256")])).unwrap();
         assert_eq!(served.shared_together(16), 256);
         let method = |pairs: &[(&str, &str)]| served.method(None, &options(pairs));
-        let rule = method(&[("estimate", "0%")]).unwrap().1.unwrap().rule;
+        let rule = method(&[("estimate", "0%")]).unwrap().method.unwrap().rule;
         assert_eq!(rule, Rule::Clusters { span_tokens: 256, estimate_permille: 0 });
-        assert_eq!(method(&[("window", "100")]).unwrap().1.unwrap().always.recent_tokens, 100);
+        assert_eq!(method(&[("window", "100")]).unwrap().method.unwrap().always.recent_tokens, 100);
         for pairs in [[("span", "512")], [("sinks", "8")], [("partition", "32")]] {
             let error = method(&pairs).unwrap_err().to_string();
             assert!(error.starts_with("an option that says how keys are clustered"), "{error}");
@@ -242,7 +297,7 @@ mod tests {
             let error = method(&[("estimate", bad)]).unwrap_err().to_string();
             assert!(error.starts_with("the option estimate is"), "{error}");
         }
-        let estimate = |text| match method(&[("estimate", text)]).unwrap().1.unwrap().rule {
+        let estimate = |text| match method(&[("estimate", text)]).unwrap().method.unwrap().rule {
             Rule::Clusters { estimate_permille, .. } => estimate_permille,
             other => panic!("{other:?}"),
         };
@@ -251,13 +306,29 @@ mod tests {
     }
 
     #[test]
+    fn auto_is_dense_for_short_prompts() {
+        let served = Served::new(["auto", "quest"], &Options::default()).unwrap();
+        assert_eq!(served.names().collect::<Vec<_>>(), ["auto", "arkvale", "dense", "quest"]);
+        assert_eq!(served.specs(), ["arkvale:partition=16:sinks=16:window=16", "dense", "quest"]);
+        let choice = served.method(None, &Options::default()).unwrap();
+        assert_eq!(choice.for_prompt(auto::DENSE_BELOW - 1), ("dense", None));
+        let (name, method) = choice.for_prompt(auto::DENSE_BELOW);
+        assert_eq!((name, method.unwrap().partition_tokens), ("arkvale", 16));
+        let named = served.method(Some("arkvale"), &Options::default()).unwrap();
+        assert_eq!(named.for_prompt(1), choice.for_prompt(auto::DENSE_BELOW), "who asks for it gets it");
+        assert_eq!(auto::BUDGET.tokens(auto::DENSE_BELOW), 1024);
+        let finer = Served::new(["auto"], &options(&[("partition", "32")])).unwrap();
+        assert_eq!(finer.digests()[0].partition_tokens, 32);
+    }
+
+    #[test]
     fn a_server_has_one_gate() {
         let served = Served::new(["quest", "seerattention"], &Options::default()).unwrap();
         assert_eq!(served.gate(), Some(GATE_OF_MODEL));
         let method = |pairs: &[(&str, &str)]| served.method(Some("seerattention"), &options(pairs));
-        let likely = method(&[("threshold", "0.25"), ("gate", "model")]).unwrap().1.unwrap();
+        let likely = method(&[("threshold", "0.25"), ("gate", "model")]).unwrap().method.unwrap();
         assert_eq!((likely.score, likely.rule), (Score::Gate { digests: 1 }, Rule::Threshold(0.25)));
-        assert_eq!(method(&[("threshold", "0")]).unwrap().1.unwrap().rule, Rule::Top);
+        assert_eq!(method(&[("threshold", "0")]).unwrap().method.unwrap().rule, Rule::Top);
         let error = |pairs: &[(&str, &str)]| method(pairs).unwrap_err().to_string();
         assert!(error(&[("gate", "/etc/passwd")]).starts_with("the option gate is fixed"));
         for bad in ["2", "-0.1", "NaN", "half"] {

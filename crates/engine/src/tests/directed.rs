@@ -123,6 +123,28 @@ fn the_youngest_is_preempted_and_its_answer_stays_the_same() {
     }
 }
 
+/// A sparse answer's KV is its own: nobody else shares it, and it finds it again after a preemption.
+#[test]
+fn a_preempted_answer_goes_on_where_it_was() {
+    let mut bench = Bench::new(config(13));
+    let ask = |family, max_tokens| Request {
+        sparse: Some(sparse(2, 12)),
+        ..request(prompt(family, 30), max_tokens)
+    };
+    let (_, oldest) = bench.start(ask(0, 24));
+    let (_, youngest) = bench.start(ask(1, 60));
+    while oldest.end().is_none() {
+        bench.step();
+    }
+    assert!(bench.metric("sparseserve_preemptions_total", None) > 0.0, "blocks are short");
+    bench.step();
+    let (first_position, _) = bench.engine.runner.last_step[0];
+    assert!(first_position >= 40, "the answer begins at 30, and is run again from {first_position}");
+    bench.finish();
+    assert_eq!(youngest.tokens(), expected_answer(&ask(1, 60), 200).0);
+    assert!(bench.engine.kv_counts().cached <= 2 * 3, "what is left are prompts, in whole blocks");
+}
+
 #[test]
 fn nobody_overtakes_the_head_of_the_queue() {
     let mut bench = Bench::new(config(20));
@@ -346,7 +368,7 @@ fn pages_are_counted_once() {
     assert_eq!(sum(|u| u.pages.streamed), pages("streamed"));
     assert!(usages.iter().all(|u| u.pages.resident_peak == 5 && u.pages.stall_nanos > 0));
     assert_eq!(bench.metric("sparseserve_hbm_frames", Some("empty")), 32.0 * 6.0);
-    assert!(bench.metric("sparseserve_kv_stall_microseconds_total", None) > 0.0);
+    assert!(bench.metric("sparseserve_kv_stall_seconds_total", None) > 0.0);
 }
 
 #[test]

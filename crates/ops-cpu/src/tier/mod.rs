@@ -90,10 +90,12 @@ impl Tier {
             items: Vec::with_capacity(2 * spec.seats + spec.inject_tokens_max),
             ranges: Vec::new(),
             entries: Vec::with_capacity(listed),
-            waves: Vec::with_capacity(2 * spec.seats + spec.context_max.div_ceil(SPLIT_TOKENS)),
+            waves: Vec::with_capacity(
+                (2 * spec.seats + spec.inject_tokens_max) * (1 + spec.context_max.div_ceil(SPLIT_TOKENS)),
+            ),
             fetches: Vec::with_capacity(listed / 2),
             layer: 0,
-            saver: Saver::new(spec.staging_chunks(), geometry.kv_heads * geometry.page_bytes())?,
+            saver: Saver::new(spec.staging_chunks(), geometry.kv_heads * geometry.page_bytes(), spec.poison)?,
             fetched_bytes: 0,
             saved_bytes: 0,
             stall_nanos: 0,
@@ -168,6 +170,13 @@ impl Tier {
         self.local_frame(seat, layer, page).map(|frame| self.frame(frame + head))
     }
 
+    /// Panics when a page that is not local is not known to be in DRAM either. Pages of a seat that nobody has written to
+    /// were filled from outside.
+    pub fn check_clean(&self, seat: SeatIndex, layer: usize, page: usize) {
+        let Home { sent, clean, .. } = self.homes[self.home(seat, layer)];
+        assert!(sent == 0 || (page as u32) < clean, "{seat:?} page {page}: a digest is made of saved pages");
+    }
+
     /// Offset in the arena at which head 0 of a local page is written.
     ///
     /// # Panics
@@ -238,14 +247,13 @@ impl Tier {
     pub fn localize(&mut self, dram: &Layers, layer: usize, batch: &Batch) {
         let KvGeometry { page_tokens, kv_heads, .. } = self.geometry;
         let block_bytes = kv_heads * self.geometry.page_bytes();
-        let open = self.spec.partition_tokens_max.max(page_tokens);
         let mut fresh_used = 0;
         if self.spec.poison {
             self.poison(self.fresh_base()..self.wave_base());
         }
         for s in batch.sequences {
             let first = s.first_position as usize;
-            let start = (first / open * open / page_tokens).saturating_sub(1);
+            let start = self.spec.local_start(first, page_tokens);
             let end = s.context_tokens().div_ceil(page_tokens);
             let fresh = (s.num_rows() > 1).then(|| {
                 let block = fresh_used;

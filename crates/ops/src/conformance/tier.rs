@@ -59,8 +59,19 @@ fn cases() -> Vec<Case> {
         Case {
             heads: heads_of(3, 3, 32),
             page_tokens: 8,
-            digests: vec![spec(DigestKind::MinMax, 64)],
-            methods: vec![Method { partition_tokens: 64, ..plain }],
+            // Of sizes that do not divide each other.
+            digests: vec![spec(DigestKind::MinMax, 64), spec(DigestKind::CuboidMean, 24)],
+            methods: vec![
+                Method { partition_tokens: 64, ..plain },
+                Method { partition_tokens: 24, score: Score::Digest { digests: 1 }, ..plain },
+                Method {
+                    partition_tokens: 24,
+                    score: Score::Digest { digests: 1 },
+                    always: none,
+                    open_competes: true,
+                    ..plain
+                },
+            ],
             window: Some(100),
         },
         Case {

@@ -134,10 +134,8 @@ impl NaiveTier {
 
     /// The first page that a seat holds locally, when its rows begin at `first_position`.
     pub(super) fn begin(&mut self, page_tokens: usize, batch: &Batch) {
-        let open = self.spec.partition_tokens_max.max(page_tokens);
         for s in batch.sequences {
-            let first = s.first_position as usize / open * open / page_tokens;
-            self.local.insert(s.seat, first.saturating_sub(1));
+            self.local.insert(s.seat, self.spec.local_start(s.first_position as usize, page_tokens));
         }
     }
 

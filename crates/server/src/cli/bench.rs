@@ -17,10 +17,12 @@ use ops_cpu::{CpuOptions, Pool};
 use serde_json::{Value, json};
 
 use super::cache;
+use super::commands::{Bench, BenchArgs, BenchEngineArgs, BenchKernelsArgs};
 use super::failure::Failure;
 use super::load::{self, Device, Prepared};
 use super::log;
-use super::options::{Bench, BenchArgs, BenchEngineArgs, BenchKernelsArgs, ConfigFile};
+use super::metadata;
+use super::options::ConfigFile;
 use super::profile::{Entry, Profiled};
 use super::settings::{ComputeSettings, EngineSettings, LogSettings, ModelChoice};
 use super::sparse::player as player_of;
@@ -38,6 +40,7 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
         Bench::Kernels(args) => kernels(args),
         Bench::Engine(args) => engine(*args),
         Bench::Cache(args) => cache::run(&args),
+        Bench::Metadata(args) => metadata::run(&args),
     }
 }
 
@@ -135,7 +138,9 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
     let file = ConfigFile::read(args.common.config.as_deref())?;
     let _log = log::start(&LogSettings::resolve(args.common.clone().or(file.common), "warn"))?;
     let choice = ModelChoice::resolve(args.model.as_deref().or(file.model.as_deref()))?;
-    let mut settings = EngineSettings::resolve(args.engine.clone().or(file.engine), args.batch)?;
+    let mut engine = args.engine.clone().or(file.engine);
+    engine.sparse.policy.get_or_insert_with(|| "dense".into());
+    let mut settings = EngineSettings::resolve(engine, args.batch)?;
     if args.context == 0 || args.batch == 0 || args.steps == 0 || args.prefill == Some(0) {
         return Err(Failure::input("--context, --batch, --steps and --prefill must be at least 1"));
     }

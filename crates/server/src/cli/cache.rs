@@ -7,8 +7,8 @@ use kv::cache_study::{Demand, Hits, Rule, WINDOW_MAX};
 use serde_json::{Value, json};
 use sparse::trace::{Header, TraceReader};
 
+use super::commands::BenchCacheArgs;
 use super::failure::Failure;
-use super::options::BenchCacheArgs;
 
 /// Buffering frames per mandatory one at most: SPIN's curve is flat before it.
 const RATIO_MAX: usize = 8;

@@ -6,8 +6,9 @@ use model::{Checkpoint, ModelConfig, RopeScaling};
 use ops::DType;
 use serde_json::json;
 
+use super::commands::InspectArgs;
 use super::failure::Failure;
-use super::options::{CommonOptions, InspectArgs};
+use super::options::CommonOptions;
 use super::screen::parameters;
 use super::settings::{LogSettings, ModelChoice};
 use super::size::Bytes;

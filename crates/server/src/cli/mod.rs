@@ -4,6 +4,7 @@
 mod bench;
 mod cache;
 mod cgroup;
+mod commands;
 mod demo;
 mod eval;
 mod failure;
@@ -11,6 +12,7 @@ mod hub;
 mod inspect;
 mod load;
 mod log;
+mod metadata;
 mod options;
 mod plan;
 mod profile;
@@ -28,8 +30,8 @@ use std::process::ExitCode;
 use clap::Parser;
 use clap::error::ErrorKind;
 
+use commands::{Cli, Command};
 use failure::Failure;
-use options::{Cli, Command};
 
 /// Runs the command that the arguments of the process name.
 pub fn main() -> ExitCode {

@@ -164,6 +164,11 @@ fn sum(demand: &Demand, headroom_bytes: u64, kv: (&str, u64), limit: &MemoryLimi
 /// What to do where the model leaves `bytes` for KV: about the largest term, for no other can make up for it.
 fn too_small_cure(bytes: u64, demand: &Demand) -> String {
     let one_request = demand.kv.blocks(demand.max_context) as u64 * demand.block_bytes();
+    if let Some(Size::Bytes(hbm)) = demand.hbm
+        && hbm > demand.weights_bytes.max(one_request).max(demand.activation_bytes)
+    {
+        return format!("lower --hbm, which is {}", Bytes(hbm));
+    }
     if demand.activation_bytes > demand.weights_bytes.max(one_request) {
         // A step has a row for each running request and each prompt token.
         let (flag, value) = match demand.max_num_seqs > demand.max_inject_tokens {

@@ -11,9 +11,10 @@ use serde_json::{Map, Value, json};
 use sparseserve::text::{Decoder, RenderInput, Sandbox};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
+use super::commands::RunArgs;
 use super::failure::Failure;
 use super::load::{self, EngineThread, Prepared};
-use super::options::{ConfigFile, RunArgs};
+use super::options::ConfigFile;
 use super::settings::{EngineSettings, LogSettings, ModelChoice};
 use super::sparse::SparseSettings;
 use super::text::TextSide;

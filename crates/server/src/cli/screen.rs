@@ -4,6 +4,7 @@ use std::fmt;
 
 use ops::DType;
 use ops::residency::EXTENT_FRAMES;
+use sparse::auto;
 
 use super::load::Prepared;
 use super::settings::{EngineSettings, ModelChoice};
@@ -132,8 +133,13 @@ impl fmt::Display for Screen<'_> {
         } else {
             writeln!(
                 f,
-                "  attention    {}, budget {} per layer and KV head; digests {} per token",
+                "  attention    {}{}, budget {} per layer and KV head; digests {} per token",
                 self.policies(),
+                if sparse.served.names().next() == Some(auto::AUTO) {
+                    format!(" (auto: dense below {} prompt tokens, else {})", auto::DENSE_BELOW, auto::POLICY)
+                } else {
+                    String::new()
+                },
                 sparse.budget,
                 Bytes(self.digest_token_bytes()),
             )?;

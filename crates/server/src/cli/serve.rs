@@ -10,10 +10,11 @@ use sparseserve::text::Sandbox;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
+use super::commands::ServeArgs;
 use super::failure::Failure;
 use super::load::{self, EngineThread, MAX_LOGPROBS, Prepared};
 use super::log;
-use super::options::{ConfigFile, LogFormat, ServeArgs};
+use super::options::{ConfigFile, LogFormat};
 use super::screen::Screen;
 use super::settings::{EngineSettings, LogSettings, ModelChoice, ServerSettings};
 use super::text::TextSide;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use engine::Sparse;
 use ops::KvGeometry;
 use sparse::trace::{Header, Player, Recorder, TraceReader};
-use sparse::{Budget, Options, Served};
+use sparse::{Budget, Options, Served, auto};
 
 use super::failure::Failure;
 use super::options::SparseOptions;
@@ -33,12 +33,13 @@ impl SparseSettings {
     /// Policies, options or budgets that there are not.
     pub fn resolve(options: SparseOptions) -> Result<Self, Failure> {
         let SparseOptions { policy, policies, budget, policy_opt, record_selection: record } = options;
-        let default = policy.unwrap_or_else(|| "dense".into());
+        let default = policy.unwrap_or_else(|| auto::AUTO.into());
+        let usual = if default == auto::AUTO { auto::BUDGET } else { BUDGET };
         let own = Options::parse(&policy_opt.unwrap_or_default().join(",")).map_err(Failure::input)?;
         let others = policies.unwrap_or_default();
         let names = std::iter::once(default.as_str()).chain(others.iter().map(String::as_str));
         let served = Served::new(names, &own).map_err(Failure::input)?;
-        let budget = budget.map_or(Ok(BUDGET), |text| text.parse()).map_err(Failure::input)?;
+        let budget = budget.map_or(Ok(usual), |text| text.parse()).map_err(Failure::input)?;
         Ok(SparseSettings { served, budget, record })
     }
 }
@@ -49,7 +50,8 @@ impl SparseSettings {
     /// # Errors
     /// None for settings that were resolved.
     pub fn method(&self, prompt_tokens: usize) -> Result<Option<Sparse>, Failure> {
-        let (_, method) = self.served.method(None, &Options::default()).map_err(Failure::input)?;
+        let choice = self.served.method(None, &Options::default()).map_err(Failure::input)?;
+        let (_, method) = choice.for_prompt(prompt_tokens);
         let budget = self.budget.tokens(prompt_tokens);
         Ok(method.map(|method| Sparse { method, budget }))
     }
@@ -125,7 +127,10 @@ mod tests {
     #[test]
     fn the_default_policy_comes_first() {
         let settings = resolve(SparseOptions::default()).expect("defaults resolve");
-        assert_eq!(settings.served.names().collect::<Vec<_>>(), ["dense"]);
+        assert_eq!(settings.served.names().collect::<Vec<_>>(), ["auto", "arkvale", "dense"]);
+        assert!(settings.method(8191).expect("a choice").is_none());
+        let long = settings.method(8192).expect("a choice").expect("long prompts are sparse");
+        assert_eq!(long.budget, 1024);
         let settings = resolve(SparseOptions {
             policy: Some("quest".into()),
             policies: texts(&["dense", "quest", "arkvale"]),

@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 
 use engine::Sparse;
-use ops::sparse::Method;
 use serde_json::{Map, Value};
-use sparse::{Budget, Options};
+use sparse::{Budget, Choice, Options};
 
 use super::{ApiError, Fields};
 use crate::app::App;
@@ -16,11 +15,8 @@ const OPTIONS_MAX: usize = 32;
 /// How the tokens of an answer attend.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SparseParams {
-    /// `None` attends to everything.
-    method: Option<Method>,
+    choice: Choice,
     budget: Budget,
-    /// The policy's name.
-    policy: &'static str,
     /// Whether the answer's usage tells what was attended to.
     pub receipt: bool,
 }
@@ -43,16 +39,17 @@ impl SparseParams {
         let dense = own.take("dense")?.unwrap_or(false);
         let receipt = own.take("receipt")?.unwrap_or(false);
         own.finish()?;
-        let (policy, method) = match dense {
-            true => ("dense", None),
+        let choice = match dense {
+            true => Choice::DENSE,
             false => app.policies.method(policy.as_deref(), &options).map_err(|e| refused("sparse", e))?,
         };
-        Ok(SparseParams { method, budget, policy, receipt })
+        Ok(SparseParams { choice, budget, receipt })
     }
 
     /// What the engine is told for a prompt of `prompt_tokens`.
     pub fn request(&self, prompt_tokens: usize) -> Option<Sparse> {
-        self.method.map(|method| Sparse { method, budget: self.budget.tokens(prompt_tokens) })
+        let (_, method) = self.choice.for_prompt(prompt_tokens);
+        method.map(|method| Sparse { method, budget: self.budget.tokens(prompt_tokens) })
     }
 
     /// The budget in tokens for such a prompt.
@@ -60,9 +57,9 @@ impl SparseParams {
         self.budget.tokens(prompt_tokens)
     }
 
-    /// The policy's name.
-    pub fn policy(&self) -> &'static str {
-        self.policy
+    /// The name of the policy for such a prompt.
+    pub fn policy(&self, prompt_tokens: usize) -> &'static str {
+        self.choice.for_prompt(prompt_tokens).0
     }
 }
 

@@ -68,7 +68,7 @@ impl Usage {
         self.prompt_tokens_details.cached_tokens += finish.cached_tokens;
         if sparse.receipt {
             let receipt = self.sparse.get_or_insert_with(|| Receipt {
-                policy: sparse.policy(),
+                policy: sparse.policy(finish.prompt_tokens as usize),
                 budget: sparse.budget_tokens(finish.prompt_tokens as usize),
                 ..Receipt::default()
             });

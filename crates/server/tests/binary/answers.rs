@@ -39,10 +39,16 @@ fn golden_answers() {
     assert!(status.success(), "{status}: {said}");
 }
 
-/// Needles in 8K and 32K tokens. The questions of a context share its KV, so the context is computed once.
+/// Needles in 8K and 32K tokens, dense and with what is selected by default. The questions of a context share its KV, so
+/// the context is computed once.
 #[test]
 fn needles_at_8k_and_32k() {
-    let server = Serving::start(&[]);
+    for policy in ["dense", "auto"] {
+        find_needles(&Serving::start(&["--policy", policy]));
+    }
+}
+
+fn find_needles(server: &Serving) {
     let cases = read("xtask/golden/needles.json");
     for case in cases["cases"].as_array().unwrap() {
         let context = case["context"].as_str().unwrap();

@@ -72,7 +72,11 @@ fn flags_and_files() {
 
 #[test]
 fn memory_that_does_not_suffice_is_told_with_the_arithmetic() {
-    says(&["serve", "--port", "0", "--dram", "1MiB"], &["1 MiB", "128 MiB", "--max-context"]);
+    let serve = ["serve", "--port", "0", "--policy", "dense"];
+    says(&[&serve[..], &["--dram", "1MiB"]].concat(), &["1 MiB", "128 MiB", "--max-context"]);
+    let quest = ["--policy", "quest", "--max-context", "4096", "--dram", "64MiB"];
+    let parts = ["--hbm is too small", "digests 3.76 MiB", "64 requests", "--max-num-seqs"];
+    says(&[&["serve", "--port", "0", "--hbm", "4MiB"][..], &quest].concat(), &parts);
 }
 
 #[test]

@@ -20,7 +20,7 @@ fn requests() -> Vec<Value> {
     let request = |(question, sparse): (&Value, &Value)| {
         let prompt = format!("{context}\n{}", question["question"].as_str().unwrap());
         json!({
-            "model": "demo", "prompt": prompt, "temperature": 0.8, "seed": 4, "max_tokens": 60, "ignore_eos": true,
+            "model": "demo", "prompt": prompt, "temperature": 0.8, "seed": 4, "max_tokens": 400, "ignore_eos": true,
             "logprobs": 3, "sparse": sparse,
         })
     };
@@ -35,7 +35,7 @@ const FLAGS: [&str; 10] = [
     "--max-num-seqs",
     "4",
     "--max-context",
-    "4096",
+    "2560",
     "--max-inject-tokens",
     "256",
 ];
@@ -60,6 +60,18 @@ fn answers(flags: &[&str]) -> (Vec<Value>, Vec<Value>, String) {
 fn metric(metrics: &str, name: &str) -> u64 {
     let line = metrics.lines().find(|line| line.starts_with(name) && line[name.len()..].starts_with(' '));
     line.unwrap_or_else(|| panic!("{name} in {metrics}"))[name.len()..].trim().parse().unwrap()
+}
+
+/// DRAM for little more than one request of full length: the youngest are preempted, and go on from what is left.
+#[test]
+fn answers_do_not_depend_on_preemptions_under_tiers() {
+    let (unified, _, metrics) = answers(&[]);
+    assert_eq!(metric(&metrics, "sparseserve_preemptions_total"), 0);
+    for hbm in ["60%", "8MiB"] {
+        let (tiered, _, metrics) = answers(&["--dram", "12MiB", "--hbm", hbm]);
+        assert_eq!(tiered, unified, "--hbm {hbm}");
+        assert!(metric(&metrics, "sparseserve_preemptions_total") > 0, "{metrics}");
+    }
 }
 
 #[test]

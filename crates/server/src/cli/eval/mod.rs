@@ -6,8 +6,8 @@ mod tasks;
 
 pub use tasks::Task;
 
+use super::commands::{Eval, EvalArgs};
 use super::failure::Failure;
-use super::options::{Eval, EvalArgs};
 
 /// Runs the command.
 pub fn run(args: EvalArgs) -> Result<(), Failure> {

@@ -13,10 +13,11 @@ use serde_json::json;
 use sparse::{Budget, Served, Variant};
 
 use super::tasks::{Context, Question, Task, context};
+use crate::cli::commands::EvalRetrievalArgs;
 use crate::cli::failure::Failure;
 use crate::cli::load::{self, EngineThread, Prepared};
 use crate::cli::log;
-use crate::cli::options::{ConfigFile, EvalRetrievalArgs};
+use crate::cli::options::ConfigFile;
 use crate::cli::settings::{EngineSettings, LogSettings, ModelChoice};
 use crate::cli::text::TextSide;
 
@@ -77,7 +78,9 @@ pub fn run(args: EvalRetrievalArgs) -> Result<(), Failure> {
     let file = ConfigFile::read(args.common.config.as_deref())?;
     let _log = log::start(&LogSettings::resolve(args.common.clone().or(file.common), "warn"))?;
     let choice = ModelChoice::resolve(args.model.as_deref().or(file.model.as_deref()))?;
-    let mut settings = EngineSettings::resolve(args.engine.clone().or(file.engine), MAX_NUM_SEQS)?;
+    let mut engine = args.engine.clone().or(file.engine);
+    engine.sparse.policy.get_or_insert_with(|| "dense".into());
+    let mut settings = EngineSettings::resolve(engine, MAX_NUM_SEQS)?;
     let (served, variants) = Served::variants(&args.compare).map_err(Failure::input)?;
     let budgets = args.budgets.iter().map(|text| text.parse()).collect::<Result<Vec<Budget>, _>>();
     let budgets = budgets.map_err(Failure::input)?;

@@ -11,8 +11,8 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use sparse::{Budget, Options, Served};
 
+use crate::cli::commands::EvalSelectionArgs;
 use crate::cli::failure::Failure;
-use crate::cli::options::EvalSelectionArgs;
 
 /// Slots per page.
 const PAGE_TOKENS: usize = 16;
@@ -64,7 +64,8 @@ pub fn run(args: &EvalSelectionArgs) -> Result<(), Failure> {
         let model = GateModel { heads: step.heads, windows: &[None], rope: &Rope::new(&rope) };
         step.gate = Some(model::gate_of(&args.input.display().to_string(), &bytes, model)?);
     }
-    let (_, method) = served.method(None, &Options::default()).map_err(Failure::input)?;
+    let choice = served.method(None, &Options::default()).map_err(Failure::input)?;
+    let (_, method) = choice.for_prompt(usize::MAX);
     // A token of the prompt would attend to everything.
     let prompt_tokens = prompt_tokens.min(step.tokens - 1);
     let found = step.attend(&served, method, budget.tokens(prompt_tokens), prompt_tokens)?;
