@@ -22,9 +22,27 @@ impl<R: Runner> Engine<R> {
         }
     }
 
+    /// Notes what the checks of the step found.
+    fn guard(&mut self) {
+        let Some(rule) = &self.config.guard else { return };
+        for &(seat, coverage) in &self.rows.inspections.found {
+            // Of a request that fails.
+            if coverage.mass.is_nan() {
+                continue;
+            }
+            let sequence = self.running.iter_mut().find(|s| s.kv.seat() == Some(seat));
+            let sequence = sequence.expect("who is checked runs");
+            let sparse = sequence.sparse.expect("who is checked selects");
+            let (position, prompt_len) = (sequence.tokens.len() - 1, sequence.prompt_len);
+            let action = sequence.guard.observe(rule, &sparse, position, prompt_len, coverage);
+            self.metrics.checked(&coverage, action);
+        }
+    }
+
     /// Notes the KV that was written, appends the drawn tokens, and decides who has ended.
     pub(crate) fn commit(&mut self) {
         self.count_pages();
+        self.guard();
         for part in &self.rows.parts {
             let sequence = &mut self.running[part.owner];
             let sampled = &self.output.sampled[part.samples.clone()];
@@ -34,7 +52,7 @@ impl<R: Runner> Engine<R> {
                 self.kv.advance(&mut sequence.kv, &sequence.tokens[..part.positions.end], saved);
                 if part.draws {
                     let last = part.positions.end - 1;
-                    if let Some(sparse) = sequence.sparse.filter(|_| last >= sequence.prompt_len) {
+                    if let Some(sparse) = sequence.sparse_at(last).filter(|_| last >= sequence.prompt_len) {
                         sequence.attended.add(&sparse, last + 1, sequence.prompt_len);
                     }
                     let token = sampled.last().expect("a drawn token is sampled").token;

@@ -3,6 +3,7 @@
 use kv::QuotaRule;
 use ops::PAGE_TOKENS_ALLOWED;
 
+use crate::guard::GuardRule;
 use crate::request::{Refusal, Request};
 
 /// Limits of an engine, resolved: nothing here is a default or a guess. All memory of the step loop follows from them.
@@ -29,6 +30,8 @@ pub struct Config {
     pub prefix_cache: bool,
     /// The HBM tier, where the device has one apart from DRAM.
     pub tier: Option<TierShare>,
+    /// When requests that attend sparsely are checked; `None` never.
+    pub guard: Option<GuardRule>,
     /// Where KV depends on the length of the prompt (dynamic NTK scaling beyond the original context): a prompt longer
     /// than this shares nothing, a shorter one only positions below it.
     pub prefix_limit: Option<usize>,

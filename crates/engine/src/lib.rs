@@ -8,6 +8,7 @@
 //! * `handle.rs`: the thread around the engine, and how others reach it.
 //! * `engine.rs`: the engine itself, without thread, clock or device. `sequence.rs`: a request inside it.
 //! * `schedule.rs`, `run.rs`, `commit.rs`, `emit.rs`: the four verbs of a step. `rows.rs`: what they pass on.
+//! * `shares.rs`: who may hold how much of the HBM tier. `guard.rs`: whether selections cover enough.
 //! * `model_runner.rs`: the runner of a server, a model on a device. `metrics.rs`: what is counted.
 //!
 //! Invariant: the answer to a request depends on the request alone, never on what else runs, on preemption, or on how
@@ -23,6 +24,7 @@ mod commit;
 mod config;
 mod emit;
 mod engine;
+mod guard;
 mod handle;
 mod metrics;
 mod model_runner;
@@ -38,6 +40,7 @@ mod tests;
 
 pub use config::{Config, ConfigError, TierShare};
 pub use engine::{Engine, Event};
+pub use guard::{DOUBLINGS_MAX, GuardAction, GuardRule};
 pub use handle::{Handle, OnBroken, abort_process, spawn};
 pub use metrics::{METRICS, MetricDoc, MetricKind, Metrics};
 pub use model_runner::ModelRunner;

@@ -3,12 +3,14 @@
 use std::time::Duration;
 
 use kv::Counts;
+use ops::coverage::Coverage;
 use ops::tier::TierState;
 use prometheus::{
     Counter, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
     Registry,
 };
 
+use crate::guard::GuardAction;
 use crate::request::FinishReason;
 use crate::sequence::Outcome;
 
@@ -59,11 +61,16 @@ const ROWS: MetricKind = MetricKind::Histogram(&[
     1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0,
 ]);
 
+/// Shares of 1, finer towards 1.
+const SHARES: MetricKind =
+    MetricKind::Histogram(&[0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 0.999, 1.0]);
+
 const OUTCOMES: [&str; 5] = ["stop", "length", "aborted", "failed", "refused"];
 const STATES: [&str; 3] = ["free", "used", "cached"];
 const PAGE_EVENTS: [&str; 5] = ["hit", "miss", "streamed", "evicted", "saved"];
 const DIRECTIONS: [&str; 2] = ["fetched", "saved"];
 const FRAME_STATES: [&str; 3] = ["empty", "resident", "pinned"];
+const GUARD_ACTION_NAMES: [&str; 2] = ["doubled", "dense"];
 const PHASES: [&str; 4] = ["schedule", "run", "commit", "emit"];
 
 const REQUESTS: MetricDoc = MetricDoc {
@@ -213,6 +220,24 @@ const TABLES: MetricDoc = MetricDoc {
     labels: &[],
     help: "Bytes in use of the tables that lead from pages to frames.",
 };
+const GUARD_MASS: MetricDoc = MetricDoc {
+    name: "sparseserve_guard_attention_mass",
+    kind: SHARES,
+    labels: &[],
+    help: "Checks of the quality guard by the attention mass that the selection covered, of one token in one layer each.",
+};
+const GUARD_RECALL: MetricDoc = MetricDoc {
+    name: "sparseserve_guard_recall",
+    kind: SHARES,
+    labels: &[],
+    help: "The same checks by how many of the 64 likeliest tokens were selected.",
+};
+const GUARD_ACTIONS: MetricDoc = MetricDoc {
+    name: "sparseserve_guard_actions_total",
+    kind: MetricKind::Counter,
+    labels: &[("action", &GUARD_ACTION_NAMES)],
+    help: "What the quality guard did: doubled the budget of a request, or had it attend to everything.",
+};
 const SAVING: MetricDoc = MetricDoc {
     name: "sparseserve_kv_saving_pages",
     kind: MetricKind::Gauge,
@@ -221,7 +246,7 @@ const SAVING: MetricDoc = MetricDoc {
 };
 
 /// Every metric of the engine: the single source of registration and documentation.
-pub const METRICS: [MetricDoc; 25] = [
+pub const METRICS: [MetricDoc; 28] = [
     REQUESTS,
     WAITING,
     RUNNING,
@@ -247,6 +272,9 @@ pub const METRICS: [MetricDoc; 25] = [
     RECLAIMED,
     TABLES,
     SAVING,
+    GUARD_MASS,
+    GUARD_RECALL,
+    GUARD_ACTIONS,
 ];
 
 /// The metrics of one engine. Updating them neither blocks nor allocates.
@@ -282,6 +310,10 @@ pub struct Metrics {
     reclaimed: IntCounter,
     tables: IntGauge,
     saving: IntGauge,
+    guard_mass: Histogram,
+    guard_recall: Histogram,
+    /// By action, as in `GUARD_ACTION_NAMES`.
+    guard_actions: [IntCounter; 2],
 }
 
 impl Metrics {
@@ -316,6 +348,9 @@ impl Metrics {
             reclaimed: counter(registry, RECLAIMED)?,
             tables: gauge(registry, TABLES)?,
             saving: gauge(registry, SAVING)?,
+            guard_mass: histogram(registry, GUARD_MASS)?,
+            guard_recall: histogram(registry, GUARD_RECALL)?,
+            guard_actions: counters(registry, GUARD_ACTIONS)?,
         })
     }
 
@@ -352,6 +387,17 @@ impl Metrics {
         };
         self.requests[at].inc();
         self.request_duration.observe(since_submission.as_secs_f64());
+    }
+
+    /// A check of the guard, and what it led to.
+    pub(crate) fn checked(&self, coverage: &Coverage, action: Option<GuardAction>) {
+        self.guard_mass.observe(f64::from(coverage.mass));
+        self.guard_recall.observe(f64::from(coverage.recall));
+        match action {
+            None => {}
+            Some(GuardAction::Doubled) => self.guard_actions[0].inc(),
+            Some(GuardAction::Dense) => self.guard_actions[1].inc(),
+        }
     }
 
     /// The four phases of a step, and its rows.

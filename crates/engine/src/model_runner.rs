@@ -1,6 +1,7 @@
 //! The runner of a server: a model on a device.
 
 use model::{DeviceKv, Model, Workspace};
+use ops::coverage::Inspections;
 use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow, Sampled};
 use ops::tier::TierState;
@@ -49,13 +50,19 @@ impl<B: Backend> Runner for ModelRunner<B> {
     ///
     /// # Panics
     /// When the rows of `samples` do not ascend, or the batch exceeds the limits of the workspace.
-    fn run(&mut self, batch: &Batch, samples: &[SampleRow], out: &mut SampleOutput) {
+    fn run(
+        &mut self,
+        batch: &Batch,
+        samples: &[SampleRow],
+        inspections: &mut Inspections,
+        out: &mut SampleOutput,
+    ) {
         out.clear();
         self.logit_rows.clear();
         self.logit_rows.extend(samples.iter().map(|s| s.row as u32));
         self.logit_rows.dedup();
         let ModelRunner { backend, model, workspace, kv, logit_rows, .. } = self;
-        model.forward(backend, workspace, kv, batch, logit_rows);
+        model.forward(backend, workspace, kv, batch, logit_rows, inspections);
 
         let mut chunk_samples = recycle(std::mem::take(&mut self.chunk_samples));
         let mut rest = samples;
@@ -169,7 +176,7 @@ mod tests {
             methods: &[],
         };
         let mut out = SampleOutput::default();
-        runner.run(&batch, samples, &mut out);
+        runner.run(&batch, samples, &mut Inspections::default(), &mut out);
         out
     }
 

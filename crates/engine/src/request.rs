@@ -1,8 +1,11 @@
 //! What a client of the engine asks, and what it is told.
 
+use ops::coverage::Coverage;
 use ops::residency::SeatCounters;
 use ops::sample::SamplingParams;
 use ops::sparse::Method;
+
+use crate::guard::GuardAction;
 
 /// Identity of a request inside the engine; never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -71,7 +74,7 @@ pub enum FinishReason {
 }
 
 /// Counts and times of a finished request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Usage {
     /// Tokens of the prompt.
     pub prompt_tokens: u32,
@@ -83,8 +86,59 @@ pub struct Usage {
     pub preemptions: u32,
     /// What its generated tokens attended to; `None` if they were asked to attend to everything.
     pub attended: Option<Attended>,
+    /// What its guard saw and did; `None` if nothing was checked.
+    pub guarded: Option<Guarded>,
     /// What became of its pages in an HBM tier; zeros in unified memory.
     pub pages: PageUse,
+}
+
+/// What the checks of a request found, and what was done about it. Sums are over the checks.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Guarded {
+    /// Tokens that were checked, in one layer each.
+    pub checks: u32,
+    /// Attention mass covered.
+    pub mass_sum: f32,
+    /// The least of it.
+    pub mass_min: f32,
+    /// Recall of the likeliest tokens.
+    pub recall_sum: f32,
+    /// How often the budget was doubled.
+    pub doubled: u32,
+    /// Whether everything was attended to in the end.
+    pub dense: bool,
+    /// The last budget, where it was changed.
+    pub budget: Option<u32>,
+}
+
+impl Default for Guarded {
+    fn default() -> Self {
+        Guarded {
+            checks: 0,
+            mass_sum: 0.0,
+            mass_min: 1.0,
+            recall_sum: 0.0,
+            doubled: 0,
+            dense: false,
+            budget: None,
+        }
+    }
+}
+
+impl Guarded {
+    pub(crate) fn add(&mut self, coverage: Coverage) {
+        self.checks += 1;
+        self.mass_sum += coverage.mass;
+        self.mass_min = self.mass_min.min(coverage.mass);
+        self.recall_sum += coverage.recall;
+    }
+
+    pub(crate) fn act(&mut self, action: GuardAction, budget: u32) {
+        match action {
+            GuardAction::Doubled => (self.doubled, self.budget) = (self.doubled + 1, Some(budget)),
+            GuardAction::Dense => self.dense = true,
+        }
+    }
 }
 
 /// The pages of a request in an HBM tier, prompt and answer together.

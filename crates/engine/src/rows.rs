@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
+use ops::coverage::{Inspection, Inspections};
 use ops::sparse::{Attention, Method};
-use ops::{Batch, BlockIndex, SequenceRows};
+use ops::{Batch, BlockIndex, SeatIndex, SequenceRows};
 
 use crate::config::Config;
 use crate::request::Sparse;
@@ -32,6 +33,8 @@ pub(crate) struct StepRows {
     sequences: Vec<SequenceRows>,
     block_tables: Vec<BlockIndex>,
     methods: Vec<Method>,
+    /// Selections to check, and what that found.
+    pub(crate) inspections: Inspections,
     /// One per entry of `sequences`.
     pub(crate) parts: Vec<Part>,
 }
@@ -46,6 +49,10 @@ impl StepRows {
             sequences: Vec::with_capacity(sequences),
             block_tables: Vec::with_capacity(sequences * config.table_blocks_max()),
             methods: Vec::with_capacity(sequences),
+            inspections: Inspections {
+                asked: Vec::with_capacity(sequences),
+                found: Vec::with_capacity(sequences),
+            },
             parts: Vec::with_capacity(sequences),
         }
     }
@@ -56,6 +63,8 @@ impl StepRows {
         self.sequences.clear();
         self.block_tables.clear();
         self.methods.clear();
+        self.inspections.asked.clear();
+        self.inspections.found.clear();
         self.parts.clear();
     }
 
@@ -63,7 +72,7 @@ impl StepRows {
         self.tokens.len()
     }
 
-    /// Adds the next `num_tokens` tokens of `sequence`, which is `running[owner]`.
+    /// Adds the next `num_tokens` tokens of `sequence`, which is `running[owner]`; those of its answer have one budget.
     pub(crate) fn push(&mut self, owner: usize, sequence: &Sequence, num_tokens: usize) {
         assert!(num_tokens > 0, "a part of a step has rows");
         let first = sequence.kv.num_tokens();
@@ -73,7 +82,7 @@ impl StepRows {
         self.positions.extend(positions.clone().map(|p| p as u32));
         let num_blocks = positions.end.div_ceil(self.page_tokens);
         self.block_tables.extend_from_slice(&sequence.kv.blocks()[..num_blocks]);
-        let attention = match sequence.sparse {
+        let attention = match sequence.sparse_at(first.max(sequence.prompt_len)) {
             None => Attention::Dense,
             Some(Sparse { method, budget }) => {
                 self.methods.push(method);
@@ -90,6 +99,11 @@ impl StepRows {
             quota: 0,
         });
         self.parts.push(Part { owner, positions, first_row, samples: 0..0, draws: false });
+    }
+
+    /// Has the last row of the sequence in `seat` checked in `layer`.
+    pub(crate) fn inspect(&mut self, seat: SeatIndex, layer: u32) {
+        self.inspections.asked.push(Inspection { seat, layer });
     }
 
     /// Takes over the quotas of `running`, once everybody is known who runs.

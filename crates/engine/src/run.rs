@@ -1,5 +1,6 @@
 //! The second verb of a step: the model.
 
+use ops::coverage::Inspections;
 use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow};
 use ops::tier::TierState;
@@ -11,8 +12,14 @@ use crate::engine::Engine;
 /// recorder here and the simulator a cost model.
 pub trait Runner {
     /// Runs `batch`, writing its KV, and draws one token per entry of `samples` (whose `row` is a row of the batch)
-    /// into `out`, in order, after clearing it. Those rows ascend.
-    fn run(&mut self, batch: &Batch, samples: &[SampleRow], out: &mut SampleOutput);
+    /// into `out`, in order, after clearing it. Those rows ascend. Adds what `inspections` ask for to what they found.
+    fn run(
+        &mut self,
+        batch: &Batch,
+        samples: &[SampleRow],
+        inspections: &mut Inspections,
+        out: &mut SampleOutput,
+    );
 
     /// Forgets what the device holds for `seat`, whose sequence has left; comes before its blocks are used again.
     fn release(&mut self, _seat: SeatIndex) {}
@@ -52,7 +59,14 @@ impl<R: Runner> Engine<R> {
             part.draws = sequence.push_samples(&mut samples, part.first_row, part.positions.clone());
             part.samples = start..samples.len();
         }
-        self.runner.run(&self.rows.batch(), &samples, &mut self.output);
+        let mut inspections = std::mem::take(&mut self.rows.inspections);
+        self.runner.run(&self.rows.batch(), &samples, &mut inspections, &mut self.output);
+        assert_eq!(
+            inspections.found.len(),
+            inspections.asked.len(),
+            "the runner checks what it was asked to"
+        );
+        self.rows.inspections = inspections;
         assert_eq!(self.output.sampled.len(), samples.len(), "the runner samples what it was asked to");
         self.samples = recycle(samples);
     }

@@ -47,12 +47,32 @@ impl<R: Runner> Engine<R> {
             let replayed = num_tokens.saturating_sub(prompt_left + 1).min(budget.replay_rows);
             num_tokens = num_tokens.min(prompt_left + 1 + replayed);
             budget.replay_rows -= replayed;
+            let first = sequence.kv.num_tokens();
+            let of_answer = first.max(sequence.prompt_len);
+            num_tokens = sequence.guard.same_until(of_answer, first + num_tokens) - first;
         }
         if left > 1 {
             budget.tokens -= num_tokens;
         }
-        if num_tokens > 0 {
-            self.rows.push(owner, sequence, num_tokens);
+        if num_tokens == 0 {
+            return;
+        }
+        self.rows.push(owner, sequence, num_tokens);
+        if num_tokens == left {
+            self.inspect(owner);
+        }
+    }
+
+    /// Has the newest token of `running[owner]` checked in this step, if it is its turn.
+    fn inspect(&mut self, owner: usize) {
+        let Some(rule) = &self.config.guard else { return };
+        let sequence = &mut self.running[owner];
+        let Some(sparse) = sequence.sparse else { return };
+        let (newest, prompt_len) = (sequence.tokens.len() - 1, sequence.prompt_len);
+        let seed = sequence.sampling.seed;
+        let layer = sequence.guard.turn(rule, &sparse, seed, newest, prompt_len, self.config.page_tokens);
+        if let Some(layer) = layer {
+            self.rows.inspect(sequence.kv.seat().expect("who runs has a seat"), layer);
         }
     }
 

@@ -8,6 +8,7 @@ use ops::residency::SeatCounters;
 use ops::sample::{SampleRow, Sampled, SamplingParams};
 
 use crate::config::{Config, kv_tokens_max};
+use crate::guard::Guard;
 use crate::handle::QueuePlace;
 use crate::metrics::Metrics;
 use crate::request::{
@@ -84,6 +85,8 @@ pub(crate) struct Sequence {
     pub(crate) kv: kv::Sequence,
     /// What its generated tokens attended to so far.
     pub(crate) attended: Attended,
+    /// Whether that covered enough.
+    pub(crate) guard: Guard,
     /// Extents of cache frames that it may hold per layer.
     pub(crate) quota: u32,
     /// What became of its pages, and what of that was counted since it took its seat.
@@ -132,6 +135,7 @@ impl Sequence {
             prompt_len,
             kv: kv::Sequence::new(0, shareable_tokens, arrival, blocks_max),
             attended: Attended::default(),
+            guard: Guard::default(),
             quota: 0,
             pages: PageUse::default(),
             counted: SeatCounters::default(),
@@ -155,6 +159,11 @@ impl Sequence {
 
     pub(crate) fn num_uncomputed(&self) -> usize {
         self.tokens.len() - self.kv.num_tokens()
+    }
+
+    /// How the token at `position` attends, if it is one of the answer; `None` to everything.
+    pub(crate) fn sparse_at(&self, position: usize) -> Option<Sparse> {
+        self.sparse.map(|sparse| Sparse { budget: self.guard.budget(sparse.budget, position), ..sparse })
     }
 
     /// Tokens to reserve KV for at admission: all that are known, and the next one if there will be one to run.
@@ -280,6 +289,7 @@ impl Sequence {
             generated_tokens: self.num_generated() as u32,
             preemptions: self.num_preemptions,
             attended: self.sparse.map(|_| self.attended),
+            guarded: Some(self.guard.seen).filter(|seen| seen.checks > 0),
             pages: self.pages,
         }
     }

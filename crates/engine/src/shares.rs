@@ -70,7 +70,7 @@ fn want(sequence: &Sequence, tier: &TierShare, page_tokens: usize, inject_tokens
     let context = sequence.tokens.len();
     let extents = |pages: usize| (pages * tier.kv_heads).div_ceil(EXTENT_FRAMES) as u32;
     let all = context.div_ceil(page_tokens);
-    let pages = match sequence.sparse {
+    let pages = match sequence.sparse_at(context - 1) {
         None => all,
         // A prompt attends to all before it, which is no reason to keep that; in its last step, what its answer needs comes.
         Some(_) if sequence.num_generated() == 0 && sequence.num_uncomputed() > inject_tokens => 0,

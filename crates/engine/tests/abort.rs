@@ -3,6 +3,7 @@
 use std::process::Command;
 
 use ops::Batch;
+use ops::coverage::Inspections;
 use ops::sample::{SampleOutput, SampleRow, SamplingParams};
 use sparseserve_engine::{
     Config, Disconnected, Metrics, Request, Runner, Sink, Stopping, Update, abort_process, spawn,
@@ -14,7 +15,7 @@ const CHILD: &str = "SPARSESERVE_TEST_ABORT_CHILD";
 struct Broken;
 
 impl Runner for Broken {
-    fn run(&mut self, _: &Batch, _: &[SampleRow], out: &mut SampleOutput) {
+    fn run(&mut self, _: &Batch, _: &[SampleRow], _: &mut Inspections, out: &mut SampleOutput) {
         out.clear();
     }
 }
@@ -40,6 +41,7 @@ fn serve_with_a_broken_runner() {
         prefix_cache: true,
         tier: None,
         prefix_limit: None,
+        guard: None,
         shared_together: 8,
     };
     let metrics = Metrics::new(&prometheus::Registry::new()).expect("a fresh registry");

@@ -3,6 +3,7 @@
 use std::mem::swap;
 use std::ops::Range;
 
+use ops::coverage::Inspections;
 use ops::{Backend, Batch, DType};
 
 use crate::{DeviceKv, ModelConfig, Rope, Workspace};
@@ -50,7 +51,7 @@ impl<B: Backend> Model<B> {
     }
 
     /// Runs `batch` through all layers, writing its KV and digests, and keeps the final hidden states of `logit_rows`, rows of the
-    /// batch in ascending order, for [`Model::logits`].
+    /// batch in ascending order, for [`Model::logits`]. A row that `inspections` ask for is one of these.
     ///
     /// # Panics
     /// When the batch exceeds the limits of `workspace`, where each run of consecutive `logit_rows` within a sequence
@@ -62,6 +63,7 @@ impl<B: Backend> Model<B> {
         kv: &mut DeviceKv<B>,
         batch: &Batch,
         logit_rows: &[u32],
+        inspections: &mut Inspections,
     ) {
         assert!(logit_rows.is_sorted_by(|a, b| a < b), "rows for logits ascend");
         let Workspace { residual, normed, qkv, qkv_selected, angles, attention, gate_up, activated, .. } =
@@ -118,7 +120,12 @@ impl<B: Backend> Model<B> {
             let waves = backend.resolve(&mut kv.pages, index, heads, window, &rows, selection);
             for wave in 0..waves {
                 backend.gather(&mut kv.pages, wave);
-                backend.attend(attention, &kv.pages, index, qkv, heads, window, &rows, selection, wave);
+                backend.attend(attention, None, &kv.pages, index, qkv, heads, window, &rows, selection, wave);
+            }
+            if let Some(selection) = selection
+                && inspections.asked.iter().any(|i| i.layer as usize == index)
+            {
+                backend.cover(inspections, &mut kv.pages, index, qkv, heads, &rows, selection);
             }
             if kv.tiered && window.is_none() {
                 workspace.warm_start.run(backend, kv, index, qkv, heads, &rows);

@@ -18,6 +18,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use ops::coverage::HeadCoverage;
 use ops::sparse::Attention;
 use ops::{Batch, DType, HeadShape, KvGeometry, SPLIT_TOKENS, SequenceRows, Tensor};
 
@@ -46,12 +47,14 @@ const PARTIALS_BYTES: usize = 32 << 20;
 /// Memory of attention.
 #[derive(Debug)]
 pub struct Scratch {
-    threads: PerThread<SplitScratch>,
+    pub(crate) threads: PerThread<SplitScratch>,
     partials: Buffer<f32>,
     /// Lines from one wave to the next, `[row][query head]`.
     carry: Buffer<f32>,
     plans: Vec<Plan>,
     pending: Vec<AtomicU32>,
+    /// Of the query heads of a row that is inspected.
+    pub(crate) covered: Vec<HeadCoverage>,
 }
 
 /// How the work of some rows of one sequence is cut.
@@ -104,6 +107,7 @@ impl Scratch {
             carry: Buffer::zeroed(0, "attention")?,
             plans: Vec::new(),
             pending: Vec::new(),
+            covered: Vec::new(),
         })
     }
 
@@ -129,8 +133,11 @@ impl Scratch {
             self.partials = Buffer::zeroed(needed, "attention")?;
         }
         self.reserve_plans(sequences_max, heads);
+        self.covered.reserve(heads.q_heads.saturating_sub(self.covered.len()));
         let threads: usize = self.threads.iter_mut().map(|t| t.bytes()).sum();
-        let tables = self.plans.capacity() * size_of::<Plan>() + self.pending.len() * size_of::<AtomicU32>();
+        let tables = self.plans.capacity() * size_of::<Plan>()
+            + self.pending.len() * size_of::<AtomicU32>()
+            + self.covered.capacity() * size_of::<HeadCoverage>();
         let results = (self.partials.len() + self.carry.len()) * size_of::<f32>();
         Ok((threads + results + tables) as u64)
     }
@@ -283,6 +290,7 @@ pub fn attend(
     pool: &mut Pool,
     scratch: &mut Scratch,
     out: &mut CpuTensor,
+    mut lse: Option<&mut CpuTensor>,
     kv: &Kv,
     layer: usize,
     qkv: &CpuTensor,
@@ -305,6 +313,10 @@ pub fn attend(
     assert!(window.is_none() || selection.is_none(), "a window is no layer for selections");
     batch.check(geometry.page_tokens);
     out.set_rows(qkv.rows());
+    if let Some(lse) = &mut lse {
+        assert_eq!(lse.cols(), heads.q_heads, "columns of log-sum-exps");
+        lse.set_rows(qkv.rows());
+    }
     scratch.reserve_threads(heads).expect("memory for a step that was not reserved");
     if scratch.partials.len() == 0 {
         let context = batch.sequences.iter().map(SequenceRows::context_tokens).max().unwrap_or(0);
@@ -320,6 +332,7 @@ pub fn attend(
     assert!(!carries || carry_lines >= qkv.rows() * heads.q_heads, "memory for several waves");
     let out_stride = out.stride();
     let out = out.shared();
+    let lse = lse.map(|lse| (lse.shared(), lse.stride()));
     let partials = Shared(scratch.partials.as_mut_ptr());
     let carry = Shared(scratch.carry.as_mut_ptr());
     let scratch = &*scratch;
@@ -342,6 +355,7 @@ pub fn attend(
             task: task - tasks_start,
             out,
             out_stride,
+            lse,
             partials,
             carry,
             pending: &scratch.pending,
@@ -373,6 +387,7 @@ struct Unit<'a> {
     task: usize,
     out: Shared<f32>,
     out_stride: usize,
+    lse: Option<(Shared<f32>, usize)>,
     partials: Shared<f32>,
     carry: Shared<f32>,
     pending: &'a [AtomicU32],
@@ -402,6 +417,8 @@ impl Unit<'_> {
             // SAFETY: rows of this sequence and columns of these query heads exist in `out`.
             out: unsafe { self.out.at(first_row * self.out_stride + head * group * head_dim) },
             out_stride: self.out_stride,
+            // SAFETY: the same rows, and a column per query head.
+            lse: self.lse.map(|(lse, stride)| unsafe { (lse.at(first_row * stride + head * group), stride) }),
             group,
             head_dim,
             page_tokens: self.geometry.page_tokens,

@@ -330,7 +330,7 @@ fn attention(
     let mut layer = 0;
     let call = Box::new(move |backend: &mut CpuBackend| {
         layer = (layer + 1) % geometry.num_layers;
-        backend.attend(&mut out, &kv, layer, &qkv, heads, None, &work.batch(), None, 0);
+        backend.attend(&mut out, None, &kv, layer, &qkv, heads, None, &work.batch(), None, 0);
     });
     // Scores and weighted values, each 2 operations per channel, of the slots that rows attend to.
     let attended: usize = (context - rows..context).map(|position| position + 1).sum();

@@ -2,7 +2,7 @@
 //!
 //! In reading order: [`Isa`] (which instructions), `simd` (vectors of 16 lanes), `tile` (the one inner loop), `pack`
 //! and `gemm` (matrix products), `pages`, `attention`, `split` and `merge` (the KV cache), `digest`, `score`,
-//! `selection`, `select` and `cluster` (which part of it is attended to), `tier` and `saver` (HBM and DRAM), `rows` (everything that treats a
+//! `selection`, `select` and `cluster` (which part of it is attended to), `coverage` (what that leaves out), `tier` and `saver` (HBM and DRAM), `rows` (everything that treats a
 //! row alone), `pool` (threads), `memory`; [`ceiling`] and [`bench`](mod@bench) measure.
 //!
 //! Invariant: at one instruction set, a row's bits depend on nothing but the row: not on the batch, the number of
@@ -16,6 +16,7 @@ mod attention;
 pub mod bench;
 pub mod ceiling;
 mod cluster;
+mod coverage;
 mod digest;
 mod gate;
 mod gemm;
@@ -37,6 +38,7 @@ mod tensor;
 mod tier;
 mod tile;
 
+use ops::coverage::Inspections;
 use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow};
 use ops::sparse::{DigestSpec, SelectionLimits};
@@ -289,6 +291,7 @@ impl Backend for CpuBackend {
     fn attend(
         &mut self,
         out: &mut CpuTensor,
+        lse: Option<&mut CpuTensor>,
         kv: &Kv,
         layer: usize,
         qkv: &CpuTensor,
@@ -299,7 +302,23 @@ impl Backend for CpuBackend {
         wave: usize,
     ) {
         let (isa, pool, scratch) = (self.isa, &mut self.pool, &mut self.attention);
-        attention::attend(isa, pool, scratch, out, kv, layer, qkv, heads, window, batch, selection, wave);
+        attention::attend(
+            isa, pool, scratch, out, lse, kv, layer, qkv, heads, window, batch, selection, wave,
+        );
+    }
+
+    fn cover(
+        &mut self,
+        inspections: &mut Inspections,
+        kv: &mut Kv,
+        layer: usize,
+        qkv: &CpuTensor,
+        heads: HeadShape,
+        batch: &Batch,
+        selection: &Selections,
+    ) {
+        let (isa, pool, scratch) = (self.isa, &mut self.pool, &mut self.attention);
+        coverage::cover(isa, pool, scratch, inspections, kv, layer, qkv, heads, batch, selection);
     }
 
     fn sample(&mut self, out: &mut SampleOutput, logits: &CpuTensor, rows: &[SampleRow]) {

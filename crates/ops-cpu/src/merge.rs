@@ -128,7 +128,7 @@ pub unsafe fn take_up(view: &HeadView, running: &mut Running, carry: *const f32,
     }
 }
 
-/// Divides by the sums and writes the output.
+/// Divides by the sums and writes the output, and the natural logarithms of what the sums stand for where they are wanted.
 ///
 /// # Safety
 /// The view is valid and the result too, for its height.
@@ -147,6 +147,11 @@ pub unsafe fn finish<S: Simd>(s: S, view: &HeadView, running: &Running) {
                 let n = (view.head_dim - c).min(LANES);
                 s.store_part(out.add(c), s.mul(s.load(values.add(c)), scale), n);
                 c += LANES;
+            }
+            if let Some((lse, stride)) = view.lse {
+                // Scores are in powers of two.
+                let log2 = *result.max.add(line) + (*result.sum.add(line)).log2();
+                *lse.add(row * stride + g) = log2 * std::f32::consts::LN_2;
             }
         }
     }

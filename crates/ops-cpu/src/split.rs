@@ -54,6 +54,8 @@ pub struct HeadView<'a> {
     pub out: *mut f32,
     /// Floats to that of the next row.
     pub out_stride: usize,
+    /// Where the log-sum-exp of the first row goes, if anybody wants it, and floats to that of the next row.
+    pub lse: Option<(*mut f32, usize)>,
     /// Query heads.
     pub group: usize,
     /// Channels.
@@ -205,6 +207,25 @@ struct Split {
 }
 
 impl Split {
+    /// Of no pages yet; weighted values will go to `values`.
+    #[inline(always)]
+    fn new<E: Element>(view: &HeadView, scratch: &mut SplitScratch, values: *mut f32) -> Self {
+        Split {
+            queries: scratch.queries.as_ptr(),
+            queries_stride: queries_stride::<E>(view.head_dim),
+            scores: scratch.scores.as_mut_ptr(),
+            pages: [std::ptr::null(); PAGES_MAX],
+            kept: [0; SPLIT_TOKENS / LANES],
+            page_tokens: view.page_tokens,
+            head_dim: view.head_dim,
+            value_offset: view.kv.value_offset(),
+            first: 0,
+            end: 0,
+            values,
+            stream: view.height() <= STREAM_HEIGHT_MAX && view.page_tokens >= LANES,
+        }
+    }
+
     /// Sets the pages of split `split` of the context, as far as any row attends to it; returns how many pages the split
     /// has up to the last of them.
     #[inline(always)]
@@ -374,21 +395,7 @@ pub unsafe fn split_partial<S: Simd, E: Element>(
     scratch: &mut SplitScratch,
     to: Partial,
 ) {
-    let page_tokens = view.page_tokens;
-    let mut p = Split {
-        queries: scratch.queries.as_ptr(),
-        queries_stride: queries_stride::<E>(view.head_dim),
-        scores: scratch.scores.as_mut_ptr(),
-        pages: [std::ptr::null(); PAGES_MAX],
-        kept: [0; SPLIT_TOKENS / LANES],
-        page_tokens,
-        head_dim: view.head_dim,
-        value_offset: view.kv.value_offset(),
-        first: 0,
-        end: 0,
-        values: to.values,
-        stream: view.height() <= STREAM_HEIGHT_MAX && page_tokens >= LANES,
-    };
+    let mut p = Split::new::<E>(view, scratch, to.values);
     let num_pages = match view.selected {
         None => p.take_all(view, split),
         Some(bits) => p.take_selected(view, bits, split),
@@ -420,7 +427,7 @@ pub unsafe fn split_partial<S: Simd, E: Element>(
             *to.sum.add(line) = sum;
         }
         // The last page may end before the last vector of scores.
-        p.end = p.end.min(num_pages * page_tokens);
+        p.end = p.end.min(num_pages * p.page_tokens);
         let vectors = view.head_dim.div_ceil(LANES);
         let mut vector = 0;
         while vector < vectors {
@@ -430,6 +437,30 @@ pub unsafe fn split_partial<S: Simd, E: Element>(
                 with_tile!(S, lines, n, values_tile, (s, &p, line, vector));
             }
             vector += n;
+        }
+    }
+}
+
+/// Hands the scores of a split that is attended to whole to `each`, line by line: those of its slots from its start on, in powers
+/// of two.
+///
+/// # Safety
+/// As for [`split_partial`]; nothing is selected, and there is no window.
+#[inline(always)]
+pub unsafe fn split_scores<S: Simd, E: Element>(
+    s: S,
+    view: &HeadView,
+    split: usize,
+    scratch: &mut SplitScratch,
+    mut each: impl FnMut(usize, *const f32),
+) {
+    let mut p = Split::new::<E>(view, scratch, std::ptr::null_mut());
+    let num_pages = p.take_all(view, split);
+    // SAFETY: the caller's promise; pages up to `p.end` were just set.
+    unsafe {
+        scores::<S, E>(s, view, &p, num_pages, scratch.joined.as_mut_ptr());
+        for line in 0..view.height() {
+            each(line, p.scores.add(line * SCORES_STRIDE));
         }
     }
 }

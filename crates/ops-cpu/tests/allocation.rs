@@ -118,7 +118,7 @@ fn a_mixed_step_allocates_nothing() {
         backend.linear_forward(&mut qkv, &normed, &qkv_weights);
         let qk_norm = Some((&head_norm, &head_norm, 1e-6));
         backend.append(&mut kv, 0, &mut qkv, HEADS, qk_norm, &angles, &batch);
-        backend.attend(&mut attended, &kv, 0, &qkv, HEADS, None, &batch, None, 0);
+        backend.attend(&mut attended, None, &kv, 0, &qkv, HEADS, None, &batch, None, 0);
         backend.linear_add(&mut x, &attended, &output_weights);
         backend.rms_norm(&mut normed, &x, &norm, 1e-6);
         backend.linear_forward(&mut gate_up, &normed, &gate_up_weights);

@@ -105,14 +105,14 @@ impl World {
         let mut out = self.backend.tensor(1, HEADS.q_cols()).expect("memory");
         let (backend, kv, qkv) = (&mut self.backend, &self.kv, &self.qkv);
         if method.is_none() {
-            backend.attend(&mut out, kv, 0, qkv, HEADS, None, &batch, None, 0);
+            backend.attend(&mut out, None, kv, 0, qkv, HEADS, None, &batch, None, 0);
             return (rows_of(backend, &out), Vec::new());
         }
         let limits = SelectionLimits::new(&methods, HEADS, PAGE, 1, CONTEXT);
         let (mut selection, _) = backend.selection(limits).expect("memory");
         backend.score(&mut selection, &self.digests, kv, 0, qkv, HEADS, &batch);
         backend.select(&mut selection, &self.digests, 0, HEADS, &batch);
-        backend.attend(&mut out, kv, 0, qkv, HEADS, None, &batch, Some(&selection), 0);
+        backend.attend(&mut out, None, kv, 0, qkv, HEADS, None, &batch, Some(&selection), 0);
         let bits = (0..HEADS.kv_heads).map(|head| backend.read_selection(&selection, 0, head)).collect();
         (rows_of(backend, &out), bits)
     }

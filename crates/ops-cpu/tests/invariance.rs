@@ -125,7 +125,7 @@ fn decode(isa: Isa, threads: usize, dtype: DType, context_reserved: usize) -> Ve
     let qkv = normals(&mut random, positions.len() * heads.qkv_cols());
     let qkv = tensor(&mut backend, heads.qkv_cols(), &qkv);
     let mut out = backend.tensor(positions.len(), heads.q_cols()).expect("memory");
-    backend.attend(&mut out, &kv, 0, &qkv, heads, None, &batch, None, 0);
+    backend.attend(&mut out, None, &kv, 0, &qkv, heads, None, &batch, None, 0);
     rows_of(&mut backend, &out)
 }
 

@@ -1,5 +1,6 @@
 //! The trait that a device implements.
 
+use crate::coverage::Inspections;
 use crate::residency::SeatCounters;
 use crate::sample::{SampleOutput, SampleRow};
 use crate::sparse::{DigestSpec, SelectionLimits};
@@ -269,10 +270,12 @@ pub trait Backend {
     /// slots in it, and to its pseudo-tokens, which are merged last; then there is no window.
     ///
     /// Partial results are made per split, the pages that hold [`crate::SPLIT_TOKENS`] slots and follow one another
-    /// among those selected, and merged in ascending order, wave after wave. `out` is complete after the last wave.
+    /// among those selected, and merged in ascending order, wave after wave. `out` is complete after the last wave, and so is
+    /// `lse` where it is asked for: `[rows, q_heads]`, `ln sum exp(q_h K^T / sqrt(head_dim))` over all that was attended to.
     fn attend(
         &mut self,
         out: &mut Self::Tensor,
+        lse: Option<&mut Self::Tensor>,
         kv: &Self::Kv,
         layer: usize,
         qkv: &Self::Tensor,
@@ -281,6 +284,23 @@ pub trait Backend {
         batch: &Batch,
         selection: Option<&Self::Selection>,
         wave: usize,
+    );
+
+    /// What `selection` covers of dense attention, for those of `inspections` that are asked for in `layer`: added to what was
+    /// found. The row is the last one of its sequence in `batch`; one that attends to everything covers everything. Comes after
+    /// the last wave of [`Backend::attend`].
+    ///
+    /// All keys of a context are read. Those that are not in HBM pass through the frames of a wave; nothing becomes resident or
+    /// gives way, and no counter of pages changes but that of the bytes fetched. Same bits whatever is resident.
+    fn cover(
+        &mut self,
+        inspections: &mut Inspections,
+        kv: &mut Self::Kv,
+        layer: usize,
+        qkv: &Self::Tensor,
+        heads: HeadShape,
+        batch: &Batch,
+        selection: &Self::Selection,
     );
 
     /// Draws one token per entry of `rows` from `logits` (`[.., vocab]`), as [`crate::sample::sample`] does; clears

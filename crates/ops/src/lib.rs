@@ -14,6 +14,7 @@ mod backend;
 mod batch;
 pub mod cluster;
 pub mod conformance;
+pub mod coverage;
 mod dtype;
 mod gate;
 mod page;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use engine::{ModelRunner, Runner};
 use model::{DeviceKv, KvSpec, Limits, Model, ModelConfig, Rope, Source, Workspace, kv_geometry};
+use ops::coverage::{Inspection, Inspections};
 use ops::sample::{SampleOutput, SampleRow, SamplingParams};
 use ops::sparse::{Attention, Method, SelectionLimits};
 use ops::tier::{TierSpec, TooSmall};
@@ -90,8 +91,8 @@ fn load_tiered(folder: &str, dtype: DType, threads: usize, hbm: Option<u64>) -> 
     Device { runner: ModelRunner::new(backend, model, workspace, kv), quota, vocab, methods }
 }
 
-/// Token drawn, bits of its log-probability, bits of the likeliest.
-type Seen = (u32, u32, Vec<(u32, u32)>);
+/// Token drawn, bits of its log-probability, bits of the likeliest, bits of what a selection covered where it was checked.
+type Seen = (u32, u32, Vec<(u32, u32)>, Option<[u32; 2]>);
 
 /// A sequence of given tokens, part of which has run.
 struct Fed {
@@ -119,13 +120,17 @@ struct Step {
     positions: Vec<u32>,
     sequences: Vec<SequenceRows>,
     tables: Vec<BlockIndex>,
+    inspections: Inspections,
     out: SampleOutput,
 }
 
 impl Step {
     /// Runs the next `counts[i]` tokens of `fed[i]` together, and says how often `run` allocated.
     fn run(&mut self, device: &mut Device, fed: &mut [&mut Fed], counts: &[usize]) -> u64 {
-        let Step { tokens, positions, sequences, tables, out } = self;
+        let Step { tokens, positions, sequences, tables, inspections, out } = self;
+        inspections.asked.clear();
+        inspections.found.clear();
+        inspections.found.reserve(SEQUENCES);
         tokens.clear();
         positions.clear();
         sequences.clear();
@@ -154,6 +159,10 @@ impl Step {
                 device.runner.release(SeatIndex(fed.place as u32));
             }
             fed.done += count;
+            if fed.budget.is_some() && fed.done > PROMPT {
+                let (seat, layer) = (SeatIndex(fed.place as u32), (fed.done % 2) as u32);
+                inspections.asked.push(Inspection { seat, layer });
+            }
             samples.push(SampleRow {
                 row: tokens.len() - 1,
                 params: &params,
@@ -166,11 +175,13 @@ impl Step {
             });
         }
         let batch = Batch { tokens, positions, sequences, block_tables: tables, methods: &device.methods };
-        let info = allocation_counter::measure(|| device.runner.run(&batch, &samples, out));
+        let info = allocation_counter::measure(|| device.runner.run(&batch, &samples, inspections, out));
         for (fed, sampled) in fed.iter_mut().zip(&out.sampled) {
             let top = &out.top[sampled.top.start as usize..sampled.top.end as usize];
             let bits = top.iter().map(|&(token, logprob)| (token, logprob.to_bits())).collect();
-            fed.seen.push((sampled.token, sampled.logprob.to_bits(), bits));
+            let covered = inspections.found.iter().find(|(seat, _)| seat.at() == fed.place);
+            let covered = covered.map(|(_, coverage)| [coverage.mass, coverage.recall].map(f32::to_bits));
+            fed.seen.push((sampled.token, sampled.logprob.to_bits(), bits, covered));
         }
         info.count_total
     }

@@ -4,10 +4,11 @@
 use kv::QuotaRule;
 use ops::Random;
 
-use super::fake_runner::{Fault, Prediction, expected_answer, expected_prompt_logprobs, known_kv};
+use super::fake_runner::{Fault, Kv, Prediction, expected, expected_prompt_logprobs};
 use super::support::{Bench, Listener, config, prompt, request, sparse};
 use crate::config::{Config, TierShare};
 use crate::engine::Event;
+use crate::guard::GuardRule;
 use crate::request::{FinishReason, Request, RequestId, TokenLogprobs, Update};
 
 #[derive(Debug)]
@@ -33,6 +34,8 @@ struct Seen {
     cached_tokens: u32,
     preemptions: u32,
     evictions: f64,
+    /// Of guards: checks, doubled budgets, and requests that attended to everything in the end.
+    guarded: [f64; 3],
 }
 
 fn random_config(random: &mut Random) -> Config {
@@ -49,8 +52,19 @@ fn random_config(random: &mut Random) -> Config {
         kv_heads: 2,
         rule: [QuotaRule::Adaptive, QuotaRule::Fixed(2)][random.below(2)],
     });
+    config.guard = (random.below(2) == 0).then(|| GuardRule {
+        rate_ppm: [100_000, 1_000_000][random.below(2)],
+        bytes_per_token: [60, 400, 1 << 40][random.below(3)],
+        mass_min_permille: [0, 300, 1000][random.below(3)],
+        layers: vec![0, 1, 3],
+        key_page_bytes: 64,
+    });
     config.prefix_limit = if random.below(4) == 0 { Some(random.below(100)) } else { None };
     config
+}
+
+fn guard_of(config: &Config) -> Option<(&GuardRule, usize)> {
+    config.guard.as_ref().map(|rule| (rule, config.page_tokens))
 }
 
 fn random_request(random: &mut Random, config: &Config, live: &[Live]) -> Request {
@@ -63,7 +77,7 @@ fn random_request(random: &mut Random, config: &Config, live: &[Live]) -> Reques
     // The next turn of a conversation: what was asked before, what was answered, and something new.
     if random.below(3) == 0 && !live.is_empty() {
         let before = &live[random.below(live.len())].request;
-        let (mut answer, _) = expected_answer(before, config.max_context);
+        let (mut answer, ..) = expected(before, config.max_context, guard_of(config));
         answer.truncate(random.below(answer.len() + 1));
         tokens.truncate(random.below(9));
         tokens = [before.prompt.as_slice(), &answer, &tokens].concat();
@@ -99,7 +113,7 @@ fn draw(random: &mut Random, config: &Config, live: &[Live]) -> Op {
 
 fn check_answer(live: &Live, config: &Config, seen: &mut Seen) {
     let Live { request, listener, .. } = live;
-    let (answer, reason) = expected_answer(request, config.max_context);
+    let (answer, reason, kv) = expected(request, config.max_context, guard_of(config));
     let tokens = listener.tokens();
     let end = listener.end();
     let Some(end) = end else {
@@ -127,19 +141,25 @@ fn check_answer(live: &Live, config: &Config, seen: &mut Seen) {
         let contexts: usize = (0..steps).map(|i| request.prompt.len() + i + 1).sum();
         assert_eq!(attended.context_tokens as usize, contexts);
         assert!(attended.tokens <= attended.context_tokens);
-        let within = steps as u64 * u64::from(sparse.budget);
+        let doublings = usage.guarded.map_or(0, |guarded| guarded.doubled);
+        let most = if usage.guarded.is_some_and(|g| g.dense) {
+            u64::MAX
+        } else {
+            u64::from(sparse.budget) << doublings
+        };
+        let within = (steps as u64).saturating_mul(most);
         assert!(attended.raised_steps > 0 || attended.tokens <= within, "{request:?} {attended:?}");
     }
     if config.prefix_limit.is_some_and(|limit| request.prompt.len() > limit) || !config.prefix_cache {
         assert_eq!(usage.cached_tokens, 0);
     }
-    check_logprobs(request, &listener.heard(), &answer);
+    check_logprobs(request, &listener.heard(), &answer, &kv);
     seen.answers += 1;
     seen.cached_tokens += usage.cached_tokens;
     seen.preemptions += usage.preemptions;
 }
 
-fn check_logprobs(request: &Request, heard: &[Update], answer: &[u32]) {
+fn check_logprobs(request: &Request, heard: &[Update], answer: &[u32], kv: &[Kv]) {
     let mut of_prompt: Vec<&Vec<TokenLogprobs>> = Vec::new();
     let mut of_answer = Vec::new();
     for update in heard {
@@ -155,9 +175,8 @@ fn check_logprobs(request: &Request, heard: &[Update], answer: &[u32]) {
         assert!(matches!(heard[0], Update::PromptLogprobs(_)), "the prompt comes before the answer");
     }
     for (i, actual) in of_answer.into_iter().enumerate() {
-        let context: Vec<u32> = request.prompt.iter().chain(&answer[..i]).copied().collect();
-        let expected =
-            request.logprobs.map(|n| Prediction::after(&known_kv(request, &context)).logprobs(answer[i], n));
+        let context = &kv[..request.prompt.len() + i];
+        let expected = request.logprobs.map(|n| Prediction::after(context).logprobs(answer[i], n));
         assert_eq!(actual, expected);
     }
 }
@@ -211,6 +230,12 @@ fn fuzz(seed: u64, num_ops: usize, fault: Option<Fault>) -> Seen {
         check_answer(l, &config, &mut seen);
     }
     seen.evictions = bench.metric("sparseserve_kv_block_evictions_total", None);
+    let actions = "sparseserve_guard_actions_total";
+    seen.guarded = [
+        bench.metric("sparseserve_guard_attention_mass", None),
+        bench.metric(actions, Some("doubled")),
+        bench.metric(actions, Some("dense")),
+    ];
     seen
 }
 
@@ -228,10 +253,12 @@ fn answers_do_not_depend_on_what_else_runs() {
         total.cached_tokens += seen.cached_tokens;
         total.preemptions += seen.preemptions;
         total.evictions += seen.evictions;
+        total.guarded.iter_mut().zip(seen.guarded).for_each(|(sum, n)| *sum += n);
     }
     println!("{total:?}");
     assert!(total.answers > 5000, "{total:?}");
     assert!(total.cached_tokens > 1000 && total.preemptions > 100 && total.evictions > 1000.0, "{total:?}");
+    assert!(total.guarded.iter().all(|&n| n > 100.0), "{total:?}");
 }
 
 #[test]
@@ -242,10 +269,11 @@ fn canary_lost_writes_are_noticed() {
     }
 }
 
-/// Blocks that are shared before they are in DRAM, and seats that are taken over with what lies there.
+/// Blocks that are shared before they are in DRAM, seats that are taken over with what lies there, and a guard that looks at
+/// others.
 #[test]
-fn canary_a_careless_tier_is_noticed() {
-    for fault in [Fault::SavesNothing, Fault::KeepsSeats] {
+fn canary_a_careless_device_is_noticed() {
+    for fault in [Fault::SavesNothing, Fault::KeepsSeats, Fault::CoversByLoad] {
         let noticed = (0..120).any(|seed| std::panic::catch_unwind(|| fuzz(seed, 600, Some(fault))).is_err());
         assert!(noticed, "{fault:?} and nobody noticed");
     }

@@ -3,13 +3,15 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
+use ops::coverage::{Coverage, Inspections};
 use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow, Sampled};
 use ops::sparse::Attention;
 use ops::tier::TierState;
-use ops::{Batch, SeatIndex, SequenceRows};
+use ops::{Batch, Random, SeatIndex, SequenceRows};
 
 use super::fake_tier::FakeTier;
+use crate::guard::GuardRule;
 use crate::request::{FinishReason, Request, Sparse, TokenLogprobs};
 use crate::run::Runner;
 
@@ -33,15 +35,18 @@ fn tag(attention: Attention, sparse: Option<Sparse>, prompt_len: usize, position
     hasher.finish() | 1
 }
 
-/// The KV of a sequence that is known from its request.
-pub fn known_kv(request: &Request, tokens: &[u32]) -> Vec<Kv> {
+/// The tag of a token of `request`, with another budget than its own if `budget` says so.
+fn tag_of(request: &Request, budget: Option<u32>, position: usize) -> u64 {
     let attention = match request.sparse {
         None => Attention::Dense,
-        Some(Sparse { budget, .. }) => Attention::Sparse { method: 0, budget },
+        Some(sparse) => Attention::Sparse { method: 0, budget: budget.unwrap_or(sparse.budget) },
     };
-    let prompt_len = request.prompt.len();
-    let kv = |(i, &token): (usize, &u32)| (token, tag(attention, request.sparse, prompt_len, i));
-    tokens.iter().enumerate().map(kv).collect()
+    tag(attention, request.sparse, request.prompt.len(), position)
+}
+
+/// The KV of a prompt.
+fn known_kv(request: &Request, tokens: &[u32]) -> Vec<Kv> {
+    tokens.iter().enumerate().map(|(i, &token)| (token, tag_of(request, None, i))).collect()
 }
 
 /// What the fake model says after `context`.
@@ -79,25 +84,116 @@ impl Prediction {
     }
 }
 
+/// What the fake model says that a selection covers.
+pub fn coverage(context: &[Kv], layer: u32) -> Coverage {
+    let mut hasher = DefaultHasher::new();
+    (context, layer).hash(&mut hasher);
+    let drawn = hasher.finish();
+    Coverage { mass: (drawn % 1000) as f32 / 1000.0, recall: (drawn / 1000 % 1000) as f32 / 1000.0 }
+}
+
+/// The guard by definition: budgets of positions as they come, from the whole answer so far.
+struct NaiveGuard<'a> {
+    rule: &'a GuardRule,
+    sparse: Sparse,
+    seed: u64,
+    prompt_len: usize,
+    page_tokens: usize,
+    /// Of each position from the end of the prompt on, as far as decided; the last one holds on.
+    budgets: Vec<u32>,
+    read: u64,
+    acted: usize,
+}
+
+impl NaiveGuard<'_> {
+    fn budget(&mut self, position: usize) -> u32 {
+        let at = position - self.prompt_len;
+        let last = self.budgets.last().copied().unwrap_or(self.sparse.budget);
+        while self.budgets.len() <= at {
+            self.budgets.push(last);
+        }
+        self.budgets[at]
+    }
+
+    /// After the newest token, at the end of `context`, was run.
+    fn check(&mut self, context: &[Kv]) {
+        let position = context.len() - 1;
+        if position < self.prompt_len {
+            return;
+        }
+        let budget = self.budget(position);
+        let mut random = Random::keyed(self.seed ^ 0x6775_6172_6400_0000, position as u64);
+        let drawn = random.below(1_000_000) < self.rule.rate_ppm as usize;
+        let plan = self.sparse.method.plan(context.len(), self.prompt_len, budget as usize);
+        let cost = context.len().div_ceil(self.page_tokens) as u64 * self.rule.key_page_bytes;
+        let generated = (context.len() - self.prompt_len) as u64;
+        let layers: Vec<u32> = self
+            .rule
+            .layers
+            .iter()
+            .copied()
+            .filter(|l| *l >= self.sparse.method.dense_layers as u32)
+            .collect();
+        if !drawn
+            || plan.is_dense()
+            || self.read + cost > generated * self.rule.bytes_per_token
+            || layers.is_empty()
+        {
+            return;
+        }
+        self.read += cost;
+        let mass = coverage(context, layers[random.below(layers.len())]).mass;
+        let next = self.budget(position + 1);
+        if mass >= self.rule.mass_min_permille as f32 / 1000.0 || next != budget || self.acted > 2 {
+            return;
+        }
+        self.acted += 1;
+        let attended = plan.attended(context.len(), self.sparse.method.partition_tokens) as u32;
+        self.budgets.push(if self.acted == 3 { u32::MAX } else { budget.max(attended).saturating_mul(2) });
+    }
+}
+
 /// The answer by definition, without batch, blocks or chunks.
 pub fn expected_answer(request: &Request, max_context: usize) -> (Vec<u32>, FinishReason) {
+    let (answer, reason, _) = expected(request, max_context, None);
+    (answer, reason)
+}
+
+/// The same where a guard looks on, on pages of so many tokens, and with the KV of prompt and answer.
+pub fn expected(
+    request: &Request,
+    max_context: usize,
+    guard: Option<(&GuardRule, usize)>,
+) -> (Vec<u32>, FinishReason, Vec<Kv>) {
     let mut context = request.prompt.clone();
+    let mut kv = known_kv(request, &context);
     let mut answer = Vec::new();
+    let mut guard = guard.zip(request.sparse).map(|((rule, page_tokens), sparse)| NaiveGuard {
+        rule,
+        sparse,
+        seed: request.sampling.seed,
+        prompt_len: request.prompt.len(),
+        page_tokens,
+        budgets: Vec::new(),
+        read: 0,
+        acted: 0,
+    });
     while answer.len() < request.stopping.max_tokens as usize && context.len() < max_context {
         let too_short = answer.len() < request.stopping.min_tokens as usize;
         let banned: &[u32] = if too_short { &request.stopping.end_tokens } else { &[] };
-        let token = Prediction::after(&known_kv(request, &context)).draw(
-            request.sampling.seed,
-            context.len() as u64,
-            banned,
-        );
+        let token = Prediction::after(&kv).draw(request.sampling.seed, context.len() as u64, banned);
+        if let Some(guard) = &mut guard {
+            guard.check(&kv);
+        }
+        let budget = guard.as_mut().map(|guard| guard.budget(context.len()));
         answer.push(token);
         context.push(token);
+        kv.push((token, tag_of(request, budget, context.len() - 1)));
         if request.stopping.end_tokens.contains(&token) {
-            return (answer, FinishReason::EndToken(token));
+            return (answer, FinishReason::EndToken(token), kv);
         }
     }
-    (answer, FinishReason::Length)
+    (answer, FinishReason::Length, kv)
 }
 
 /// Log-probabilities of the prompt by definition.
@@ -117,6 +213,8 @@ pub enum Fault {
     SavesNothing,
     /// Keeps what it holds for seats that were left.
     KeepsSeats,
+    /// Finds that a selection covers less when others run, too.
+    CoversByLoad,
 }
 
 pub struct FakeRunner {
@@ -159,7 +257,13 @@ fn sparse_of(batch: &Batch, sequence: &SequenceRows) -> Option<Sparse> {
 }
 
 impl Runner for FakeRunner {
-    fn run(&mut self, batch: &Batch, samples: &[SampleRow], out: &mut SampleOutput) {
+    fn run(
+        &mut self,
+        batch: &Batch,
+        samples: &[SampleRow],
+        inspections: &mut Inspections,
+        out: &mut SampleOutput,
+    ) {
         batch.check(self.page_tokens);
         assert!(!batch.tokens.contains(&PANIC_TOKEN), "the fake model was asked to panic");
         let slot = |table: &[ops::BlockIndex], position: usize| {
@@ -208,6 +312,15 @@ impl Runner for FakeRunner {
                 local.unwrap_or_else(|| self.kv[slot(table, p)].expect("a slot is written before it is read"))
             });
             self.context.extend(read);
+            if let Some(asked) = inspections.asked.iter().find(|i| i.seat == sequence.seat)
+                && sample.forced.is_none()
+            {
+                let mut found = coverage(&self.context, asked.layer);
+                if self.fault == Some(Fault::CoversByLoad) && batch.sequences.len() > 2 {
+                    found.mass = 0.0;
+                }
+                inspections.found.push((asked.seat, found));
+            }
             if self.fault == Some(Fault::ReadsNeighbour) && position >= self.page_tokens {
                 self.context[position] = self.context[position - self.page_tokens];
             }

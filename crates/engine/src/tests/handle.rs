@@ -5,6 +5,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ops::Batch;
+use ops::coverage::Inspections;
 use ops::sample::{SampleOutput, SampleRow};
 use prometheus::Registry;
 
@@ -47,11 +48,17 @@ struct Gated {
 }
 
 impl Runner for Gated {
-    fn run(&mut self, batch: &Batch, samples: &[SampleRow], out: &mut SampleOutput) {
+    fn run(
+        &mut self,
+        batch: &Batch,
+        samples: &[SampleRow],
+        inspections: &mut Inspections,
+        out: &mut SampleOutput,
+    ) {
         // Where the test has dropped its ends, steps run freely.
         let _ = self.entered.send(());
         let _ = self.open.recv();
-        self.inner.run(batch, samples, out);
+        self.inner.run(batch, samples, inspections, out);
     }
 }
 

@@ -29,6 +29,7 @@ pub fn config(num_blocks: usize) -> Config {
         prefix_cache: true,
         tier: None,
         prefix_limit: None,
+        guard: None,
         shared_together: 8,
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use ops::coverage::Inspections;
 use ops::{Backend, Batch, BlockIndex, DType, SequenceRows};
 use sparseserve_model::{DeviceKv, KvSpec, Limits, Model, Source, Workspace, kv_geometry};
 
@@ -63,7 +64,14 @@ impl<'a, B: Backend> Sequence<'a, B> {
             methods: &[],
         };
         batch.check(PAGE_TOKENS);
-        self.model.forward(self.backend, &mut self.workspace, &mut self.kv, &batch, rows);
+        self.model.forward(
+            self.backend,
+            &mut self.workspace,
+            &mut self.kv,
+            &batch,
+            rows,
+            &mut Inspections::default(),
+        );
         let mut logits = Vec::new();
         let chunk = self.workspace.limits().logits_rows_max;
         for start in (0..rows.len()).step_by(chunk) {

@@ -40,8 +40,10 @@ pub struct Tier {
     waves: Vec<Wave>,
     /// What is to be copied before the wave at hand.
     fetches: Vec<Fetch>,
-    /// Of the last `resolve`.
+    /// Of the last `resolve` or `look`.
     layer: usize,
+    /// Bytes of a page that are fetched, from its start.
+    fetched_part: usize,
     saver: Saver,
     fetched_bytes: u64,
     saved_bytes: u64,
@@ -95,6 +97,7 @@ impl Tier {
             ),
             fetches: Vec::with_capacity(listed / 2),
             layer: 0,
+            fetched_part: geometry.page_bytes(),
             saver: Saver::new(spec.staging_chunks(), geometry.kv_heads * geometry.page_bytes(), spec.poison)?,
             fetched_bytes: 0,
             saved_bytes: 0,

@@ -87,6 +87,7 @@ impl Tier {
         self.fetches.clear();
         self.waves.clear();
         self.layer = layer;
+        self.fetched_part = self.geometry.page_bytes();
         self.list(heads, window, batch, selection);
         let mut first = 0;
         while first < self.items.len() {
@@ -98,6 +99,30 @@ impl Tier {
         let waves = self.cut();
         self.extra_waves += waves as u64 - 1;
         waves
+    }
+
+    /// Finds the keys of everything up to the last row of `s`, as item 0, without changing what is resident; returns the number
+    /// of waves, which [`Tier::gather`] fetches.
+    pub fn look(&mut self, layer: usize, heads: HeadShape, s: &SequenceRows, batch: &Batch) -> usize {
+        self.items.clear();
+        self.ranges.clear();
+        self.entries.clear();
+        self.fetches.clear();
+        self.waves.clear();
+        self.layer = layer;
+        // Keys come first in a page.
+        self.fetched_part = self.geometry.page_bytes() / 2;
+        let end = s.context_tokens();
+        self.list_all(s, heads, end - 1..end, None, batch);
+        let mut streams = false;
+        self.each_cold(0..heads.kv_heads, |tier, at, head| {
+            match tier.residency.find(s.seat, layer, head, tier.entries[at].page as usize) {
+                Some(frame) => tier.entries[at].frame = frame.0,
+                None => streams = true,
+            }
+        });
+        self.items[0].streams = streams;
+        self.cut()
     }
 
     /// Lists items, their pages, and the frames of those that are local.
@@ -321,7 +346,7 @@ impl Tier {
             let Fetch { seat, page, .. } = self.fetches[i];
             self.wait_for(seat, layer, page as usize);
         }
-        let bytes = self.geometry.page_bytes();
+        let (page_bytes, bytes) = (self.geometry.page_bytes(), self.fetched_part);
         let arena = Shared(self.arena.as_mut_ptr());
         let fetches = &self.fetches;
         pool.run(fetches.len().div_ceil(PAGES_PER_TASK), &|task, _| {
@@ -329,7 +354,9 @@ impl Tier {
                 let page = dram.page_bytes(layer, fetch.block, fetch.head as usize);
                 // SAFETY: each frame is the target of one copy, and lies in the arena.
                 unsafe {
-                    arena.at(fetch.frame as usize * bytes).copy_from_nonoverlapping(page.as_ptr(), bytes);
+                    arena
+                        .at(fetch.frame as usize * page_bytes)
+                        .copy_from_nonoverlapping(page.as_ptr(), bytes);
                 }
             }
         });

@@ -354,7 +354,7 @@ impl<B: Backend> Layer<'_, B> {
         self.backend.rope_angles(&mut angles, &work.positions, inv_freq, &vec![0; rows], 1.0);
         let norm = self.q_norm.as_ref().map(|(q, k)| (q, k, 1e-6));
         self.backend.append(&mut self.kv, 1, &mut x, self.heads, norm, &angles, &work.batch());
-        self.backend.attend(&mut out, &self.kv, 1, &x, self.heads, self.window, &work.batch(), None, 0);
+        self.backend.attend(&mut out, None, &self.kv, 1, &x, self.heads, self.window, &work.batch(), None, 0);
         (rows_of(self.backend, &x), rows_of(self.backend, &out))
     }
 }

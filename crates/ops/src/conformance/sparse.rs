@@ -1,14 +1,14 @@
 //! Digests, scores, selections and attention to them.
 
 use super::{
-    Random, Reference, Work, assert_close, assert_same_bits, attention_tolerance, heads_of, normals, rows_of,
-    tensor,
+    Random, Reference, Work, assert_close, assert_same_bits, attention_tolerance, heads_of, normals, tensor,
 };
+use crate::coverage::{Coverage, Inspection, Inspections, TOP_TOKENS};
 use crate::sparse::{
     Always, Attention, DigestKind, DigestSpec, Method, Reduce, Rule, Scope, Score, SelectionLimits,
     bitmap_words,
 };
-use crate::{Backend, BlockIndex, DType, Gate, HeadShape, KvGeometry, SPLIT_TOKENS};
+use crate::{Backend, BlockIndex, DType, Gate, HeadShape, KvGeometry, SPLIT_TOKENS, SeatIndex, SequenceRows};
 
 const LAYER: usize = 1;
 
@@ -273,11 +273,46 @@ impl<B: Backend> Bench<B> {
         backend.select(&mut self.selection, &self.digests, LAYER, self.heads, &work.batch());
     }
 
+    /// A row of output, then its log-sum-exps, row after row.
     fn attend(&mut self, backend: &mut B, x: &B::Tensor, work: &Work) -> Vec<f32> {
-        let mut out = backend.tensor(work.tokens.len(), self.heads.q_cols()).expect("memory");
+        let (rows, heads) = (work.tokens.len(), self.heads);
+        let mut out = backend.tensor(rows, heads.q_cols()).expect("memory");
+        let mut lse = backend.tensor(rows, heads.q_heads).expect("memory");
         let selection = Some(&self.selection);
-        backend.attend(&mut out, &self.kv, LAYER, x, self.heads, None, &work.batch(), selection, 0);
-        rows_of(backend, &out)
+        backend.attend(
+            &mut out,
+            Some(&mut lse),
+            &self.kv,
+            LAYER,
+            x,
+            heads,
+            None,
+            &work.batch(),
+            selection,
+            0,
+        );
+        (0..rows)
+            .flat_map(|row| [backend.row(&out, row).to_vec(), backend.row(&lse, row).to_vec()].concat())
+            .collect()
+    }
+
+    /// What the selections of the last rows of sequences cover, as far as these are sparse.
+    fn cover(&mut self, backend: &mut B, x: &B::Tensor, work: &Work) -> Vec<(SeatIndex, Coverage)> {
+        let mut inspections = Inspections::default();
+        let generates =
+            |s: &&SequenceRows| s.attention != Attention::Dense && s.context_tokens() > s.prompt_len as usize;
+        let asked =
+            work.sequences.iter().filter(generates).map(|s| Inspection { seat: s.seat, layer: LAYER as u32 });
+        inspections.asked.extend(asked);
+        inspections.asked.push(Inspection { seat: SeatIndex(u32::MAX), layer: LAYER as u32 + 1 });
+        let Bench { kv, selection, heads, .. } = self;
+        backend.cover(&mut inspections, kv, LAYER, x, *heads, &work.batch(), selection);
+        assert_eq!(
+            inspections.found.len(),
+            inspections.asked.len() - 1,
+            "what is asked in this layer is found"
+        );
+        inspections.found
     }
 
     /// All of it, as a step does.
@@ -286,6 +321,23 @@ impl<B: Backend> Bench<B> {
         self.score(backend, &x, work);
         self.select(backend, work);
         self.attend(backend, &x, work)
+    }
+}
+
+/// Rounded queries shift scores, and with them weights, and who is among the best.
+fn check_coverage(
+    what: &str,
+    dtype: DType,
+    got: &[(SeatIndex, Coverage)],
+    expected: &[(SeatIndex, Coverage)],
+) {
+    assert_eq!(got.len(), expected.len(), "{what}");
+    let swapped = if dtype == DType::F32 { 1.0 } else { 3.0 };
+    for ((seat, got), (seat_expected, expected)) in got.iter().zip(expected) {
+        assert_eq!(seat, seat_expected, "{what}: order");
+        let what = format!("{what} {seat:?}: {got:?}, not {expected:?}");
+        assert!((got.mass - expected.mass).abs() <= 2.0 * attention_tolerance(dtype), "{what}");
+        assert!((got.recall - expected.recall).abs() <= swapped / TOP_TOKENS as f32, "{what}");
     }
 }
 
@@ -320,6 +372,8 @@ pub fn check_sparse<B: Backend>(backend: &mut B, dtype: DType, seed: u64) {
         let out = got.attend(backend, &x, &work_all);
         let out_expected = expected.attend(&mut oracle, &xo, &work_all);
         assert_close(&format!("{what}: output"), &out, &out_expected, attention_tolerance(dtype));
+        let found = got.cover(backend, &x, &work_all);
+        check_coverage(&what, dtype, &found, &expected.cover(&mut oracle, &xo, &work_all));
 
         // With its own scores this time.
         let out = got.run(backend, &values, &work_all);
@@ -330,7 +384,7 @@ pub fn check_sparse<B: Backend>(backend: &mut B, dtype: DType, seed: u64) {
                 let work = work(&[alone], &tables[s..s + 1], &case.methods);
                 let values = &values[(first + i) * cols..(first + i + 1) * cols];
                 let part = got.run(backend, values, &work);
-                let at = (first + i) * case.heads.q_cols();
+                let at = (first + i) * (case.heads.q_cols() + case.heads.q_heads);
                 let whole = &out[at..at + part.len()];
                 assert_same_bits(&format!("{what}: sequence {s} row {i} alone"), &part, whole);
             }

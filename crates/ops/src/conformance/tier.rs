@@ -3,6 +3,7 @@
 //! naive model says; every resident page must equal its copy in DRAM.
 
 use super::{Random, Reference, assert_same_bits, heads_of, normals, rows_of, tensor};
+use crate::coverage::{Coverage, Inspection, Inspections};
 use crate::sparse::{
     Always, Attention, DigestKind, DigestSpec, Method, Reduce, Rule, Scope, Score, SelectionLimits,
 };
@@ -116,6 +117,8 @@ struct Seen {
     out: Vec<f32>,
     /// Of each sparse row and head.
     selections: Vec<Option<Vec<u64>>>,
+    /// Of the last rows of sequences.
+    coverage: Vec<(SeatIndex, Coverage)>,
 }
 
 impl<'a, B: Backend> World<'a, B> {
@@ -183,9 +186,16 @@ impl<'a, B: Backend> World<'a, B> {
         let waves = backend.resolve(kv, layer, heads, window, batch, selection);
         for wave in 0..waves {
             backend.gather(kv, wave);
-            backend.attend(&mut out, kv, layer, &x, heads, window, batch, selection, wave);
+            backend.attend(&mut out, None, kv, layer, &x, heads, window, batch, selection, wave);
         }
-        Seen { out: rows_of(*backend, &out), selections }
+        let mut inspections = Inspections::default();
+        if let Some(selection) = selection {
+            let last = batch.sparse_rows().filter(|r| r.row + 1 == r.sequence.rows.end as usize);
+            let asked = last.map(|r| Inspection { seat: r.sequence.seat, layer: layer as u32 });
+            inspections.asked.extend(asked);
+            backend.cover(&mut inspections, kv, layer, &x, heads, batch, selection);
+        }
+        Seen { out: rows_of(*backend, &out), selections, coverage: inspections.found }
     }
 }
 
@@ -432,6 +442,7 @@ fn run<B: Backend>(
             let expected = unified.layer(case, layer, &qkv, &batch, None);
             let got = tiered.layer(case, layer, &qkv, &batch, None);
             assert!(got.selections == expected.selections, "{what} layer {layer}: selections");
+            assert_eq!(got.coverage, expected.coverage, "{what} layer {layer}: coverage");
             assert_same_bits(&format!("{what} layer {layer}: tiered"), &got.out, &expected.out);
             oracle.layer(case, layer, &qkv, &batch, Some(&got.selections));
         }

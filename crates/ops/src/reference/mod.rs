@@ -2,11 +2,13 @@
 //!
 //! Nothing here is tuned or blocked. Weights and KV are rounded to their element type; activations are not.
 
+mod attention;
 mod sparse;
 mod tier;
 
 use tier::NaiveTier;
 
+use crate::coverage::Inspections;
 use crate::residency::SeatCounters;
 use crate::sample::{SampleOutput, SampleRow, SampleScratch, sample};
 use crate::sparse::{DigestSpec, SelectionLimits};
@@ -373,6 +375,7 @@ impl Backend for Reference {
     fn attend(
         &mut self,
         out: &mut Matrix,
+        lse: Option<&mut Matrix>,
         kv: &Pages,
         layer: usize,
         qkv: &Matrix,
@@ -382,62 +385,20 @@ impl Backend for Reference {
         selection: Option<&Selections>,
         _wave: usize,
     ) {
-        assert!(selection.is_none() || window.is_none(), "a window is no layer for selections");
-        batch.check(kv.geometry.page_tokens);
-        assert_eq!((qkv.cols, out.cols), (heads.qkv_cols(), heads.q_cols()), "columns");
-        out.set_rows(qkv.rows);
-        let d = heads.head_dim;
-        let scale = 1.0 / (d as f32).sqrt();
-        let mut sparse_rows = batch.sparse_rows().enumerate().peekable();
-        for sequence in batch.sequences {
-            let table = batch.block_table(sequence);
-            for row in sequence.rows.clone() {
-                let row = row as usize;
-                let end = batch.positions[row] as usize + 1;
-                let start = window.map_or(0, |w| end.saturating_sub(w));
-                let place = sparse_rows.next_if(|(_, s)| s.row == row).map(|(place, _)| place);
-                for h in 0..heads.q_heads {
-                    let kv_head = h / heads.group();
-                    let bits =
-                        selection.zip(place).and_then(|(s, place)| s.bits[s.at(place, kv_head)].as_ref());
-                    let attended: Vec<usize> = (start..end)
-                        .filter(|p| bits.is_none_or(|b| b[p / 64] >> (p % 64) & 1 == 1))
-                        .collect();
-                    let q = &qkv.row(row)[h * d..][..d];
-                    let slot = |p: usize, part: usize| {
-                        let page_tokens = kv.geometry.page_tokens;
-                        let tier = kv.tier.as_ref();
-                        match tier.and_then(|t| t.page(sequence.seat, layer, kv_head, p / page_tokens)) {
-                            Some(page) => &page[(part * page_tokens + p % page_tokens) * d..][..d],
-                            None => &kv.values[kv.slot(layer, table, p, kv_head, part)..][..d],
-                        }
-                    };
-                    // Clusters that stand for their tokens: `size * exp(score) = exp(score + ln size)`.
-                    let pseudo = match (selection, place, bits) {
-                        (Some(selection), Some(place), Some(_)) => {
-                            &selection.pseudo[selection.at(place, kv_head)][..]
-                        }
-                        _ => &[],
-                    };
-                    let of_cluster =
-                        |p: &sparse::PseudoToken| p.scores[h % heads.group()] * scale + (p.size as f32).ln();
-                    let scores = attended.iter().map(|&p| dot(q, slot(p, 0)) * scale);
-                    let scores: Vec<f32> = scores.chain(pseudo.iter().map(of_cluster)).collect();
-                    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                    let weights: Vec<f32> = scores.iter().map(|s| (s - max).exp()).collect();
-                    let sum: f32 = weights.iter().sum();
-                    let o = &mut out.row_mut(row)[h * d..][..d];
-                    o.fill(0.0);
-                    let values = attended.iter().map(|&p| slot(p, 1));
-                    let values = values.chain(pseudo.iter().map(|p| &p.value[..]));
-                    for (value, weight) in values.zip(&weights) {
-                        for (o, v) in o.iter_mut().zip(value) {
-                            *o += weight / sum * v;
-                        }
-                    }
-                }
-            }
-        }
+        attention::attend(out, lse, kv, layer, qkv, heads, window, batch, selection);
+    }
+
+    fn cover(
+        &mut self,
+        inspections: &mut Inspections,
+        kv: &mut Pages,
+        layer: usize,
+        qkv: &Matrix,
+        heads: HeadShape,
+        batch: &Batch,
+        selection: &Selections,
+    ) {
+        attention::cover(inspections, kv, layer, qkv, heads, batch, selection);
     }
 
     fn sample(&mut self, out: &mut SampleOutput, logits: &Matrix, rows: &[SampleRow]) {
@@ -619,9 +580,9 @@ mod tests {
             block_tables: &[BlockIndex(0)],
             methods: &[],
         };
-        b.attend(&mut out, &kv, 0, &qkv, heads, None, &batch, None, 0);
+        b.attend(&mut out, None, &kv, 0, &qkv, heads, None, &batch, None, 0);
         assert!((out.row(0)[0] - 1.0).abs() < 1e-6 && (out.row(0)[1] - 6.0).abs() < 1e-6, "{:?}", out.row(0));
-        b.attend(&mut out, &kv, 0, &qkv, heads, Some(1), &batch, None, 0);
+        b.attend(&mut out, None, &kv, 0, &qkv, heads, Some(1), &batch, None, 0);
         assert_eq!(out.row(0), [0.0, 8.0]);
     }
 

@@ -7,6 +7,7 @@ use std::time::Instant;
 use engine::Sparse;
 use engine::{ModelRunner, Runner};
 use model::DeviceKv;
+use ops::coverage::Inspections;
 use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow, SamplingParams};
 use ops::sparse::{Attention, Method, Score, padded_width};
@@ -399,7 +400,7 @@ impl Work {
             };
             let samples: Vec<SampleRow> = (0..self.batch).map(|row| greedy(row, &params)).collect();
             let start = Instant::now();
-            runner.run(&batch, &samples, &mut out);
+            runner.run(&batch, &samples, &mut Inspections::default(), &mut out);
             let seconds = start.elapsed().as_secs_f64();
             tokens.iter_mut().zip(&out.sampled).for_each(|(token, sampled)| *token = sampled.token);
             if step == 0 {
@@ -453,7 +454,7 @@ impl Work {
                 done += rows;
                 let samples: Vec<SampleRow> =
                     (done == tokens).then(|| greedy(rows - 1, &params)).into_iter().collect();
-                runner.run(&batch, &samples, &mut out);
+                runner.run(&batch, &samples, &mut Inspections::default(), &mut out);
             }
             let seconds = start.elapsed().as_secs_f64();
             let after = limits.seconds(self.weight_bytes, operations);

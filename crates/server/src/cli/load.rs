@@ -269,6 +269,11 @@ impl<B: Backend> Prepared<B> {
                 kv_heads: self.geometry.kv_heads,
                 rule: settings.quota_rule,
             }),
+            guard: settings
+                .sparse
+                .guard
+                .filter(|_| self.selections.is_some())
+                .map(|guard| guard.rule(&self.config.windows, &self.geometry)),
             prefix_limit: Rope::new(&self.config.rope).prefix_limit(),
             shared_together: settings.sparse.served.shared_together(self.geometry.page_tokens),
         }

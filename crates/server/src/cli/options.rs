@@ -110,6 +110,16 @@ pub struct SparseOptions {
     #[arg(long, value_name = "NAME=VALUE", value_delimiter = ',', env = "SPARSESERVE_POLICY_OPT")]
     #[serde(deserialize_with = "one_or_many")]
     pub policy_opt: Option<Vec<String>>,
+    /// Share of generated tokens whose selection is compared with dense attention, each in one layer: 0.01 [default: 0]
+    #[arg(long, value_name = "SHARE", env = "SPARSESERVE_GUARD_RATE")]
+    pub guard_rate: Option<f64>,
+    /// Attention mass, of 1, that a selection must cover; else the budget of its request doubles, at most twice, and after that it
+    /// attends to everything [default: 0.9]
+    #[arg(long, value_name = "SHARE", env = "SPARSESERVE_GUARD_MASS")]
+    pub guard_mass: Option<f64>,
+    /// Keys that such checks may read per generated token of a request [default: 1MiB]
+    #[arg(long, value_name = "SIZE", env = "SPARSESERVE_GUARD_BYTES")]
+    pub guard_bytes: Option<Size>,
     /// Write which pages each KV head selects in each step to this file, for `bench cache`; slows steps down
     #[arg(long, value_name = "FILE", env = "SPARSESERVE_RECORD_SELECTION")]
     pub record_selection: Option<PathBuf>,
@@ -340,6 +350,9 @@ impl SparseOptions {
             policies: self.policies.or(file.policies),
             budget: self.budget.or(file.budget),
             policy_opt: self.policy_opt.or(file.policy_opt),
+            guard_rate: self.guard_rate.or(file.guard_rate),
+            guard_mass: self.guard_mass.or(file.guard_mass),
+            guard_bytes: self.guard_bytes.or(file.guard_bytes),
             record_selection: self.record_selection.or(file.record_selection),
         }
     }

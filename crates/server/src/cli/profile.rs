@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use ops::coverage::Inspections;
 use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow};
 use ops::sparse::{DigestSpec, SelectionLimits};
@@ -237,6 +238,7 @@ impl<B: Backend> Backend for Profiled<B> {
     fn attend(
         &mut self,
         out: &mut B::Tensor,
+        lse: Option<&mut B::Tensor>,
         kv: &B::Kv,
         layer: usize,
         qkv: &B::Tensor,
@@ -247,8 +249,21 @@ impl<B: Backend> Backend for Profiled<B> {
         wave: usize,
     ) {
         self.timed("attend", (0, 0), |b| {
-            b.attend(out, kv, layer, qkv, heads, window, batch, selection, wave);
+            b.attend(out, lse, kv, layer, qkv, heads, window, batch, selection, wave);
         });
+    }
+
+    fn cover(
+        &mut self,
+        inspections: &mut Inspections,
+        kv: &mut B::Kv,
+        layer: usize,
+        qkv: &B::Tensor,
+        heads: HeadShape,
+        batch: &Batch,
+        selection: &B::Selection,
+    ) {
+        self.timed("cover", (0, 0), |b| b.cover(inspections, kv, layer, qkv, heads, batch, selection));
     }
 
     fn sample(&mut self, out: &mut SampleOutput, logits: &B::Tensor, rows: &[SampleRow]) {

@@ -143,6 +143,16 @@ impl fmt::Display for Screen<'_> {
                 sparse.budget,
                 Bytes(self.digest_token_bytes()),
             )?;
+            if let Some(guard) = &sparse.guard {
+                writeln!(
+                    f,
+                    "  guard        {} % of generated tokens checked, {} of keys per token at most; attention mass below {} \
+                     widens the budget",
+                    f64::from(guard.rate_ppm) / 1e4,
+                    Bytes(guard.bytes_per_token),
+                    f64::from(guard.mass_min_permille) / 1e3,
+                )?;
+            }
         }
         let prefix = if self.settings.prefix_cache { "prefix cache" } else { "no prefix cache" };
         write!(

@@ -5,22 +5,22 @@ use std::str::FromStr;
 
 use serde::Deserialize;
 
-/// An amount of memory: bytes, or a share of the memory limit.
+/// An amount of memory: bytes, or a share of what an option says.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 #[serde(try_from = "SizeInFile")]
 pub enum Size {
     /// Bytes.
     Bytes(u64),
-    /// Percent of the memory limit, in `(0, 100]`.
+    /// Percent, in `(0, 100]`: of the memory limit for `--dram`, of the KV in DRAM for `--hbm`.
     Percent(f64),
 }
 
 impl Size {
-    /// The size in bytes where the memory limit is `limit_bytes`.
-    pub fn of(self, limit_bytes: u64) -> u64 {
+    /// The size in bytes where a share is one of `whole_bytes`.
+    pub fn of(self, whole_bytes: u64) -> u64 {
         match self {
             Size::Bytes(bytes) => bytes,
-            Size::Percent(percent) => (limit_bytes as f64 * percent / 100.0) as u64,
+            Size::Percent(percent) => (whole_bytes as f64 * percent / 100.0) as u64,
         }
     }
 }

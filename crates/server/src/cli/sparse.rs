@@ -4,16 +4,21 @@ use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
-use engine::Sparse;
+use engine::{GuardRule, Sparse};
 use ops::KvGeometry;
 use sparse::trace::{Header, Player, Recorder, TraceReader};
 use sparse::{Budget, Options, Served, auto};
 
 use super::failure::Failure;
 use super::options::SparseOptions;
+use super::size::Size;
 
 /// Tokens attended to where nobody says how many.
 const BUDGET: Budget = Budget::Tokens(1024);
+
+/// What a guard asks for where nobody says: see `docs/policies`.
+const GUARD_MASS: f64 = 0.9;
+const GUARD_BYTES: Size = Size::Bytes(1 << 20);
 
 /// What requests may ask for, and what they get if they don't ask.
 #[derive(Clone, Debug)]
@@ -22,8 +27,54 @@ pub struct SparseSettings {
     pub served: Served,
     /// Budget of requests that name none.
     pub budget: Budget,
+    /// When selections are checked; `None` never.
+    pub guard: Option<GuardSettings>,
     /// Where selections are recorded.
     pub record: Option<PathBuf>,
+}
+
+/// When and how selections are compared with dense attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GuardSettings {
+    /// Generated tokens that are checked, of a million.
+    pub rate_ppm: u32,
+    /// Attention mass that suffices, in thousandths.
+    pub mass_min_permille: u32,
+    /// Bytes of keys that checks may read per generated token.
+    pub bytes_per_token: u64,
+}
+
+impl GuardSettings {
+    /// Resolves what was given; `None` where nothing is to be checked.
+    fn resolve(rate: Option<f64>, mass: Option<f64>, bytes: Option<Size>) -> Result<Option<Self>, Failure> {
+        let share = |flag: &str, value: f64| match value {
+            0.0..=1.0 => Ok(value),
+            _ => Err(Failure::input(format!("--{flag} {value} is not a share from 0 to 1"))),
+        };
+        let rate = share("guard-rate", rate.unwrap_or(0.0))?;
+        let mass = share("guard-mass", mass.unwrap_or(GUARD_MASS))?;
+        let bytes_per_token = match bytes.unwrap_or(GUARD_BYTES) {
+            Size::Bytes(bytes) => bytes,
+            Size::Percent(_) => return Err(Failure::input("--guard-bytes is a number of bytes, as in 1MiB")),
+        };
+        Ok((rate > 0.0).then(|| GuardSettings {
+            rate_ppm: ((rate * 1e6).round() as u32).max(1),
+            mass_min_permille: (mass * 1e3).round() as u32,
+            bytes_per_token,
+        }))
+    }
+
+    /// As the engine wants it, for a model of which `windows` tells where policies select.
+    pub fn rule(&self, windows: &[Option<usize>], geometry: &KvGeometry) -> GuardRule {
+        let selects = windows.iter().zip(0..).filter(|(window, _)| window.is_none());
+        GuardRule {
+            rate_ppm: self.rate_ppm,
+            bytes_per_token: self.bytes_per_token,
+            mass_min_permille: self.mass_min_permille,
+            layers: selects.map(|(_, layer)| layer).collect(),
+            key_page_bytes: (geometry.kv_heads * geometry.page_bytes() / 2) as u64,
+        }
+    }
 }
 
 impl SparseSettings {
@@ -32,7 +83,8 @@ impl SparseSettings {
     /// # Errors
     /// Policies, options or budgets that there are not.
     pub fn resolve(options: SparseOptions) -> Result<Self, Failure> {
-        let SparseOptions { policy, policies, budget, policy_opt, record_selection: record } = options;
+        let SparseOptions { policy, policies, budget, policy_opt, record_selection: record, .. } = options;
+        let guard = GuardSettings::resolve(options.guard_rate, options.guard_mass, options.guard_bytes)?;
         let default = policy.unwrap_or_else(|| auto::AUTO.into());
         let usual = if default == auto::AUTO { auto::BUDGET } else { BUDGET };
         let own = Options::parse(&policy_opt.unwrap_or_default().join(",")).map_err(Failure::input)?;
@@ -40,7 +92,7 @@ impl SparseSettings {
         let names = std::iter::once(default.as_str()).chain(others.iter().map(String::as_str));
         let served = Served::new(names, &own).map_err(Failure::input)?;
         let budget = budget.map_or(Ok(usual), |text| text.parse()).map_err(Failure::input)?;
-        Ok(SparseSettings { served, budget, record })
+        Ok(SparseSettings { served, budget, guard, record })
     }
 }
 
@@ -136,9 +188,12 @@ mod tests {
             policies: texts(&["dense", "quest", "arkvale"]),
             budget: Some("12.5%".into()),
             policy_opt: texts(&["partition=32"]),
-            record_selection: None,
+            guard_rate: Some(0.25),
+            ..Default::default()
         })
         .expect("resolves");
+        let guard = GuardSettings { rate_ppm: 250_000, mass_min_permille: 900, bytes_per_token: 1 << 20 };
+        assert_eq!(settings.guard, Some(guard));
         assert_eq!(settings.served.names().collect::<Vec<_>>(), ["quest", "dense", "arkvale"]);
         assert_eq!(settings.budget.tokens(800), 100);
     }
@@ -152,6 +207,15 @@ mod tests {
             (option("partition"), "not of the form name=value"),
             (option("partition=0"), "must be a number from 1 to 1024"),
             (SparseOptions { budget: Some("-3".into()), ..Default::default() }, "the budget is \"-3\""),
+            (
+                SparseOptions { guard_rate: Some(1.5), ..Default::default() },
+                "--guard-rate 1.5 is not a share",
+            ),
+            (SparseOptions { guard_mass: Some(f64::NAN), ..Default::default() }, "--guard-mass NaN"),
+            (
+                SparseOptions { guard_bytes: Some(Size::Percent(10.0)), ..Default::default() },
+                "--guard-bytes is a number",
+            ),
         ] {
             let error = resolve(options).expect_err(part);
             assert!(error.contains(part), "{error}");

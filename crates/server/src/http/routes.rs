@@ -110,6 +110,7 @@ mod tests {
 
     use engine::{Config, Metrics, Runner};
     use ops::Batch;
+    use ops::coverage::Inspections;
     use ops::sample::{SampleOutput, SampleRow};
     use serde_json::Value;
     use tokio::sync::{Semaphore, mpsc};
@@ -155,7 +156,7 @@ mod tests {
     struct Idle;
 
     impl Runner for Idle {
-        fn run(&mut self, _: &Batch, _: &[SampleRow], _: &mut SampleOutput) {}
+        fn run(&mut self, _: &Batch, _: &[SampleRow], _: &mut Inspections, _: &mut SampleOutput) {}
     }
 
     fn app() -> Arc<App> {
@@ -171,6 +172,7 @@ mod tests {
             prefix_cache: false,
             tier: None,
             prefix_limit: None,
+            guard: None,
             shared_together: 16,
         };
         let registry = prometheus::Registry::new();

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use engine::{
-    Attended, Disconnected, FinishReason, PageUse, Request, RequestId, Sink, TokenLogprobs, Update,
+    Attended, Disconnected, FinishReason, Guarded, PageUse, Request, RequestId, Sink, TokenLogprobs, Update,
 };
 use tokio::sync::mpsc;
 
@@ -52,7 +52,7 @@ pub struct Token {
 }
 
 /// How an answer ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Finish {
     /// Why.
     pub reason: Reason,
@@ -64,6 +64,8 @@ pub struct Finish {
     pub generated_tokens: u32,
     /// What they attended to, where that was not everything.
     pub attended: Option<Attended>,
+    /// What its guard saw and did, where it looked.
+    pub guarded: Option<Guarded>,
     /// What became of its pages in an HBM tier.
     pub pages: PageUse,
 }
@@ -137,6 +139,7 @@ struct Counts {
     cached_tokens: u32,
     generated_tokens: u32,
     attended: Option<Attended>,
+    guarded: Option<Guarded>,
     pages: PageUse,
 }
 
@@ -217,6 +220,7 @@ impl Generation {
             Update::Finished { reason, usage } => {
                 self.counts.cached_tokens = usage.cached_tokens;
                 self.counts.attended = usage.attended;
+                self.counts.guarded = usage.guarded;
                 self.counts.pages = usage.pages;
                 match (self.stopped.take(), reason) {
                     (Some(stop), _) => self.end(Reason::Stop(stop)),
@@ -271,7 +275,7 @@ impl Generation {
         if !self.delta.text.is_empty() || !self.delta.tokens.is_empty() {
             self.events.push_back(Event::Delta(std::mem::take(&mut self.delta)));
         }
-        let Counts { prompt_tokens, cached_tokens, generated_tokens, attended, pages } = self.counts;
+        let Counts { prompt_tokens, cached_tokens, generated_tokens, attended, guarded, pages } = self.counts;
         self.span.in_scope(|| {
             let reason = reason.name();
             tracing::info!(prompt_tokens, cached_tokens, generated_tokens, reason, "finished");
@@ -282,6 +286,7 @@ impl Generation {
             cached_tokens,
             generated_tokens,
             attended,
+            guarded,
             pages,
         }));
     }

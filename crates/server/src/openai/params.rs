@@ -154,6 +154,8 @@ fn take_sampling(fields: &mut Fields, app: &App) -> Result<SamplingParams, ApiEr
     // A negative seed is as good as any.
     let seed = match fields.take::<i64>("seed")? {
         Some(seed) => seed as u64,
+        // Where nothing is drawn by lot, nothing else that goes by the seed should differ from call to call.
+        None if temperature < TEMPERATURE_MIN => 0,
         None => getrandom::u64().map_err(|e| ApiError::internal(format!("no random seed: {e}")))?,
     };
     let repetition_penalty = fields.take_within("repetition_penalty", f32::MIN_POSITIVE..=100.0)?;

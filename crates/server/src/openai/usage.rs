@@ -2,7 +2,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use engine::{Attended, PageUse};
+use engine::{Attended, Guarded, PageUse};
 use serde::Serialize;
 
 use super::generation::{Finish, Reason};
@@ -31,10 +31,33 @@ struct Receipt {
     context_tokens_per_step: f64,
     /// Steps for which the budget was raised to what the policy attends to at least.
     raised_steps: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    guard: Option<GuardReceipt>,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     tier: Option<TierReceipt>,
     #[serde(skip)]
     sum: Attended,
+}
+
+/// What the quality guard saw and did.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct GuardReceipt {
+    /// Generated tokens that were checked, in one layer each.
+    checks: u32,
+    /// Attention mass that selections covered, of 1: mean and least.
+    mass_mean: f32,
+    mass_min: f32,
+    /// How many of the likeliest tokens were selected, of 1: the mean.
+    recall_mean: f32,
+    /// Times that a budget was doubled.
+    doubled: u32,
+    /// Choices that attended to everything in the end.
+    dense: u32,
+    /// The largest budget that it led to, in tokens; absent if it changed none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    budget: Option<u32>,
+    #[serde(skip)]
+    sums: (f32, f32),
 }
 
 /// What became of a request's pages in the HBM tier, prompt and answer together.
@@ -73,6 +96,9 @@ impl Usage {
                 ..Receipt::default()
             });
             receipt.add(finish.attended.unwrap_or_default());
+            if let Some(guarded) = &finish.guarded {
+                receipt.guard.get_or_insert_default().add(guarded);
+            }
             if let Some(page_bytes) = page_bytes {
                 receipt.tier.get_or_insert_default().add(&finish.pages, page_bytes);
             }
@@ -91,6 +117,27 @@ impl Receipt {
         self.attended_tokens_per_step = per_step(sum.tokens);
         self.context_tokens_per_step = per_step(sum.context_tokens);
         (self.steps, self.raised_steps) = (sum.steps, sum.raised_steps);
+    }
+}
+
+impl Default for GuardReceipt {
+    fn default() -> Self {
+        let Guarded { checks, mass_min, doubled, budget, .. } = Guarded::default();
+        let (mass_mean, recall_mean, dense, sums) = (0.0, 0.0, 0, (0.0, 0.0));
+        GuardReceipt { checks, mass_mean, mass_min, recall_mean, doubled, dense, budget, sums }
+    }
+}
+
+impl GuardReceipt {
+    fn add(&mut self, guarded: &Guarded) {
+        self.checks += guarded.checks;
+        self.sums = (self.sums.0 + guarded.mass_sum, self.sums.1 + guarded.recall_sum);
+        self.mass_mean = self.sums.0 / self.checks.max(1) as f32;
+        self.recall_mean = self.sums.1 / self.checks.max(1) as f32;
+        self.mass_min = self.mass_min.min(guarded.mass_min);
+        self.doubled += guarded.doubled;
+        self.dense += u32::from(guarded.dense);
+        self.budget = self.budget.max(guarded.budget);
     }
 }
 

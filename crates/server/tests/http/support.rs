@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use engine::{Config, Metrics, Runner};
 use ops::Batch;
+use ops::coverage::Inspections;
 use ops::sample::{SampleOutput, SampleRow, SampleScratch, sample};
 use prometheus::Registry;
 use serde_json::{Value, json};
@@ -44,7 +45,7 @@ impl Parrot {
 }
 
 impl Runner for Parrot {
-    fn run(&mut self, _: &Batch, samples: &[SampleRow], out: &mut SampleOutput) {
+    fn run(&mut self, _: &Batch, samples: &[SampleRow], _: &mut Inspections, out: &mut SampleOutput) {
         while self.held.load(Ordering::Acquire) {
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -118,6 +119,7 @@ pub async fn start(options: Options) -> Server {
         prefix_cache: true,
         tier: None,
         prefix_limit: None,
+        guard: None,
         shared_together: 16,
     };
     let parrot =

@@ -139,14 +139,15 @@ impl Step {
         values.resize(heads.qkv_cols(), 0.0);
         backend.upload(&mut qkv, &values);
         let mut out = backend.tensor(1, heads.q_cols())?;
+        let mut lse = backend.tensor(1, heads.q_heads)?;
         let dense = rows(position, 1, tokens, Attention::Dense);
         let dense = batch(&[0], &positions, std::slice::from_ref(&dense), &table, &methods);
-        backend.attend(&mut out, &kv, 0, &qkv, heads, None, &dense, None, 0);
-        let out_dense = backend.row(&out, 0).to_vec();
+        backend.attend(&mut out, Some(&mut lse), &kv, 0, &qkv, heads, None, &dense, None, 0);
+        let dense = Attended { out: backend.row(&out, 0).to_vec(), lse: backend.row(&lse, 0).to_vec() };
         let everything = || (0..tokens).collect::<Vec<usize>>();
         let all = vec![everything(); kv_heads];
         let Some(method) = method else {
-            return Ok(Found { indices: all, out: out_dense.clone(), out_dense });
+            return Ok(Found { indices: all, sparse: dense.clone(), dense });
         };
         let limits = SelectionLimits::new(&[method], heads, PAGE_TOKENS, 1, tokens);
         let (mut selection, _) = backend.selection(limits)?;
@@ -154,30 +155,16 @@ impl Step {
         let sparse = batch(&[0], &positions, std::slice::from_ref(&sparse), &table, &methods);
         backend.score(&mut selection, &digests, &kv, 0, &qkv, heads, &sparse);
         backend.select(&mut selection, &digests, 0, heads, &sparse);
-        backend.attend(&mut out, &kv, 0, &qkv, heads, None, &sparse, Some(&selection), 0);
+        backend.attend(&mut out, Some(&mut lse), &kv, 0, &qkv, heads, None, &sparse, Some(&selection), 0);
         let indices = (0..kv_heads).map(|head| match backend.read_selection(&selection, 0, head) {
             None => everything(),
             Some(bits) => (0..tokens).filter(|p| bits[p / 64] >> (p % 64) & 1 == 1).collect(),
         });
-        Ok(Found { indices: indices.collect(), out: backend.row(&out, 0).to_vec(), out_dense })
-    }
-
-    /// `ln sum exp(q . k / sqrt(head_dim))` of a query head over positions.
-    fn lse(&self, q_head: usize, positions: impl Iterator<Item = usize>) -> f32 {
-        let HeadShape { kv_heads, head_dim, .. } = self.heads;
-        let head = q_head / self.heads.group();
-        let query = &self.q[q_head * head_dim..][..head_dim];
-        let score = |p: usize| {
-            let key = &self.k[(p * kv_heads + head) * head_dim..][..head_dim];
-            let dot: f64 = query.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum();
-            dot / (head_dim as f64).sqrt()
-        };
-        let scores: Vec<f64> = positions.map(score).collect();
-        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        (max + scores.iter().map(|s| (s - max).exp()).sum::<f64>().ln()) as f32
+        let indices = indices.collect();
+        let sparse = Attended { out: backend.row(&out, 0).to_vec(), lse: backend.row(&lse, 0).to_vec() };
+        Ok(Found { indices, sparse, dense })
     }
 }
-
 fn rows(first_position: u32, count: usize, prompt_tokens: usize, attention: Attention) -> SequenceRows {
     let prompt_len = prompt_tokens as u32;
     let blocks = 0..(first_position + count as u32).div_ceil(PAGE_TOKENS as u32);
@@ -202,12 +189,21 @@ fn batch<'a>(
     Batch { tokens, positions, sequences, block_tables, methods }
 }
 
+/// What attention made of a query.
+#[derive(Clone)]
+struct Attended {
+    /// `[q_heads, head_dim]`.
+    out: Vec<f32>,
+    /// `ln sum exp(q . k / sqrt(head_dim))` of each query head over all that it attends to.
+    lse: Vec<f32>,
+}
+
 /// What came out.
 struct Found {
     /// Attended positions of each KV head, ascending.
     indices: Vec<Vec<usize>>,
-    out: Vec<f32>,
-    out_dense: Vec<f32>,
+    sparse: Attended,
+    dense: Attended,
 }
 
 impl Found {
@@ -218,14 +214,11 @@ impl Found {
             indptr.push(indptr[indptr.len() - 1] + indices.len() as i64);
         }
         let indices: Vec<i64> = self.indices.iter().flatten().map(|&p| p as i64).collect();
-        let of = |head: usize| self.indices[head / step.heads.group()].iter().copied();
-        let lse: Vec<f32> = (0..q_heads).map(|head| step.lse(head, of(head))).collect();
-        let lse_dense: Vec<f32> = (0..q_heads).map(|head| step.lse(head, 0..step.tokens)).collect();
         let floats = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
         let ints = |values: &[i64]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
         let (indptr_bytes, indices_bytes) = (ints(&indptr), ints(&indices));
-        let (out, out_dense) = (floats(&self.out), floats(&self.out_dense));
-        let (lse, lse_dense) = (floats(&lse), floats(&lse_dense));
+        let (out, out_dense) = (floats(&self.sparse.out), floats(&self.dense.out));
+        let (lse, lse_dense) = (floats(&self.sparse.lse), floats(&self.dense.lse));
         let view = |dtype, shape: &[usize], bytes| TensorView::new(dtype, shape.to_vec(), bytes);
         let heads = [q_heads, head_dim];
         let tensors = [
