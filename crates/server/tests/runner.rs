@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use engine::{ModelRunner, Runner};
 use model::{DeviceKv, KvSpec, Limits, Model, ModelConfig, Rope, Source, Workspace, kv_geometry};
-use ops::coverage::{Inspection, Inspections};
+use ops::coverage::{Coverage, Inspection, Inspections};
 use ops::sample::{SampleOutput, SampleRow, SamplingParams};
 use ops::sparse::{Attention, Method, SelectionLimits};
 use ops::tier::{TierSpec, TooSmall};
@@ -91,7 +91,7 @@ fn load_tiered(folder: &str, dtype: DType, threads: usize, hbm: Option<u64>) -> 
     Device { runner: ModelRunner::new(backend, model, workspace, kv), quota, vocab, methods }
 }
 
-/// Token drawn, bits of its log-probability, bits of the likeliest, bits of what a selection covered where it was checked.
+/// Token drawn, bits of its log-probability, bits of the likeliest, bits of what a selection covered, if that is not everything.
 type Seen = (u32, u32, Vec<(u32, u32)>, Option<[u32; 2]>);
 
 /// A sequence of given tokens, part of which has run.
@@ -180,6 +180,7 @@ impl Step {
             let top = &out.top[sampled.top.start as usize..sampled.top.end as usize];
             let bits = top.iter().map(|&(token, logprob)| (token, logprob.to_bits())).collect();
             let covered = inspections.found.iter().find(|(seat, _)| seat.at() == fed.place);
+            let covered = covered.filter(|(_, coverage)| *coverage != Coverage::WHOLE);
             let covered = covered.map(|(_, coverage)| [coverage.mass, coverage.recall].map(f32::to_bits));
             fed.seen.push((sampled.token, sampled.logprob.to_bits(), bits, covered));
         }
