@@ -17,6 +17,7 @@ pub mod bench;
 pub mod ceiling;
 mod cluster;
 mod digest;
+mod fp8;
 mod gate;
 mod gemm;
 mod isa;

@@ -15,6 +15,7 @@ mod batch;
 pub mod cluster;
 pub mod conformance;
 mod dtype;
+pub mod fp8;
 mod gate;
 mod page;
 mod random;

@@ -2,6 +2,7 @@
 //!
 //! Nothing here is tuned or blocked. Weights and KV are rounded to their element type; activations are not.
 
+mod fp8;
 mod sparse;
 mod tier;
 
