@@ -1,6 +1,6 @@
 //! Digests of partitions: their place, and how they are made.
 //!
-//! Those of a block lie together, `[head][partition of the block][value]`, in the type of K and padded to whole vectors,
+//! Those of a block lie together, `[head][partition of the block][value]`, in the type of K or fp8 and padded to whole vectors,
 //! so that scoring a run of partitions for all heads reads memory in pieces of some KiB. Making them costs less than a
 //! hundredth of prefill, so that is plain code.
 
@@ -9,6 +9,7 @@ use ops::cluster::{CLUSTER_TOKENS_MAX, Clustering};
 use ops::sparse::{DigestKind, DigestSpec, padded_width};
 use ops::{Batch, BlockIndex, DType, Error, KvGeometry, SequenceRows};
 
+use crate::fp8;
 use crate::gate::Gate;
 use crate::isa::{Isa, Kernel};
 use crate::memory::{Buffer, PerThread, Shared};
@@ -76,13 +77,14 @@ impl Digests {
     /// Bytes of one digest.
     #[inline(always)]
     pub fn digest_bytes(&self) -> usize {
-        padded_width(self.spec.width(self.geometry.head_dim)) * self.geometry.dtype.bytes()
+        self.spec.kind.bytes(self.spec.width(self.geometry.head_dim), self.geometry.dtype)
     }
 
     /// Bytes of a digest that scores are made of, with padding.
     #[inline(always)]
     pub fn scored_bytes(&self) -> usize {
-        padded_width(self.spec.kind.scored_width(self.geometry.head_dim)) * self.geometry.dtype.bytes()
+        let kind = self.spec.kind;
+        kind.bytes(kind.scored_width(self.geometry.head_dim), self.geometry.dtype)
     }
 
     /// The digest of a partition and head.
@@ -136,7 +138,11 @@ impl Digests {
         let bytes = &self.layers[layer].as_slice()[start..start + self.head_bytes()];
         let width = self.spec.width(self.geometry.head_dim);
         let digests = bytes.chunks_exact(self.digest_bytes());
-        digests.flat_map(|digest| (0..width).map(move |i| dtype.read(digest, i))).collect()
+        let value = |digest: &[u8], i: usize| match self.spec.kind {
+            DigestKind::Fp8(_) => fp8::read(digest, padded_width(width), i),
+            _ => dtype.read(digest, i),
+        };
+        digests.flat_map(|digest| (0..width).map(move |i| value(digest, i))).collect()
     }
 }
 
@@ -178,16 +184,19 @@ pub fn digest(pool: &mut Pool, digests: &mut Digests, kv: &Kv, layer: usize, bat
                 let keys = Keys { kv, layer, pages, head, positions: positions.clone() };
                 match gate {
                     Some((gate, angles)) => gate.digest(&keys, angles, &mut values),
-                    None => summarise(digests.spec.kind, &keys, &mut values),
+                    None => summarise(digests.spec.kind.unrounded(), &keys, &mut values),
                 }
                 let width = digests.spec.kind.width(digests.geometry.head_dim);
                 // SAFETY: the digest lies in the layer, as `offset` checked, and belongs to this partition alone; rows
                 // of one batch complete a partition of a block once.
                 let bytes = unsafe {
                     let start = to.at(offset + head * digests.head_bytes());
-                    std::slice::from_raw_parts_mut(start, width * digests.geometry.dtype.bytes())
+                    std::slice::from_raw_parts_mut(start, digests.digest_bytes())
                 };
-                store(bytes, &values[..width], digests.geometry.dtype);
+                match digests.spec.kind {
+                    DigestKind::Fp8(_) => fp8::encode(bytes, &values[..width]),
+                    _ => store(bytes, &values[..width], digests.geometry.dtype),
+                }
             }
             return;
         }

@@ -18,6 +18,7 @@ pub mod ceiling;
 mod cluster;
 mod coverage;
 mod digest;
+mod fp8;
 mod gate;
 mod gemm;
 mod isa;

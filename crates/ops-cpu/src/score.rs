@@ -14,6 +14,7 @@ use ops::sparse::{
 use ops::{Batch, DType, HeadShape, Tensor};
 
 use crate::digest::{Digests, Keys, summarise};
+use crate::fp8::{E4m3, Stored};
 use crate::isa::{Isa, Kernel};
 use crate::memory::{LINE_BYTES, Shared};
 use crate::pages::{Kv, Pages};
@@ -21,7 +22,7 @@ use crate::pool::Pool;
 use crate::selection::{LIFTED_MAX, Selections};
 use crate::simd::{LANES, Simd};
 use crate::tensor::CpuTensor;
-use crate::tile::{Bf16, Element, F16, F32};
+use crate::tile::{Bf16, F16, F32};
 
 /// Partitions per task.
 pub(crate) const RUN: usize = 128;
@@ -114,10 +115,11 @@ pub fn score(
                     line_stride,
                     lifted,
                 };
-                match geometry.dtype {
-                    DType::Bf16 => isa.run(ScoreAs(work, PhantomData::<Bf16>)),
-                    DType::F16 => isa.run(ScoreAs(work, PhantomData::<F16>)),
-                    DType::F32 => isa.run(ScoreAs(work, PhantomData::<F32>)),
+                match (digests.spec().kind, geometry.dtype) {
+                    (DigestKind::Fp8(_), _) => isa.run(ScoreAs(work, PhantomData::<E4m3>)),
+                    (_, DType::Bf16) => isa.run(ScoreAs(work, PhantomData::<Bf16>)),
+                    (_, DType::F16) => isa.run(ScoreAs(work, PhantomData::<F16>)),
+                    (_, DType::F32) => isa.run(ScoreAs(work, PhantomData::<F32>)),
                 }
             }
         }
@@ -175,7 +177,7 @@ struct ScoreRun<'a> {
 
 struct ScoreAs<'a, E>(ScoreRun<'a>, PhantomData<E>);
 
-impl<E: Element> Kernel for ScoreAs<'_, E> {
+impl<E: Stored> Kernel for ScoreAs<'_, E> {
     type Output = ();
 
     #[inline(always)]
@@ -260,7 +262,7 @@ impl ScoreRun<'_> {
     /// # Safety
     /// The digests are readable, and queries are lifted.
     #[inline(always)]
-    unsafe fn score_some<S: Simd, E: Element>(
+    unsafe fn score_some<S: Simd, E: Stored>(
         &self,
         s: S,
         head: usize,
@@ -278,7 +280,7 @@ impl ScoreRun<'_> {
                 let to = self.scores.add(head * self.head_stride + line * self.line_stride + partition);
                 for i in 0..TOGETHER {
                     if i < count {
-                        to.add(i).write(s.reduce_sum(sums[i]));
+                        to.add(i).write(E::finish(s.reduce_sum(sums[i]), rows[i], width));
                     }
                 }
             }
@@ -303,7 +305,7 @@ fn lift(w: &ScoreRun, kind: DigestKind, head: usize, line: usize, to: &mut [f32;
     }
     let one_line = query_lines == 1;
     let of = if one_line { 0..group } else { line..line + 1 };
-    let two_sided = matches!(kind, DigestKind::MinMax | DigestKind::CuboidMean);
+    let two_sided = matches!(kind, DigestKind::MinMax | DigestKind::CuboidMean | DigestKind::Fp8(_));
     let mean_first = w.method.reduce == Reduce::MeanQuery;
     let share = 1.0 / of.len() as f32;
     for g in of {
@@ -327,7 +329,7 @@ fn lift(w: &ScoreRun, kind: DigestKind, head: usize, line: usize, to: &mut [f32;
 
 /// The digest of a partition that is not full, of what it holds, as it would be stored.
 #[inline(always)]
-fn open_digest<S: Simd, E: Element>(
+fn open_digest<S: Simd, E: Stored>(
     s: S,
     w: &ScoreRun,
     head: usize,
@@ -338,16 +340,11 @@ fn open_digest<S: Simd, E: Element>(
     let mut values = [0.0; LIFTED_MAX];
     let positions = partition * w.method.partition_tokens..w.context;
     let keys = Keys { kv: w.kv, layer: w.layer, pages: w.pages, head, positions };
-    summarise(kind, &keys, &mut values);
-    values[kind.width(w.heads.head_dim)..].fill(0.0);
-    let bytes_per_value = E::VECTOR_BYTES / LANES / E::K_PER_STEP;
-    for c in (0..padded_width(kind.width(w.heads.head_dim))).step_by(LANES) {
-        // SAFETY: both arrays have room for the widest digest.
-        unsafe {
-            let to = to.as_mut_ptr().cast::<u8>().add(c * bytes_per_value);
-            E::store_right(s, to, s.load(values.as_ptr().add(c)));
-        }
-    }
+    summarise(kind.unrounded(), &keys, &mut values);
+    let used = kind.width(w.heads.head_dim);
+    values[used..].fill(0.0);
+    // SAFETY: both arrays have room for the widest digest, with a scale: one of fp8 takes a quarter of its place.
+    unsafe { E::store(s, to.as_mut_ptr().cast(), values.as_ptr(), used, padded_width(used)) };
 }
 
 /// Lane sums of the dot products of a lifted query with some digests.
@@ -355,7 +352,7 @@ fn open_digest<S: Simd, E: Element>(
 /// # Safety
 /// `width` values of each are readable; `width` is a multiple of [`DIGEST_ALIGN`].
 #[inline(always)]
-unsafe fn dots<S: Simd, E: Element>(
+unsafe fn dots<S: Simd, E: Stored>(
     s: S,
     left: *const E::Left,
     rows: [*const u8; TOGETHER],

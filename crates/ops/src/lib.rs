@@ -16,6 +16,7 @@ pub mod cluster;
 pub mod conformance;
 pub mod coverage;
 mod dtype;
+pub mod fp8;
 mod gate;
 mod page;
 mod random;

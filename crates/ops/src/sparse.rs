@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use crate::cluster::{CLUSTER_TOKENS_MAX, CLUSTERS_MAX, ClusterLayout};
-use crate::{Error, Gate, HeadShape, KvGeometry, Random};
+use crate::{DType, Error, Gate, HeadShape, KvGeometry, Random, fp8};
 
 /// How a sequence attends. Rows of its prompt always attend to everything before them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -33,6 +33,8 @@ pub enum DigestKind {
     /// `[c + r | c - r]` with `c = (min_j k_j + max_j k_j) / 2` and `r = mean_j |c - k_j|` (ArkVale, Chen et al. 2024,
     /// "cuboid-mean").
     CuboidMean,
+    /// One of these, rounded outward to fp8: [`crate::fp8`] says how.
+    Fp8(TwoSided),
     /// `mean_j k_j`.
     Mean,
     /// `[mean_j k_j | min_j cos(k_j, mean)]`: ShadowKV's landmark (Sun et al. 2024), and how well it stands for the worst of
@@ -54,11 +56,37 @@ pub enum DigestKind {
     },
 }
 
+/// Digests of an upper and a lower value per channel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum TwoSided {
+    /// [`DigestKind::MinMax`].
+    MinMax,
+    /// [`DigestKind::CuboidMean`].
+    CuboidMean,
+}
+
 impl DigestKind {
+    /// The same in the type of K.
+    pub const fn unrounded(self) -> Self {
+        match self {
+            DigestKind::Fp8(TwoSided::MinMax) => DigestKind::MinMax,
+            DigestKind::Fp8(TwoSided::CuboidMean) => DigestKind::CuboidMean,
+            other => other,
+        }
+    }
+
+    /// Bytes of `width` values where K has the type `dtype`, with padding and the scale of fp8.
+    pub const fn bytes(self, width: usize, dtype: DType) -> usize {
+        match self {
+            DigestKind::Fp8(_) => padded_width(width) + fp8::SCALE_BYTES,
+            _ => padded_width(width) * dtype.bytes(),
+        }
+    }
+
     /// Values per digest, for heads of `head_dim` channels, without those of its tokens: see [`DigestSpec::width`].
     pub const fn width(self, head_dim: usize) -> usize {
         match self {
-            DigestKind::MinMax | DigestKind::CuboidMean => 2 * head_dim,
+            DigestKind::MinMax | DigestKind::CuboidMean | DigestKind::Fp8(_) => 2 * head_dim,
             DigestKind::Mean => head_dim,
             DigestKind::Landmark => head_dim + 1,
             DigestKind::Gate { dim } => dim,
@@ -141,9 +169,9 @@ impl DigestSpec {
         Ok(())
     }
 
-    /// Bytes that digests add to a block of `geometry`, over all layers and heads. Digests have the type of K.
+    /// Bytes that digests add to a block of `geometry`, over all layers and heads.
     pub const fn block_bytes(&self, geometry: &KvGeometry) -> usize {
-        let digest = padded_width(self.width(geometry.head_dim)) * geometry.dtype.bytes();
+        let digest = self.kind.bytes(self.width(geometry.head_dim), geometry.dtype);
         geometry.num_layers * geometry.kv_heads * self.per_block(geometry.page_tokens) * digest
     }
 }

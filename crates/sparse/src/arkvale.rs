@@ -1,7 +1,7 @@
 //! `arkvale`: Quest's score on a tighter box around each partition's keys, with sinks and a window. The method that the
 //! SparseServe paper builds on.
 
-use ops::sparse::{Always, DigestKind, DigestSpec, Method, Reduce, Rule, Scope, Score};
+use ops::sparse::{Always, DigestKind, DigestSpec, Method, Reduce, Rule, Scope, Score, TwoSided};
 
 use crate::{Error, OptionDoc, Options, Policy, Setup};
 
@@ -27,6 +27,11 @@ pub const ARKVALE: Policy = Policy {
             help: "latest tokens that are always attended, in whole partitions",
         },
         OptionDoc { name: "scope", default: "kv-head", help: "who shares a selection: kv-head or layer" },
+        OptionDoc {
+            name: "digest",
+            default: "same",
+            help: "type of digests: same as K, or fp8, rounded outward",
+        },
         OptionDoc { name: "dense-layers", default: "0", help: "first layers that attend to everything" },
     ],
     build,
@@ -34,6 +39,10 @@ pub const ARKVALE: Policy = Policy {
 
 fn build(options: &mut Options) -> Result<Setup, Error> {
     let partition_tokens = options.number("partition", 32, 1, 1024)?;
+    let kind = options.choice(
+        "digest",
+        &[("same", DigestKind::CuboidMean), ("fp8", DigestKind::Fp8(TwoSided::CuboidMean))],
+    )?;
     let method = Method {
         dense_layers: options.number("dense-layers", 0, 0, 1024)?,
         partition_tokens,
@@ -51,6 +60,6 @@ fn build(options: &mut Options) -> Result<Setup, Error> {
         take_min: 1,
         rule: Rule::Top,
     };
-    let digest = DigestSpec { kind: DigestKind::CuboidMean, partition_tokens };
+    let digest = DigestSpec { kind, partition_tokens };
     Ok(Setup { digest: Some(digest), method: Some(method) })
 }

@@ -1,6 +1,6 @@
 //! `quest`: an upper bound of every token's score, from the extremes of each partition's keys.
 
-use ops::sparse::{Always, DigestKind, DigestSpec, Method, Reduce, Rule, Scope, Score};
+use ops::sparse::{Always, DigestKind, DigestSpec, Method, Reduce, Rule, Scope, Score, TwoSided};
 
 use crate::{Error, OptionDoc, Options, Policy, Setup};
 
@@ -27,6 +27,11 @@ pub const QUEST: Policy = Policy {
             default: "always",
             help: "the partition of the token itself: always attended, or made to compete like any other",
         },
+        OptionDoc {
+            name: "digest",
+            default: "same",
+            help: "type of digests: same as K, or fp8, rounded outward",
+        },
         OptionDoc { name: "dense-layers", default: "0", help: "first layers that attend to everything" },
     ],
     build,
@@ -34,6 +39,8 @@ pub const QUEST: Policy = Policy {
 
 fn build(options: &mut Options) -> Result<Setup, Error> {
     let partition_tokens = options.number("partition", 16, 1, 1024)?;
+    let kind = options
+        .choice("digest", &[("same", DigestKind::MinMax), ("fp8", DigestKind::Fp8(TwoSided::MinMax))])?;
     let competes = options.choice("last", &[("always", false), ("compete", true)])?;
     let method = Method {
         dense_layers: options.number("dense-layers", 0, 0, 1024)?,
@@ -56,8 +63,5 @@ fn build(options: &mut Options) -> Result<Setup, Error> {
         take_min: if competes { 3 } else { 1 },
         rule: Rule::Top,
     };
-    Ok(Setup {
-        digest: Some(DigestSpec { kind: DigestKind::MinMax, partition_tokens }),
-        method: Some(method),
-    })
+    Ok(Setup { digest: Some(DigestSpec { kind, partition_tokens }), method: Some(method) })
 }

@@ -198,9 +198,16 @@ impl Served {
             let offered = self.names().collect::<Vec<_>>().join(", ");
             return Err(Error::NotServed { name, offered });
         };
-        let asked = self.place(policy.setup(&own.overridden_by(options))?)?;
         // Memory was sized for the server's options.
-        let served = policy.setup(own)?.method;
+        let Setup { digest, method: served } = policy.setup(own)?;
+        let setup = policy.setup(&own.overridden_by(options))?;
+        if let (Some(one), Some(other)) = (digest, setup.digest) {
+            let is_fp8 = |d: DigestSpec| matches!(d.kind, DigestKind::Fp8(_));
+            if is_fp8(one) != is_fp8(other) {
+                return Err(Error::Fixed { what: "the option digest" });
+            }
+        }
+        let asked = self.place(setup)?;
         if asked.map(|m| m.partition_tokens) != served.map(|m| m.partition_tokens) {
             return Err(Error::Fixed { what: "the option partition" });
         }
@@ -233,7 +240,7 @@ fn greatest_divisor(a: usize, b: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use ops::sparse::{Rule, Score};
+    use ops::sparse::{Rule, Score, TwoSided};
 
     use super::*;
 
@@ -265,6 +272,11 @@ mod tests {
         let finer = random.method(None, &options(&[("partition", "8")])).unwrap_err();
         assert!(finer.to_string().starts_with("the option partition is fixed"), "{finer}");
         assert!(refused("quest", &[("partition", "32")]).starts_with("the option partition is fixed"));
+        assert!(refused("quest", &[("digest", "fp8")]).starts_with("the option digest is fixed"));
+        let small = Served::new(["quest"], &options(&[("digest", "fp8")])).unwrap();
+        assert_eq!(small.digests()[0].kind, DigestKind::Fp8(TwoSided::MinMax));
+        assert!(small.method(None, &options(&[("digest", "fp8"), ("group", "max")])).is_ok());
+        assert!(small.method(None, &options(&[("digest", "same")])).is_err());
         assert_eq!(refused("dense", &[("a", "1")]), "the policy dense has no option \"a\"; it has none");
         assert_eq!(
             refused("quest", &[("group", "sum")]),

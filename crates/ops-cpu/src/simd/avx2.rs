@@ -275,6 +275,19 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn load_e4m3(self, from: *const u8) -> Self::V {
+        // SAFETY: as for `load_f16`. The sign moves to the top, the other bits to where f16 has them.
+        unsafe {
+            let wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(from.cast())), 7);
+            let bits = _mm256_and_si256(wide, _mm256_set1_epi16(0xbfff_u16 as i16));
+            Two(
+                _mm256_cvtph_ps(_mm256_castsi256_si128(bits)),
+                _mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1)),
+            )
+        }
+    }
+
+    #[inline(always)]
     unsafe fn store_f16(self, to: *mut u16, v: Self::V) {
         // SAFETY: as for `load_f16`.
         unsafe {

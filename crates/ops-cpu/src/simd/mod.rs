@@ -91,6 +91,11 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// They are readable.
     unsafe fn load_f16(self, from: *const u16) -> Self::V;
+    /// 16 numbers of e4m3, times [`crate::fp8::E4M3_UNIT`].
+    ///
+    /// # Safety
+    /// They are readable.
+    unsafe fn load_e4m3(self, from: *const u8) -> Self::V;
     /// Rounds to f16 (nearest even) and writes.
     ///
     /// # Safety
@@ -252,6 +257,35 @@ mod tests {
             assert!(made.silu[1].abs() < 1e-35 && made.silu[4] == 127.0, "{isa} {made:?}");
             x[0] = f32::NAN;
             assert!(isa.run(Try(x)).silu[0].is_nan(), "{isa}");
+        }
+    }
+
+    /// All codes of e4m3.
+    struct Widen;
+
+    impl Kernel for Widen {
+        type Output = Vec<f32>;
+
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> Vec<f32> {
+            let codes: [u8; 256] = std::array::from_fn(|code| code as u8);
+            let mut numbers = vec![0.0; 256];
+            for c in (0..256).step_by(LANES) {
+                // SAFETY: both have 256 elements.
+                unsafe { s.store(numbers.as_mut_ptr().add(c), s.load_e4m3(codes.as_ptr().add(c))) };
+            }
+            numbers
+        }
+    }
+
+    #[test]
+    fn every_level_knows_e4m3() {
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
+            for (code, wide) in isa.run(Widen).into_iter().enumerate().filter(|(code, _)| code & 0x7f != 0x7f)
+            {
+                let number = ops::fp8::number(code as u8) * crate::fp8::E4M3_UNIT;
+                assert_eq!(wide.to_bits(), number.to_bits(), "{isa} {code:#x}");
+            }
         }
     }
 }

@@ -141,6 +141,16 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    unsafe fn load_e4m3(self, from: *const u8) -> Self::V {
+        lanes(|i| {
+            // SAFETY: the caller's promise.
+            let code = u32::from(unsafe { *from.add(i) });
+            // The bits of e4m3 where f32 has them make 2^-120 of its number.
+            f32::from_bits((code & 0x80) << 24 | (code & 0x7f) << 20) * power(112)
+        })
+    }
+
+    #[inline(always)]
     unsafe fn store_f16(self, to: *mut u16, v: Self::V) {
         for i in 0..LANES {
             // SAFETY: the caller's promise.

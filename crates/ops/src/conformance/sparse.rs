@@ -5,7 +5,7 @@ use super::{
 };
 use crate::coverage::{Coverage, Inspection, Inspections, TOP_TOKENS};
 use crate::sparse::{
-    Always, Attention, DigestKind, DigestSpec, Method, Reduce, Rule, Scope, Score, SelectionLimits,
+    Always, Attention, DigestKind, DigestSpec, Method, Reduce, Rule, Scope, Score, SelectionLimits, TwoSided,
     bitmap_words,
 };
 use crate::{Backend, BlockIndex, DType, Gate, HeadShape, KvGeometry, SPLIT_TOKENS, SeatIndex, SequenceRows};
@@ -58,6 +58,7 @@ fn cases() -> Vec<Case> {
     let sinks = Always { sink_tokens: 20, recent_tokens: 33, generated_tokens: 0, outliers: 0 };
     let none = Always { sink_tokens: 0, recent_tokens: 0, generated_tokens: 0, outliers: 0 };
     let gate = |dim| DigestKind::Gate { dim };
+    let (min_max, cuboid) = (DigestKind::Fp8(TwoSided::MinMax), DigestKind::Fp8(TwoSided::CuboidMean));
     let gated = |digests| Score::Gate { digests };
     let clusters = |span_tokens, sink_tokens| DigestKind::Cluster { span_tokens, sink_tokens };
     let whole = |partition_tokens, digests, span_tokens, sink_tokens, estimate_permille| Method {
@@ -140,6 +141,17 @@ fn cases() -> Vec<Case> {
             page_tokens: 64,
             digests: vec![spec(clusters(128, 4), 16)],
             methods: vec![Method { dense_layers: LAYER, ..whole(16, 0, 128, 4, 150) }],
+        },
+        Case {
+            heads: heads_of(6, 2, 80),
+            page_tokens: 16,
+            digests: vec![spec(min_max, 16), spec(cuboid, 8), spec(min_max, 32)],
+            methods: vec![
+                method(16, by(0)),
+                Method { reduce: Reduce::Max, ..method(16, by(0)) },
+                Method { always: sinks, ..method(8, by(1)) },
+                Method { always: none, open_competes: true, take_min: 3, ..method(32, by(2)) },
+            ],
         },
     ]
 }
@@ -421,8 +433,12 @@ fn check_digests<B: Backend>(
                     let wanted = oracle.read_digests(&expected.digests[index], LAYER, table[block], head);
                     let what = format!("{what}: {spec:?} block {block} head {head}");
                     match spec.kind {
-                        DigestKind::MinMax | DigestKind::Cluster { .. } => {
-                            assert_same_bits(&what, &found, &wanted)
+                        DigestKind::MinMax
+                        | DigestKind::Cluster { .. }
+                        | DigestKind::Fp8(TwoSided::MinMax) => assert_same_bits(&what, &found, &wanted),
+                        // A step, where the last bit of a sum differs.
+                        DigestKind::Fp8(TwoSided::CuboidMean) => {
+                            assert_close(&what, &found, &wanted, 1.0 / 8.0)
                         }
                         // Sums over hundreds of products.
                         DigestKind::Gate { .. } => {

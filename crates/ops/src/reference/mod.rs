@@ -3,6 +3,7 @@
 //! Nothing here is tuned or blocked. Weights and KV are rounded to their element type; activations are not.
 
 mod attention;
+mod fp8;
 mod sparse;
 mod tier;
 

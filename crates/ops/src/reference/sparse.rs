@@ -1,5 +1,6 @@
 //! Digests, scores and selections, from the formulas alone.
 
+use super::fp8::Outward;
 use super::{Matrix, Pages, dot};
 use crate::cluster::{ClusterLayout, Clustering, NO_CLUSTER};
 use crate::sparse::{
@@ -18,6 +19,7 @@ pub struct DigestTable {
     per_block: usize,
     width: usize,
     gate: Option<Gate>,
+    outward: Outward,
 }
 
 impl DigestTable {
@@ -38,6 +40,7 @@ impl DigestTable {
             per_block,
             width,
             gate: gate.cloned(),
+            outward: Outward::new(),
         }
     }
 
@@ -129,7 +132,7 @@ impl DigestTable {
     }
 }
 
-/// The digest of the keys at `positions`, rounded to the type of K.
+/// The digest of the keys at `positions`, rounded as its kind says.
 fn digest(
     of: &DigestTable,
     kv: &Pages,
@@ -144,7 +147,7 @@ fn digest(
     let channel = |c: usize| keys.iter().map(move |k| k[c]);
     let max = |c: usize| channel(c).fold(f32::NEG_INFINITY, f32::max);
     let min = |c: usize| channel(c).fold(f32::INFINITY, f32::min);
-    let values: Vec<f32> = match kind {
+    let values: Vec<f32> = match kind.unrounded() {
         DigestKind::MinMax => (0..d).map(max).chain((0..d).map(min)).collect(),
         DigestKind::CuboidMean => {
             let center = |c: usize| (min(c) + max(c)) / 2.0;
@@ -160,7 +163,9 @@ fn digest(
             let least = keys.iter().map(cosine).fold(f32::INFINITY, f32::min);
             mean.into_iter().chain((kind == DigestKind::Landmark).then_some(least)).collect()
         }
-        DigestKind::Cluster { .. } => unreachable!("made span by span"),
+        DigestKind::Cluster { .. } | DigestKind::Fp8(_) => {
+            unreachable!("made span by span; without rounding")
+        }
         DigestKind::Gate { .. } => {
             let gate = of.gate.as_ref().expect("digests of a gate have its weights");
             let keys: Vec<Vec<f32>> =
@@ -173,7 +178,10 @@ fn digest(
             projected(gate, gate.k_of(layer, head), &pooled, positions.start)
         }
     };
-    values.into_iter().map(|v| kv.geometry.dtype.round(v)).collect()
+    match kind {
+        DigestKind::Fp8(_) => of.outward.round(&values),
+        _ => values.into_iter().map(|v| kv.geometry.dtype.round(v)).collect(),
+    }
 }
 
 /// `x` of head_dim channels, before it was rotated to `position`.
@@ -496,7 +504,7 @@ fn score_line(
     let raw = |q: &[f32]| match kind {
         DigestKind::Mean | DigestKind::Landmark | DigestKind::Cluster { .. } => dot(q, &digest[..d]),
         DigestKind::Gate { .. } => unreachable!("scored by its own query"),
-        DigestKind::MinMax | DigestKind::CuboidMean => {
+        DigestKind::MinMax | DigestKind::CuboidMean | DigestKind::Fp8(_) => {
             let (high, low) = digest.split_at(d);
             q.iter().zip(high).zip(low).map(|((q, h), l)| (q * h).max(q * l)).sum()
         }

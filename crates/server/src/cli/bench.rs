@@ -10,7 +10,7 @@ use model::DeviceKv;
 use ops::coverage::Inspections;
 use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow, SamplingParams};
-use ops::sparse::{Attention, Method, Score, padded_width};
+use ops::sparse::{Attention, Method, Score};
 use ops::{Backend, Batch, BlockIndex, DType, KvGeometry, Random, SeatIndex, SequenceRows};
 use ops_cpu::bench::{Bound, Options, Row};
 use ops_cpu::ceiling::Ceiling;
@@ -309,8 +309,8 @@ impl Work {
     ) -> Self {
         let geometry = prepared.geometry;
         let digest = |index: u16| {
-            let width = prepared.digests[index as usize].kind.width(geometry.head_dim);
-            (padded_width(width) * geometry.kv_heads * geometry.dtype.bytes()) as f64
+            let kind = prepared.digests[index as usize].kind;
+            (kind.bytes(kind.width(geometry.head_dim), geometry.dtype) * geometry.kv_heads) as f64
         };
         let digest_bytes = match sparse.map(|s| s.method.score) {
             Some(Score::Digest { digests } | Score::Gate { digests }) => digest(digests),
