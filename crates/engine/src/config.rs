@@ -51,6 +51,8 @@ pub struct TierShare {
     pub kv_heads: usize,
     /// How requests share them.
     pub rule: QuotaRule,
+    /// Blocks of running requests that attend sparsely, at most: HBM has the digests of as many.
+    pub digest_places: usize,
 }
 
 /// A configuration that cannot work; says why.
@@ -84,6 +86,14 @@ impl Config {
             return Err(ConfigError(format!(
                 "page_tokens is {} and must be one of {allowed:?}",
                 self.page_tokens
+            )));
+        }
+        if let Some(TierShare { digest_places, .. }) = self.tier
+            && digest_places < self.table_blocks_max()
+        {
+            return Err(ConfigError(format!(
+                "digest_places is {digest_places} and the longest request has {} blocks",
+                self.table_blocks_max()
             )));
         }
         if self.shared_together == 0 || !self.shared_together.is_multiple_of(self.page_tokens) {

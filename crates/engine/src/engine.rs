@@ -129,7 +129,7 @@ impl<R: Runner> Engine<R> {
         self.leave_seats();
         if let Some(state) = self.runner.tier_state() {
             let (lent, reclaimed) = self.shares.lent();
-            self.metrics.tier(&state, lent, reclaimed);
+            self.metrics.tier(&state, &self.runner.digest_state(), lent, reclaimed);
         }
         let phases = [scheduled - start, ran - scheduled, committed - ran, clock() - committed];
         self.metrics.stepped(phases, self.rows.num_rows());
@@ -194,13 +194,20 @@ impl<R: Runner> Engine<R> {
 
     /// Panics unless every invariant of engine and KV cache holds between two steps. Slow: for tests.
     pub fn check(&self) {
-        self.kv.check(self.running.iter().map(|s| &s.kv));
+        let parked = self.waiting.iter().filter(|s| s.parked);
+        self.kv.check(self.running.iter().chain(parked).map(|s| &s.kv));
         assert!(self.running.len() <= self.config.max_num_seqs, "running requests are bounded");
         let order = self.running.iter().chain(&self.waiting).map(|s| s.arrival);
         assert!(order.is_sorted(), "requests run in order of arrival");
         for sequence in &self.waiting {
-            assert!(sequence.kv.blocks().is_empty(), "who waits holds no blocks");
+            assert!(
+                sequence.parked || sequence.kv.blocks().is_empty(),
+                "who waits holds no blocks, unless it is parked"
+            );
+            assert!(sequence.kv.seat().is_none(), "who waits has no seat");
         }
+        let parked: Vec<bool> = self.waiting.iter().map(|s| s.parked).collect();
+        assert!(parked.is_sorted_by(|a, b| a >= b), "who is parked waits in front");
         for sequence in &self.running {
             assert!(sequence.num_uncomputed() > 0, "who runs has something to run");
             assert!(sequence.outcome.is_none(), "who has ended does not run");

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use kv::Counts;
 use ops::coverage::Coverage;
+use ops::places::DigestState;
 use ops::tier::TierState;
 use prometheus::{
     Counter, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
@@ -71,6 +72,7 @@ const PAGE_EVENTS: [&str; 5] = ["hit", "miss", "streamed", "evicted", "saved"];
 const DIRECTIONS: [&str; 2] = ["fetched", "saved"];
 const FRAME_STATES: [&str; 3] = ["empty", "resident", "pinned"];
 const GUARD_ACTION_NAMES: [&str; 2] = ["doubled", "dense"];
+const DIGEST_STATES: [&str; 2] = ["empty", "held"];
 const PHASES: [&str; 4] = ["schedule", "run", "commit", "emit"];
 
 const REQUESTS: MetricDoc = MetricDoc {
@@ -96,6 +98,12 @@ const PREEMPTIONS: MetricDoc = MetricDoc {
     kind: MetricKind::Counter,
     labels: &[],
     help: "Times that a running request gave its KV blocks up for an older one.",
+};
+const PARKED: MetricDoc = MetricDoc {
+    name: "sparseserve_parked_total",
+    kind: MetricKind::Counter,
+    labels: &[],
+    help: "Times that a running request gave its place in HBM up for older ones and waited with its KV blocks.",
 };
 const PROMPT_TOKENS: MetricDoc = MetricDoc {
     name: "sparseserve_prompt_tokens_total",
@@ -214,6 +222,18 @@ const RECLAIMED: MetricDoc = MetricDoc {
     labels: &[],
     help: "Lent frames that were taken back.",
 };
+const DIGEST_PLACES: MetricDoc = MetricDoc {
+    name: "sparseserve_hbm_digest_places",
+    kind: MetricKind::Gauge,
+    labels: &[("state", &DIGEST_STATES)],
+    help: "Places in HBM for the digests of a KV block: empty, or holding those of a block.",
+};
+const DIGESTS_LOADED: MetricDoc = MetricDoc {
+    name: "sparseserve_digest_bytes_loaded_total",
+    kind: MetricKind::Counter,
+    labels: &[],
+    help: "Bytes of digests copied from DRAM to HBM.",
+};
 const TABLES: MetricDoc = MetricDoc {
     name: "sparseserve_hbm_table_bytes",
     kind: MetricKind::Gauge,
@@ -246,11 +266,12 @@ const SAVING: MetricDoc = MetricDoc {
 };
 
 /// Every metric of the engine: the single source of registration and documentation.
-pub const METRICS: [MetricDoc; 28] = [
+pub const METRICS: [MetricDoc; 31] = [
     REQUESTS,
     WAITING,
     RUNNING,
     PREEMPTIONS,
+    PARKED,
     PROMPT_TOKENS,
     CACHED_TOKENS,
     GENERATION_TOKENS,
@@ -270,6 +291,8 @@ pub const METRICS: [MetricDoc; 28] = [
     FRAMES,
     LENT,
     RECLAIMED,
+    DIGEST_PLACES,
+    DIGESTS_LOADED,
     TABLES,
     SAVING,
     GUARD_MASS,
@@ -284,6 +307,7 @@ pub struct Metrics {
     waiting: IntGauge,
     running: IntGauge,
     preemptions: IntCounter,
+    parked: IntCounter,
     prompt_tokens: IntCounter,
     cached_tokens: IntCounter,
     generation_tokens: IntCounter,
@@ -308,6 +332,9 @@ pub struct Metrics {
     frames: [IntGauge; 3],
     lent: IntGauge,
     reclaimed: IntCounter,
+    /// By state, as in `DIGEST_STATES`.
+    digest_places: [IntGauge; 2],
+    digests_loaded: IntCounter,
     tables: IntGauge,
     saving: IntGauge,
     guard_mass: Histogram,
@@ -327,6 +354,7 @@ impl Metrics {
             waiting: gauge(registry, WAITING)?,
             running: gauge(registry, RUNNING)?,
             preemptions: counter(registry, PREEMPTIONS)?,
+            parked: counter(registry, PARKED)?,
             prompt_tokens: counter(registry, PROMPT_TOKENS)?,
             cached_tokens: counter(registry, CACHED_TOKENS)?,
             generation_tokens: counter(registry, GENERATION_TOKENS)?,
@@ -346,6 +374,8 @@ impl Metrics {
             frames: gauges(registry, FRAMES)?,
             lent: gauge(registry, LENT)?,
             reclaimed: counter(registry, RECLAIMED)?,
+            digest_places: gauges(registry, DIGEST_PLACES)?,
+            digests_loaded: counter(registry, DIGESTS_LOADED)?,
             tables: gauge(registry, TABLES)?,
             saving: gauge(registry, SAVING)?,
             guard_mass: histogram(registry, GUARD_MASS)?,
@@ -366,6 +396,10 @@ impl Metrics {
 
     pub(crate) fn preempted(&self) {
         self.preemptions.inc();
+    }
+
+    pub(crate) fn parked(&self) {
+        self.parked.inc();
     }
 
     pub(crate) fn first_token(&self, since_submission: Duration) {
@@ -418,8 +452,11 @@ impl Metrics {
         advance(&self.evictions, num_evictions);
     }
 
-    /// The HBM tier after a step, and its lent frames: those of now, and those taken back since the start.
-    pub(crate) fn tier(&self, state: &TierState, lent: u64, reclaimed: u64) {
+    /// The HBM tier after a step, with its digests, and its lent frames: those of now, and those taken back since the start.
+    pub(crate) fn tier(&self, state: &TierState, digests: &DigestState, lent: u64, reclaimed: u64) {
+        self.digest_places[0].set((digests.places - digests.used) as i64);
+        self.digest_places[1].set(digests.used as i64);
+        advance(&self.digests_loaded, digests.loaded_bytes);
         let pages = &state.pages;
         let events = [pages.hits, pages.misses, pages.streamed, pages.evictions, pages.saved];
         self.pages.iter().zip(events).for_each(|(counter, total)| advance(counter, total));

@@ -2,10 +2,11 @@
 
 use model::{DeviceKv, Model, Workspace};
 use ops::coverage::Inspections;
+use ops::places::DigestState;
 use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow, Sampled};
 use ops::tier::TierState;
-use ops::{Backend, Batch, SeatIndex};
+use ops::{Backend, Batch, BlockIndex, SeatIndex};
 
 use crate::Runner;
 use crate::run::recycle;
@@ -84,6 +85,14 @@ impl<B: Backend> Runner for ModelRunner<B> {
         self.chunk_samples = recycle(chunk_samples);
     }
 
+    fn park(&mut self, seat: SeatIndex, table: &[BlockIndex]) {
+        self.kv.park(&mut self.backend, seat, table);
+    }
+
+    fn digest_state(&self) -> DigestState {
+        self.kv.digest_state(&self.backend)
+    }
+
     fn release(&mut self, seat: SeatIndex) {
         self.kv.release(&mut self.backend, seat);
     }
@@ -118,7 +127,7 @@ mod tests {
     use model::{KvSpec, Limits, Source, kv_geometry};
     use ops::reference::Reference;
     use ops::sample::SamplingParams;
-    use ops::{BlockIndex, DType, SeatIndex, SequenceRows};
+    use ops::{DType, SequenceRows};
 
     use super::*;
     use crate::TokenLogprobs;

@@ -1,10 +1,11 @@
 //! The second verb of a step: the model.
 
 use ops::coverage::Inspections;
+use ops::places::DigestState;
 use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow};
 use ops::tier::TierState;
-use ops::{Batch, SeatIndex};
+use ops::{Batch, BlockIndex, SeatIndex};
 
 use crate::engine::Engine;
 
@@ -20,6 +21,14 @@ pub trait Runner {
         inspections: &mut Inspections,
         out: &mut SampleOutput,
     );
+
+    /// Writes what the device alone holds of the sequence in `seat` to its blocks in `table`: it leaves its seat and keeps them.
+    fn park(&mut self, _seat: SeatIndex, _table: &[BlockIndex]) {}
+
+    /// How much of the digests is in HBM; zeros in unified memory.
+    fn digest_state(&self) -> DigestState {
+        DigestState::default()
+    }
 
     /// Forgets what the device holds for `seat`, whose sequence has left; comes before its blocks are used again.
     fn release(&mut self, _seat: SeatIndex) {}

@@ -9,6 +9,9 @@ use crate::run::Runner;
 /// again. Each needs memory for its selection.
 pub const REPLAY_ROWS: usize = 32;
 
+/// Blocks whose digests must find a place beyond those of a request that is admitted beside others.
+const PLACES_AHEAD: usize = 4;
+
 /// What a step may still take.
 struct StepBudget {
     /// Tokens of prompts, and of whatever else has more than one token to run.
@@ -23,14 +26,15 @@ impl<R: Runner> Engine<R> {
     pub(crate) fn schedule(&mut self, now: Duration) {
         self.rows.clear();
         let mut budget = StepBudget { tokens: self.config.max_inject_tokens, replay_rows: REPLAY_ROWS };
+        let mut places = self.config.tier.map_or(usize::MAX, |tier| tier.digest_places);
         let mut next = 0;
         while next < self.running.len() {
-            if self.make_room(next) {
+            if self.make_room(next) && self.make_places(next, &mut places) {
                 self.push_rows(next, &mut budget);
             }
             next += 1;
         }
-        while budget.tokens > 0 && self.admit_next(now) {
+        while budget.tokens > 0 && self.admit_next(&mut places, now) {
             self.push_rows(self.running.len() - 1, &mut budget);
         }
         assert!(self.rows.num_rows() > 0, "whenever there is work, some of it proceeds");
@@ -84,10 +88,51 @@ impl<R: Runner> Engine<R> {
             if self.kv.reserve(&mut sequence.kv, sequence.tokens.len()).is_ok() {
                 return true;
             }
+            if self.preempt_parked(0) {
+                continue;
+            }
             assert!(self.running.len() > 1, "a lone request fits, that was checked when it was submitted");
             self.preempt_youngest();
         }
         false
+    }
+
+    /// Takes places for the digests of `running[at]` from those that are left. Where they do not suffice, it and all younger ones
+    /// are parked: HBM has no room for what they need, DRAM has. The oldest always finds enough.
+    fn make_places(&mut self, at: usize, places: &mut usize) -> bool {
+        let sequence = &self.running[at];
+        let needed = sequence.digest_places(sequence.tokens.len(), self.config.page_tokens);
+        match places.checked_sub(needed) {
+            Some(left) => *places = left,
+            None => {
+                assert!(at > 0, "a lone request has places for its digests, that was checked at the start");
+                while self.running.len() > at {
+                    self.park_youngest();
+                }
+            }
+        }
+        at < self.running.len()
+    }
+
+    /// The youngest gives up its seat and waits with its blocks, at the front of the queue.
+    fn park_youngest(&mut self) {
+        let mut youngest = self.running.pop().expect("someone runs");
+        let seat = youngest.kv.seat().expect("who runs has a seat");
+        self.runner.park(seat, youngest.kv.blocks());
+        youngest.park(&mut self.kv);
+        self.metrics.parked();
+        self.waiting.push_front(youngest);
+    }
+
+    /// Takes the blocks of the youngest that is parked, but not of the first `spared`; returns whether there was one.
+    fn preempt_parked(&mut self, spared: usize) -> bool {
+        let parked = self.waiting.iter().take_while(|s| s.parked).count();
+        if parked <= spared {
+            return false;
+        }
+        self.waiting[parked - 1].preempt(&mut self.kv);
+        self.metrics.preempted();
+        true
     }
 
     /// The youngest goes back to the front of the queue, where it is still in order of arrival. Its sealed blocks stay
@@ -99,13 +144,49 @@ impl<R: Runner> Engine<R> {
         self.waiting.push_front(youngest);
     }
 
-    /// Admits the head of the queue if there is a place and blocks for all its known tokens and the next one.
-    fn admit_next(&mut self, now: Duration) -> bool {
+    /// Admits the head of the queue if there is a seat, blocks for all its known tokens and the next one, and some of `places`
+    /// for their digests.
+    fn admit_next(&mut self, places: &mut usize, now: Duration) -> bool {
         if self.running.len() == self.config.max_num_seqs {
             return false;
         }
-        let Some(sequence) = self.waiting.front_mut() else { return false };
+        let Some(sequence) = self.waiting.front() else { return false };
+        let num_tokens = sequence.admission_tokens();
+        let needed = sequence.digest_places(num_tokens, self.config.page_tokens);
+        // So that who begins beside others goes on for a while.
+        let ahead = if self.running.is_empty() || needed == 0 { 0 } else { PLACES_AHEAD };
+        let Some(left) = places.checked_sub(needed).filter(|left| *left >= ahead) else { return false };
+        let admitted = match sequence.parked {
+            true => self.admit_parked(num_tokens),
+            false => self.admit_anew(num_tokens, now),
+        };
+        if admitted {
+            *places = left;
+            let mut sequence = self.waiting.pop_front().expect("the head of the queue");
+            self.kv.take_seat(&mut sequence.kv);
+            self.running.push(sequence);
+        }
+        admitted
+    }
+
+    /// Lets the head of the queue go on with its blocks.
+    fn admit_parked(&mut self, num_tokens: usize) -> bool {
+        loop {
+            let sequence = &mut self.waiting[0];
+            if self.kv.reserve(&mut sequence.kv, num_tokens).is_ok() {
+                sequence.parked = false;
+                return true;
+            }
+            if !self.preempt_parked(1) {
+                return false;
+            }
+        }
+    }
+
+    /// Finds blocks for the head of the queue, those of its prefix first.
+    fn admit_anew(&mut self, num_tokens: usize, now: Duration) -> bool {
         let available = self.kv.num_available();
+        let sequence = &mut self.waiting[0];
         if available < sequence.admit_when_available {
             return false;
         }
@@ -114,7 +195,6 @@ impl<R: Runner> Engine<R> {
             None => self.kv.match_prefix(&mut sequence.kv, &sequence.tokens),
             Some(_) => 0,
         };
-        let num_tokens = sequence.admission_tokens();
         if let Err(short) = self.kv.reserve(&mut sequence.kv, num_tokens) {
             // Matching a long prompt costs time; it is worth another try only when this many could be had.
             let matched_unused = available - short.available;
@@ -122,10 +202,7 @@ impl<R: Runner> Engine<R> {
             self.kv.suspend(&mut sequence.kv);
             return false;
         }
-        self.kv.take_seat(&mut sequence.kv);
         sequence.admit(cached_tokens, now, &self.metrics);
-        let sequence = self.waiting.pop_front().expect("the head of the queue");
-        self.running.push(sequence);
         true
     }
 }

@@ -87,6 +87,8 @@ pub(crate) struct Sequence {
     pub(crate) attended: Attended,
     /// Whether that covered enough.
     pub(crate) guard: Guard,
+    /// Whether it waits with its blocks, for a place in HBM.
+    pub(crate) parked: bool,
     /// Extents of cache frames that it may hold per layer.
     pub(crate) quota: u32,
     /// What became of its pages, and what of that was counted since it took its seat.
@@ -136,6 +138,7 @@ impl Sequence {
             kv: kv::Sequence::new(0, shareable_tokens, arrival, blocks_max),
             attended: Attended::default(),
             guard: Guard::default(),
+            parked: false,
             quota: 0,
             pages: PageUse::default(),
             counted: SeatCounters::default(),
@@ -183,10 +186,24 @@ impl Sequence {
     pub(crate) fn preempt(&mut self, kv: &mut KvCache) {
         kv.suspend(&mut self.kv);
         self.num_preemptions += 1;
+        self.parked = false;
         self.quota = 0;
         self.counted = SeatCounters::default();
         tracing::debug!(request = self.id.0, tokens = self.tokens.len(), "preempted");
         self.admit_when_available = 0;
+    }
+
+    pub(crate) fn park(&mut self, kv: &mut KvCache) {
+        kv.park(&mut self.kv);
+        self.parked = true;
+        self.quota = 0;
+        self.counted = SeatCounters::default();
+        tracing::debug!(request = self.id.0, tokens = self.tokens.len(), "parked");
+    }
+
+    /// Blocks whose digests a step needs in HBM, if it has `num_tokens` tokens by then.
+    pub(crate) fn digest_places(&self, num_tokens: usize, page_tokens: usize) -> usize {
+        self.sparse.map_or(0, |_| num_tokens.div_ceil(page_tokens).max(self.kv.blocks().len()))
     }
 
     /// Appends what is to be sampled after rows `first_row..` that run the tokens at `positions`; returns whether the

@@ -88,6 +88,16 @@ impl KvCache {
         seat
     }
 
+    /// Has `sequence` leave its seat and keep its blocks: it will go on later, in another one. What its device holds alone must
+    /// be in its blocks by then.
+    ///
+    /// # Panics
+    /// When it has no seat.
+    pub fn park(&mut self, sequence: &mut Sequence) {
+        assert!(sequence.seat.is_some(), "who parks has run");
+        self.leave_seat(sequence);
+    }
+
     /// Seats that were left since this was last asked. A device must forget what it holds for them before the next step:
     /// their blocks may be others' by then.
     pub fn left_seats(&mut self) -> impl Iterator<Item = SeatIndex> {

@@ -75,7 +75,7 @@ impl<B: Backend> Model<B> {
         backend.rope_angles(angles, batch.positions, inv_freq, sets, self.rope.scale());
         backend.embed(residual, &self.embed, batch.tokens);
 
-        backend.balance(&mut kv.pages, batch);
+        kv.begin(backend, batch);
         for (index, layer) in self.layers.iter().enumerate() {
             backend.rms_norm(normed, residual, &layer.input_norm, eps);
             backend.linear_forward(qkv, normed, &layer.qkv);

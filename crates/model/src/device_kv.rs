@@ -1,9 +1,10 @@
 //! What a device keeps of a context.
 
+use ops::places::DigestState;
 use ops::residency::SeatCounters;
 use ops::sparse::{DigestSpec, SelectionLimits};
 use ops::tier::{TierSpec, TierState};
-use ops::{Backend, Gate, KvGeometry, SeatIndex};
+use ops::{Backend, BlockIndex, Gate, KvGeometry, SeatIndex};
 use sparse::trace::{Player, Recorder};
 
 use crate::Error;
@@ -34,6 +35,8 @@ pub struct KvSpec {
     pub tier: Option<TierSpec>,
     /// Digests, in the order by which methods name them.
     pub digests: Vec<DigestSpec>,
+    /// Blocks whose digests HBM has at a time, where it is apart.
+    pub digest_places: Option<usize>,
     /// The weights of those that a gate makes.
     pub gate: Option<Gate>,
     /// Bounds on selections; `None` where every request attends to everything.
@@ -43,7 +46,15 @@ pub struct KvSpec {
 impl KvSpec {
     /// For requests that all attend to everything, in unified memory.
     pub fn dense(geometry: KvGeometry, num_blocks: usize) -> Self {
-        KvSpec { geometry, num_blocks, tier: None, digests: Vec::new(), gate: None, selections: None }
+        KvSpec {
+            geometry,
+            num_blocks,
+            tier: None,
+            digests: Vec::new(),
+            digest_places: None,
+            gate: None,
+            selections: None,
+        }
     }
 }
 
@@ -56,7 +67,9 @@ impl<B: Backend> DeviceKv<B> {
     pub fn new(backend: &mut B, spec: &KvSpec) -> Result<Self, Error> {
         let KvSpec { geometry, num_blocks, tier, .. } = *spec;
         let gate = spec.gate.as_ref();
-        let digests = spec.digests.iter().map(|&digest| backend.digests(digest, geometry, num_blocks, gate));
+        let places = spec.digest_places;
+        let digests =
+            spec.digests.iter().map(|&digest| backend.digests(digest, geometry, num_blocks, places, gate));
         let digests = digests.collect::<Result<_, _>>()?;
         let selection = match spec.selections {
             None => None,
@@ -107,6 +120,28 @@ impl<B: Backend> DeviceKv<B> {
     /// The pages, for benches that fill them.
     pub fn pages(&mut self) -> &mut B::Kv {
         &mut self.pages
+    }
+
+    /// Begins a step of `batch`: quotas of frames, and digests in HBM.
+    pub(crate) fn begin(&mut self, backend: &mut B, batch: &ops::Batch) {
+        backend.balance(&mut self.pages, batch);
+        for digests in &mut self.digests {
+            backend.place_digests(digests, batch);
+        }
+    }
+
+    /// Writes what HBM alone has of `seat` to its blocks in `table`: see [`Backend::park`].
+    pub fn park(&mut self, backend: &mut B, seat: SeatIndex, table: &[BlockIndex]) {
+        backend.park(&mut self.pages, seat, table);
+    }
+
+    /// How much of the digests is in HBM: places are those of blocks, and the same for all kinds.
+    pub fn digest_state(&self, backend: &B) -> DigestState {
+        let mut sum = DigestState::default();
+        for state in self.digests.iter().map(|digests| backend.digest_state(digests)) {
+            sum = DigestState { loaded_bytes: sum.loaded_bytes + state.loaded_bytes, ..state };
+        }
+        sum
     }
 
     /// Makes the digests of the contexts of `batch`, whose pages were filled: for benches.

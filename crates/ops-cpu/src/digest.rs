@@ -6,7 +6,8 @@
 
 use half::{bf16, f16};
 use ops::cluster::{CLUSTER_TOKENS_MAX, Clustering};
-use ops::sparse::{DigestKind, DigestSpec, padded_width};
+use ops::places::{DigestState, Places};
+use ops::sparse::{Attention, DigestKind, DigestSpec, padded_width};
 use ops::{Batch, BlockIndex, DType, Error, KvGeometry, SequenceRows};
 
 use crate::fp8;
@@ -26,15 +27,39 @@ pub struct Digests {
     num_blocks: usize,
     /// Partitions that end in a block.
     per_block: usize,
+    /// In DRAM, by block.
     layers: Vec<Buffer<u8>>,
+    /// Those of some blocks once more, by place, where HBM is apart.
+    hbm: Option<Hbm>,
     /// What makes them, where weights do.
     gate: Option<Gate>,
     /// Memory of the threads that cluster keys, where digests are clusters.
     clusters: Option<(Isa, PerThread<Clustering>)>,
 }
 
+/// Blocks per task of a copy.
+const BLOCKS_PER_TASK: usize = 16;
+
+/// Digests in HBM.
+#[derive(Debug)]
+struct Hbm {
+    layers: Vec<Buffer<u8>>,
+    places: Places,
+    /// Of the step at hand: blocks that come from DRAM, and where to.
+    loads: Vec<(BlockIndex, usize)>,
+    loaded_bytes: u64,
+}
+
+/// Where digests of a layer are written.
+#[derive(Clone, Copy)]
+struct Targets {
+    dram: Shared<u8>,
+    hbm: Option<Shared<u8>>,
+}
+
 impl Digests {
-    /// Digests for `num_blocks` blocks; those of a gate are made at `isa` by `threads`.
+    /// Digests for `num_blocks` blocks, those of `places` blocks at a time in an HBM apart from DRAM if that is said; those of a
+    /// gate are made at `isa` by `threads`.
     ///
     /// # Errors
     /// Partitions that do not fit pages; a gate that does not fit; memory.
@@ -42,16 +67,24 @@ impl Digests {
         spec: DigestSpec,
         geometry: KvGeometry,
         num_blocks: usize,
+        places: Option<usize>,
         gate: Option<&ops::Gate>,
         (isa, threads): (Isa, usize),
     ) -> Result<Self, Error> {
         ops::Gate::check(gate, spec, &geometry)?;
         let gate = gate.filter(|_| matches!(spec.kind, DigestKind::Gate { .. }));
         spec.check(geometry.page_tokens)?;
-        let layer_bytes = num_blocks.saturating_mul(spec.block_bytes(&geometry) / geometry.num_layers);
-        let layers = (0..geometry.num_layers).map(|_| Buffer::zeroed(layer_bytes, "digests"));
+        let block_bytes = spec.block_bytes(&geometry) / geometry.num_layers;
+        let layers = |blocks: usize| {
+            let layer = || Buffer::zeroed(blocks.saturating_mul(block_bytes), "digests");
+            (0..geometry.num_layers).map(|_| layer()).collect::<Result<Vec<_>, Error>>()
+        };
         let per_block = spec.per_block(geometry.page_tokens);
-        let layers = layers.collect::<Result<_, _>>()?;
+        let hbm = places.map(|count| -> Result<_, Error> {
+            let places = Places::new(num_blocks, count);
+            Ok(Hbm { layers: layers(count)?, places, loads: Vec::with_capacity(count), loaded_bytes: 0 })
+        });
+        let (layers, hbm) = (layers(num_blocks)?, hbm.transpose()?);
         let gate = gate.map(|gate| Gate::new(isa, gate, spec.partition_tokens, threads)).transpose()?;
         let clusters = match spec.kind {
             DigestKind::Cluster { span_tokens, .. } => {
@@ -61,7 +94,7 @@ impl Digests {
             }
             _ => None,
         };
-        Ok(Digests { spec, geometry, num_blocks, per_block, layers, gate, clusters })
+        Ok(Digests { spec, geometry, num_blocks, per_block, layers, hbm, gate, clusters })
     }
 
     /// What they are.
@@ -93,7 +126,7 @@ impl Digests {
     /// When its block does not exist.
     pub fn digest(&self, layer: usize, table: &[BlockIndex], partition: usize, head: usize) -> &[u8] {
         let start = self.offset(table, partition) + head * self.head_bytes();
-        &self.layers[layer].as_slice()[start..start + self.digest_bytes()]
+        &self.layer(layer)[start..start + self.digest_bytes()]
     }
 
     /// Channels of a head.
@@ -112,23 +145,73 @@ impl Digests {
         self.per_block * self.digest_bytes()
     }
 
-    /// Offset in its layer of the digest of a partition for head 0.
+    /// Offset in its [layer](Digests::layer) of the digest of a partition for head 0.
     ///
     /// # Panics
-    /// When its block does not exist.
+    /// When its block does not exist, or its digests are not in HBM.
     #[inline(always)]
     pub fn offset(&self, table: &[BlockIndex], partition: usize) -> usize {
+        let (block, within) = self.home(table, partition);
+        let place = match &self.hbm {
+            None => block.at(),
+            Some(hbm) => hbm.places.of(block).expect("the digests that a step reads are in HBM"),
+        };
+        self.offset_at(place, within)
+    }
+
+    /// The block in which a partition ends, and which of those that end there it is.
+    #[inline(always)]
+    fn home(&self, table: &[BlockIndex], partition: usize) -> (BlockIndex, usize) {
         let page = self.geometry.page_tokens;
         let last = (partition + 1) * self.spec.partition_tokens - 1;
         let within = if self.per_block == 1 { 0 } else { last % page / self.spec.partition_tokens };
         let block = table[last / page];
         assert!(block.at() < self.num_blocks, "{block:?} of {}", self.num_blocks);
-        block.at() * self.geometry.kv_heads * self.head_bytes() + within * self.digest_bytes()
+        (block, within)
     }
 
-    /// All digests of a layer.
+    #[inline(always)]
+    fn offset_at(&self, place: usize, within: usize) -> usize {
+        place * self.geometry.kv_heads * self.head_bytes() + within * self.digest_bytes()
+    }
+
+    /// All digests of a layer that a step may read.
+    #[inline(always)]
     pub fn layer(&self, layer: usize) -> &[u8] {
-        self.layers[layer].as_slice()
+        self.hbm.as_ref().map_or(&self.layers, |hbm| &hbm.layers)[layer].as_slice()
+    }
+
+    /// See [`ops::Backend::place_digests`].
+    pub fn place(&mut self, pool: &mut Pool, batch: &Batch) {
+        let (block_bytes, page_tokens) =
+            (self.geometry.kv_heads * self.head_bytes(), self.geometry.page_tokens);
+        let Some(Hbm { layers, places, loads, loaded_bytes }) = &mut self.hbm else { return };
+        loads.clear();
+        let sparse = batch.sequences.iter().filter(|s| s.attention != Attention::Dense);
+        let blocks = sparse.flat_map(|s| &batch.block_table(s)[..s.context_tokens().div_ceil(page_tokens)]);
+        places.hold(blocks.copied(), |block, place| loads.push((block, place)));
+        let loads = &*loads;
+        for (from, to) in self.layers.iter().zip(layers) {
+            let (from, to) = (from.as_slice(), Shared(to.as_mut_ptr()));
+            pool.run(loads.len().div_ceil(BLOCKS_PER_TASK), &|task, _| {
+                for &(block, place) in loads.iter().skip(task * BLOCKS_PER_TASK).take(BLOCKS_PER_TASK) {
+                    let from = &from[block.at() * block_bytes..][..block_bytes];
+                    // SAFETY: a place of its own for each block, in HBM.
+                    unsafe {
+                        to.at(place * block_bytes).copy_from_nonoverlapping(from.as_ptr(), block_bytes);
+                    }
+                }
+            });
+        }
+        *loaded_bytes += (loads.len() * block_bytes * self.layers.len()) as u64;
+    }
+
+    /// Places in all, those that hold something, and bytes that came from DRAM; zeros where HBM is not apart.
+    pub fn places(&self) -> DigestState {
+        self.hbm.as_ref().map_or_else(DigestState::default, |hbm| {
+            let (places, used) = hbm.places.counts();
+            DigestState { places: places as u64, used: used as u64, loaded_bytes: hbm.loaded_bytes }
+        })
     }
 
     /// The digests of a block and head, without padding.
@@ -143,6 +226,41 @@ impl Digests {
             _ => dtype.read(digest, i),
         };
         digests.flat_map(|digest| (0..width).map(move |i| value(digest, i))).collect()
+    }
+}
+
+impl Digests {
+    /// Where the digests of a layer go.
+    fn targets(&mut self, layer: usize) -> Targets {
+        let hbm = self.hbm.as_mut().map(|hbm| Shared(hbm.layers[layer].as_mut_ptr()));
+        Targets { dram: Shared(self.layers[layer].as_mut_ptr()), hbm }
+    }
+
+    /// Has `encode` write the first `bytes` bytes of a digest in DRAM, and copies them to HBM if its block has a place there.
+    ///
+    /// # Safety
+    /// `to` is this layer's, and nobody else touches the digest.
+    unsafe fn write(
+        &self,
+        to: Targets,
+        table: &[BlockIndex],
+        partition: usize,
+        head: usize,
+        bytes: usize,
+        encode: impl FnOnce(&mut [u8]),
+    ) {
+        let (block, within) = self.home(table, partition);
+        let at = |place: usize| self.offset_at(place, within) + head * self.head_bytes();
+        // SAFETY: `home` checked that the block exists, and a place lies in HBM; the rest is the caller's promise.
+        unsafe {
+            let digest = to.dram.at(at(block.at()));
+            encode(std::slice::from_raw_parts_mut(digest, bytes));
+            if let Some((hbm, to)) = self.hbm.as_ref().zip(to.hbm)
+                && let Some(place) = hbm.places.of(block)
+            {
+                to.at(at(place)).copy_from_nonoverlapping(digest, bytes);
+            }
+        }
     }
 }
 
@@ -163,7 +281,7 @@ pub fn digest(pool: &mut Pool, digests: &mut Digests, kv: &Kv, layer: usize, bat
     if num_tasks == 0 {
         return;
     }
-    let to = Shared(digests.layers[layer].as_mut_ptr());
+    let to = digests.targets(layer);
     let digests = &*digests;
     pool.run(num_tasks, &|task, thread| {
         let mut task = task;
@@ -175,7 +293,6 @@ pub fn digest(pool: &mut Pool, digests: &mut Digests, kv: &Kv, layer: usize, bat
             }
             let partition = partitions.start + task;
             let pages = Pages::of(batch, s);
-            let offset = digests.offset(pages.table, partition);
             let positions = partition * length..(partition + 1) * length;
             // SAFETY: the pool says which thread this is.
             let gate = digests.gate().map(|g| (g, unsafe { g.turn_to(positions.clone(), thread) }));
@@ -187,16 +304,12 @@ pub fn digest(pool: &mut Pool, digests: &mut Digests, kv: &Kv, layer: usize, bat
                     None => summarise(digests.spec.kind.unrounded(), &keys, &mut values),
                 }
                 let width = digests.spec.kind.width(digests.geometry.head_dim);
-                // SAFETY: the digest lies in the layer, as `offset` checked, and belongs to this partition alone; rows
-                // of one batch complete a partition of a block once.
-                let bytes = unsafe {
-                    let start = to.at(offset + head * digests.head_bytes());
-                    std::slice::from_raw_parts_mut(start, digests.digest_bytes())
-                };
-                match digests.spec.kind {
+                let encode = |bytes: &mut [u8]| match digests.spec.kind {
                     DigestKind::Fp8(_) => fp8::encode(bytes, &values[..width]),
                     _ => store(bytes, &values[..width], digests.geometry.dtype),
-                }
+                };
+                // SAFETY: the digest belongs to this partition alone; rows of one batch complete a partition of a block once.
+                unsafe { digests.write(to, pages.table, partition, head, digests.digest_bytes(), encode) };
             }
             return;
         }
@@ -217,7 +330,7 @@ fn cluster_spans(
     if num_tasks == 0 {
         return;
     }
-    let to = Shared(digests.layers[layer].as_mut_ptr());
+    let to = digests.targets(layer);
     let digests = &*digests;
     let (isa, memory) = digests.clusters.as_ref().expect("clusters have memory");
     pool.run(num_tasks, &|task, thread| {
@@ -244,13 +357,11 @@ fn cluster_spans(
             let first = start / digests.spec.partition_tokens;
             for partition in 0..span_tokens / digests.spec.partition_tokens {
                 clustering.digest(partition, &mut values[..width]);
-                let offset = digests.offset(pages.table, first + partition) + head * digests.head_bytes();
-                // SAFETY: the digest lies in the layer, as `offset` checked, and belongs to this span and head alone: blocks
-                // are shared by whole spans, and rows of one batch complete a span once.
-                let bytes = unsafe {
-                    std::slice::from_raw_parts_mut(to.at(offset), width * digests.geometry.dtype.bytes())
-                };
-                store(bytes, &values[..width], digests.geometry.dtype);
+                let encode = |bytes: &mut [u8]| store(bytes, &values[..width], digests.geometry.dtype);
+                let bytes = width * digests.geometry.dtype.bytes();
+                // SAFETY: the digest belongs to this span and head alone: blocks are shared by whole spans, and rows of one batch
+                // complete a span once.
+                unsafe { digests.write(to, pages.table, first + partition, head, bytes, encode) };
             }
             return;
         }

@@ -40,6 +40,7 @@ mod tier;
 mod tile;
 
 use ops::coverage::Inspections;
+use ops::places::DigestState;
 use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow};
 use ops::sparse::{DigestSpec, SelectionLimits};
@@ -156,9 +157,10 @@ impl Backend for CpuBackend {
         spec: DigestSpec,
         geometry: KvGeometry,
         num_blocks: usize,
+        places: Option<usize>,
         gate: Option<&ops::Gate>,
     ) -> Result<Digests, Error> {
-        Digests::new(spec, geometry, num_blocks, gate, (self.isa, self.pool.threads()))
+        Digests::new(spec, geometry, num_blocks, places, gate, (self.isa, self.pool.threads()))
     }
 
     fn selection(&mut self, limits: SelectionLimits) -> Result<(Selections, u64), Error> {
@@ -234,6 +236,10 @@ impl Backend for CpuBackend {
         batch: &Batch,
     ) {
         pages::append(self.isa, &mut self.pool, kv, layer, qkv, heads, qk_norm, angles, batch);
+    }
+
+    fn place_digests(&mut self, digests: &mut Digests, batch: &Batch) {
+        digests.place(&mut self.pool, batch);
     }
 
     fn digest(&mut self, digests: &mut Digests, kv: &Kv, layer: usize, batch: &Batch) {
@@ -330,6 +336,16 @@ impl Backend for CpuBackend {
         if let Some(tier) = &mut kv.tier {
             tier.release(seat);
         }
+    }
+
+    fn park(&mut self, kv: &mut Kv, seat: SeatIndex, table: &[BlockIndex]) {
+        if let Some(tier) = &mut kv.tier {
+            tier.park(&mut kv.dram, seat, table);
+        }
+    }
+
+    fn digest_state(&self, digests: &Digests) -> DigestState {
+        digests.places()
     }
 
     fn saved_tokens(&mut self, kv: &mut Kv, seat: SeatIndex) -> usize {

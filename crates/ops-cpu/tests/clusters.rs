@@ -53,7 +53,7 @@ impl World {
         }
         let kind = DigestKind::Cluster { span_tokens: span, sink_tokens: 4 };
         let spec = DigestSpec { kind, partition_tokens: partition };
-        let mut digests = backend.digests(spec, geometry, table.len(), None).expect("memory");
+        let mut digests = backend.digests(spec, geometry, table.len(), None, None).expect("memory");
         let positions: Vec<u32> = (0..CONTEXT as u32).collect();
         for first in (0..CONTEXT).step_by(chunk) {
             let count = chunk.min(CONTEXT - first);

@@ -52,7 +52,8 @@ fn run(isa: Isa, dtype: DType, reduce: Reduce, (most, least): (i32, i32), seed: 
         }
     }
     let spec = |kind| DigestSpec { kind, partition_tokens: PAGE };
-    let digests = KINDS.map(|kind| backend.digests(spec(kind), geometry, table.len(), None).expect("memory"));
+    let digests =
+        KINDS.map(|kind| backend.digests(spec(kind), geometry, table.len(), None, None).expect("memory"));
     let mut digests = Vec::from(digests);
     let positions: Vec<u32> = (0..CONTEXT as u32).collect();
     let sequence = |first: usize, attention| SequenceRows {

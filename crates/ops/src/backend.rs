@@ -1,6 +1,7 @@
 //! The trait that a device implements.
 
 use crate::coverage::Inspections;
+use crate::places::DigestState;
 use crate::residency::SeatCounters;
 use crate::sample::{SampleOutput, SampleRow};
 use crate::sparse::{DigestSpec, SelectionLimits};
@@ -138,11 +139,15 @@ pub trait Backend {
 
     /// Digests for a pool of `num_blocks` blocks of `geometry`: `num_blocks * spec.block_bytes(geometry)` bytes, which
     /// may be committed lazily. Those of a gate need its weights, which are copied.
+    ///
+    /// Without `places` they are read where they are. With them, HBM has those of so many blocks at a time, which
+    /// [`Backend::place_digests`] chooses, and DRAM all of them.
     fn digests(
         &mut self,
         spec: DigestSpec,
         geometry: KvGeometry,
         num_blocks: usize,
+        places: Option<usize>,
         gate: Option<&Gate>,
     ) -> Result<Self::Digests, Error>;
 
@@ -196,6 +201,10 @@ pub trait Backend {
     /// Before the first layer of a step: gives every seat of `batch` its quota, taking frames from those that have too many
     /// first. In unified memory nothing.
     fn balance(&mut self, kv: &mut Self::Kv, batch: &Batch);
+
+    /// Before the first layer of a step: brings the digests of the blocks of its sparse sequences to HBM, where there are places;
+    /// see [`crate::places`]. Those blocks must not be more than the places.
+    fn place_digests(&mut self, digests: &mut Self::Digests, batch: &Batch);
 
     /// For each row `[q | k | v]` of `qkv`: normalises every head of q and k by `qk_norm` (weights `[head_dim]`, eps)
     /// where given, rotates q and k by `angles` (half-split pairs `(c, c + head_dim / 2)`, Su et al. 2021), both in
@@ -311,6 +320,13 @@ pub trait Backend {
 
     /// Forgets what HBM holds for `seat`, once everything that it was saving is in DRAM.
     fn release(&mut self, kv: &mut Self::Kv, seat: SeatIndex);
+
+    /// Writes what HBM alone has of the pages of `seat` to their blocks in `table`, those that are open among them: its sequence
+    /// keeps its blocks, leaves its seat, and goes on in another one later. In unified memory nothing.
+    fn park(&mut self, kv: &mut Self::Kv, seat: SeatIndex, table: &[BlockIndex]);
+
+    /// How much of `digests` is in HBM.
+    fn digest_state(&self, digests: &Self::Digests) -> DigestState;
 
     /// Tokens of `seat` whose pages are clean in all layers; everything in unified memory.
     fn saved_tokens(&mut self, kv: &mut Self::Kv, seat: SeatIndex) -> usize;

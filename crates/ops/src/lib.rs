@@ -19,6 +19,7 @@ mod dtype;
 pub mod fp8;
 mod gate;
 mod page;
+pub mod places;
 mod random;
 pub mod reference;
 pub mod residency;

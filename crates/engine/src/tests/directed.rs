@@ -349,7 +349,8 @@ fn shutdown_fails_everyone_and_drain_nobody() {
 /// Receipts and metrics tell the same pages, also of requests that were preempted.
 #[test]
 fn pages_are_counted_once() {
-    let tier = TierShare { extents: 12, layers: 2, kv_heads: 2, rule: QuotaRule::Adaptive };
+    let tier =
+        TierShare { extents: 12, layers: 2, kv_heads: 2, rule: QuotaRule::Adaptive, digest_places: 99 };
     let mut bench = Bench::new(Config { tier: Some(tier), ..config(20) });
     let listeners: Vec<Listener> = (0..4)
         .map(|i| {
@@ -369,6 +370,41 @@ fn pages_are_counted_once() {
     assert!(usages.iter().all(|u| u.pages.resident_peak == 5 && u.pages.stall_nanos > 0));
     assert_eq!(bench.metric("sparseserve_hbm_frames", Some("empty")), 32.0 * 6.0);
     assert!(bench.metric("sparseserve_kv_stall_seconds_total", None) > 0.0);
+}
+
+/// HBM with the digests of one long request: the others wait with their blocks, and lose them only where DRAM is short, too.
+#[test]
+fn who_has_no_place_for_its_digests_is_parked() {
+    for (num_blocks, preempts) in [(100, false), (34, true)] {
+        let config = config(num_blocks);
+        let tier = TierShare {
+            extents: 12,
+            layers: 2,
+            kv_heads: 2,
+            rule: QuotaRule::Adaptive,
+            digest_places: config.max_context.div_ceil(config.page_tokens).min(num_blocks),
+        };
+        let mut bench = Bench::new(Config { tier: Some(tier), ..config });
+        // Dense ones need no digests, and go on.
+        let dense = bench.start(request(prompt(9, 20), 60)).1;
+        let sparse = |i: u32| Request { sparse: Some(sparse(8, 16)), ..request(prompt(i, 50), 90) };
+        let listeners: Vec<Listener> = (0..3).map(|i| bench.start(sparse(i)).1).collect();
+        bench.finish();
+        assert_eq!(dense.tokens(), expected_answer(&request(prompt(9, 20), 60), 200).0);
+        for (i, listener) in listeners.iter().enumerate() {
+            assert_eq!(
+                listener.tokens(),
+                expected_answer(&sparse(i as u32), 200).0,
+                "{i} in {num_blocks} blocks"
+            );
+        }
+        assert!(bench.metric("sparseserve_parked_total", None) > 0.0, "{num_blocks} blocks");
+        assert_eq!(
+            bench.metric("sparseserve_preemptions_total", None) > 0.0,
+            preempts,
+            "{num_blocks} blocks"
+        );
+    }
 }
 
 #[test]

@@ -33,6 +33,7 @@ struct Seen {
     answers: usize,
     cached_tokens: u32,
     preemptions: u32,
+    parked: f64,
     evictions: f64,
     /// Of guards: checks, doubled budgets, and requests that attended to everything in the end.
     guarded: [f64; 3],
@@ -46,12 +47,6 @@ fn random_config(random: &mut Random) -> Config {
     config.max_inject_tokens = [1, 3, 8, 17, 64, 300][random.below(6)];
     config.max_context = 60 + random.below(160);
     config.prefix_cache = random.below(5) > 0;
-    config.tier = (random.below(2) == 0).then(|| TierShare {
-        extents: random.below(100),
-        layers: 2,
-        kv_heads: 2,
-        rule: [QuotaRule::Adaptive, QuotaRule::Fixed(2)][random.below(2)],
-    });
     config.guard = (random.below(2) == 0).then(|| GuardRule {
         rate_ppm: [100_000, 1_000_000][random.below(2)],
         bytes_per_token: [60, 400, 1 << 40][random.below(3)],
@@ -60,6 +55,18 @@ fn random_config(random: &mut Random) -> Config {
         key_page_bytes: 64,
     });
     config.prefix_limit = if random.below(4) == 0 { Some(random.below(100)) } else { None };
+    if random.below(2) == 0 {
+        config.num_blocks += 60;
+    }
+    // As many as the longest request needs, or more.
+    let longest = config.max_context.div_ceil(config.page_tokens).min(config.num_blocks);
+    config.tier = (random.below(2) == 0).then(|| TierShare {
+        extents: random.below(100),
+        layers: 2,
+        kv_heads: 2,
+        rule: [QuotaRule::Adaptive, QuotaRule::Fixed(2)][random.below(2)],
+        digest_places: longest + random.below(2) * random.below(60),
+    });
     config
 }
 
@@ -230,6 +237,7 @@ fn fuzz(seed: u64, num_ops: usize, fault: Option<Fault>) -> Seen {
         check_answer(l, &config, &mut seen);
     }
     seen.evictions = bench.metric("sparseserve_kv_block_evictions_total", None);
+    seen.parked = bench.metric("sparseserve_parked_total", None);
     let actions = "sparseserve_guard_actions_total";
     seen.guarded = [
         bench.metric("sparseserve_guard_attention_mass", None),
@@ -253,11 +261,13 @@ fn answers_do_not_depend_on_what_else_runs() {
         total.cached_tokens += seen.cached_tokens;
         total.preemptions += seen.preemptions;
         total.evictions += seen.evictions;
+        total.parked += seen.parked;
         total.guarded.iter_mut().zip(seen.guarded).for_each(|(sum, n)| *sum += n);
     }
     println!("{total:?}");
     assert!(total.answers > 5000, "{total:?}");
     assert!(total.cached_tokens > 1000 && total.preemptions > 100 && total.evictions > 1000.0, "{total:?}");
+    assert!(total.parked > 50.0, "{total:?}");
     assert!(total.guarded.iter().all(|&n| n > 100.0), "{total:?}");
 }
 
@@ -269,11 +279,11 @@ fn canary_lost_writes_are_noticed() {
     }
 }
 
-/// Blocks that are shared before they are in DRAM, seats that are taken over with what lies there, and a guard that looks at
-/// others.
+/// Blocks that are shared before they are in DRAM, seats that are taken over with what lies there, open pages that are lost, and
+/// coverage that depends on others.
 #[test]
 fn canary_a_careless_device_is_noticed() {
-    for fault in [Fault::SavesNothing, Fault::KeepsSeats, Fault::CoversByLoad] {
+    for fault in [Fault::SavesNothing, Fault::KeepsSeats, Fault::ForgetsParked, Fault::CoversByLoad] {
         let noticed = (0..120).any(|seed| std::panic::catch_unwind(|| fuzz(seed, 600, Some(fault))).is_err());
         assert!(noticed, "{fault:?} and nobody noticed");
     }

@@ -8,7 +8,7 @@ use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow, Sampled};
 use ops::sparse::Attention;
 use ops::tier::TierState;
-use ops::{Batch, Random, SeatIndex, SequenceRows};
+use ops::{Batch, BlockIndex, Random, SeatIndex, SequenceRows};
 
 use super::fake_tier::FakeTier;
 use crate::guard::GuardRule;
@@ -213,6 +213,8 @@ pub enum Fault {
     SavesNothing,
     /// Keeps what it holds for seats that were left.
     KeepsSeats,
+    /// Forgets what was not saved of a sequence that is parked.
+    ForgetsParked,
     /// Finds that a selection covers less when others run, too.
     CoversByLoad,
 }
@@ -266,7 +268,7 @@ impl Runner for FakeRunner {
     ) {
         batch.check(self.page_tokens);
         assert!(!batch.tokens.contains(&PANIC_TOKEN), "the fake model was asked to panic");
-        let slot = |table: &[ops::BlockIndex], position: usize| {
+        let slot = |table: &[BlockIndex], position: usize| {
             table[position / self.page_tokens].at() * self.page_tokens + position % self.page_tokens
         };
         self.num_steps += 1;
@@ -348,6 +350,12 @@ impl Runner for FakeRunner {
         }
         if let Some(tier) = &mut self.tier {
             tier.save(batch, &mut self.kv);
+        }
+    }
+
+    fn park(&mut self, seat: SeatIndex, table: &[BlockIndex]) {
+        if let Some(tier) = self.tier.as_mut().filter(|_| self.fault != Some(Fault::ForgetsParked)) {
+            tier.park(seat, table, &mut self.kv);
         }
     }
 

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use ops::residency::SeatCounters;
+use ops::sparse::Attention;
 use ops::tier::TierState;
 use ops::{Batch, BlockIndex, Random, SeatIndex, SequenceRows};
 
@@ -15,6 +16,7 @@ pub struct FakeTier {
     page_tokens: usize,
     /// Extents per layer.
     extents: usize,
+    digest_places: usize,
     seats: BTreeMap<SeatIndex, Seat>,
     state: TierState,
 }
@@ -24,23 +26,29 @@ struct Seat {
     /// By position, what is not saved.
     written: BTreeMap<usize, Kv>,
     saved: usize,
+    /// Its first token here; those before it in its page were parked.
+    from: usize,
     table: Vec<BlockIndex>,
     counters: SeatCounters,
 }
 
 impl FakeTier {
-    pub fn new(seed: u64, page_tokens: usize, extents: usize) -> Self {
+    pub fn new(seed: u64, page_tokens: usize, extents: usize, digest_places: usize) -> Self {
         FakeTier {
             random: Random::new(seed),
             page_tokens,
             extents,
+            digest_places,
             seats: BTreeMap::new(),
             state: TierState::default(),
         }
     }
 
-    /// Before a step: quotas fit.
+    /// Before a step: quotas and digests fit.
     pub fn check(&self, batch: &Batch) {
+        let sparse = batch.sequences.iter().filter(|s| s.attention != Attention::Dense);
+        let blocks: usize = sparse.map(|s| batch.block_table(s).len()).sum();
+        assert!(blocks <= self.digest_places, "digests of {blocks} blocks in {} places", self.digest_places);
         let quotas: usize = batch.sequences.iter().map(|s| s.quota as usize).sum();
         assert!(quotas <= self.extents, "quotas of {quotas} extents of {}", self.extents);
     }
@@ -49,7 +57,7 @@ impl FakeTier {
         let first = sequence.first_position as usize;
         let seat = self.seats.entry(sequence.seat).or_insert_with(|| {
             // Whole pages before it were computed by others.
-            Seat { saved: first / self.page_tokens * self.page_tokens, ..Seat::default() }
+            Seat { saved: first / self.page_tokens * self.page_tokens, from: first, ..Seat::default() }
         });
         assert!(seat.saved <= first, "{:?} goes on where it was", sequence.seat);
         seat.written.insert(position, kv);
@@ -85,6 +93,16 @@ impl FakeTier {
         }
     }
 
+    /// Writes everything that is not saved to DRAM, that of the page that is open, too.
+    pub fn park(&mut self, seat: SeatIndex, table: &[BlockIndex], dram: &mut [Option<Kv>]) {
+        let Some(seat) = self.seats.get_mut(&seat) else { return };
+        for (&position, &kv) in &seat.written {
+            let slot =
+                table[position / self.page_tokens].at() * self.page_tokens + position % self.page_tokens;
+            dram[slot] = Some(kv);
+        }
+    }
+
     pub fn saved_tokens(&self, seat: SeatIndex) -> usize {
         self.seats.get(&seat).map_or(0, |seat| seat.saved)
     }
@@ -102,7 +120,7 @@ impl Seat {
     /// Saves pages below `end`, if they are not saved.
     fn save(&mut self, page_tokens: usize, end: usize, dram: &mut [Option<Kv>]) {
         while self.saved / page_tokens < end {
-            for position in self.saved..self.saved + page_tokens {
+            for position in self.saved.max(self.from)..self.saved + page_tokens {
                 let kv = self.written.remove(&position).expect("a full page was written");
                 let slot = self.table[position / page_tokens].at() * page_tokens + position % page_tokens;
                 dram[slot] = Some(kv);

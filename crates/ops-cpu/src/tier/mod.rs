@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use ops::residency::{EXTENT_FRAMES, FrameIndex, Residency, SeatCounters};
 use ops::tier::{TierLayout, TierSpec, TierState};
-use ops::{Batch, Error, KvGeometry, SPLIT_TOKENS, SeatIndex, SequenceRows};
+use ops::{Batch, BlockIndex, Error, KvGeometry, SPLIT_TOKENS, SeatIndex, SequenceRows};
 
 use crate::memory::{Buffer, Shared};
 use crate::pages::Layers;
@@ -371,6 +371,20 @@ impl Tier {
                 arena[frame.at() * bytes..(frame.at() + 1) * bytes].fill(0xff);
             }
         });
+    }
+
+    /// Writes the pages of `seat` that were not sent to DRAM yet to their blocks in `table`.
+    pub fn park(&mut self, dram: &mut Layers, seat: SeatIndex, table: &[BlockIndex]) {
+        let block_bytes = self.geometry.kv_heads * self.geometry.page_bytes();
+        for layer in 0..self.geometry.num_layers {
+            let Home { from, end, sent, .. } = self.homes[self.home(seat, layer)];
+            for page in from.max(sent) as usize..end as usize {
+                let frame = self.ring_frame(seat, layer, page) * self.geometry.page_bytes();
+                let pages = &self.arena.as_slice()[frame..frame + block_bytes];
+                dram.run_mut(layer, table[page], 1).copy_from_slice(pages);
+            }
+            self.saved_bytes += u64::from(end - from.max(sent).min(end)) * block_bytes as u64;
+        }
     }
 
     /// Tokens of `seat` that are in DRAM in all layers.

@@ -252,7 +252,7 @@ impl<B: Backend> Bench<B> {
         }
         let gate = gate_of(case, seed);
         let digests =
-            case.digests.iter().map(|&spec| backend.digests(spec, geometry, num_blocks, gate.as_ref()));
+            case.digests.iter().map(|&spec| backend.digests(spec, geometry, num_blocks, None, gate.as_ref()));
         let digests = digests.collect::<Result<Vec<_>, _>>().expect("memory");
         let context_max = rows.iter().map(|r| r.context).max().expect("rows");
         let num_rows = rows.iter().map(|r| r.rows).sum();

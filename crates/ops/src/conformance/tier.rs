@@ -104,6 +104,11 @@ fn cases() -> Vec<Case> {
     ]
 }
 
+/// Blocks whose digests HBM has at a time: not those of all requests that there can be.
+fn places_of(num_blocks: usize) -> usize {
+    num_blocks / 2
+}
+
 /// A device with its cache.
 struct World<'a, B: Backend> {
     backend: &'a mut B,
@@ -130,7 +135,9 @@ impl<'a, B: Backend> World<'a, B> {
         tier: Option<TierSpec>,
     ) -> Self {
         let heads = case.heads;
-        let digests = case.digests.iter().map(|&spec| backend.digests(spec, geometry, num_blocks, None));
+        let places = tier.map(|_| places_of(num_blocks));
+        let digests =
+            case.digests.iter().map(|&spec| backend.digests(spec, geometry, num_blocks, places, None));
         let digests = digests.collect::<Result<Vec<_>, _>>().expect("memory");
         let rows = INJECT + SEATS;
         let limits = SelectionLimits::new(&case.methods, heads, geometry.page_tokens, rows, CONTEXT);
@@ -138,6 +145,19 @@ impl<'a, B: Backend> World<'a, B> {
         backend.reserve(heads, rows, SEATS, CONTEXT, heads.qkv_cols()).expect("scratch");
         let kv = backend.kv(geometry, num_blocks, tier).expect("memory");
         World { backend, kv, digests, selection }
+    }
+
+    fn begin(&mut self, batch: &Batch) {
+        self.backend.balance(&mut self.kv, batch);
+        for digests in &mut self.digests {
+            self.backend.place_digests(digests, batch);
+        }
+    }
+
+    /// A sequence leaves its seat and keeps its blocks.
+    fn park(&mut self, seat: SeatIndex, table: &[BlockIndex]) {
+        self.backend.park(&mut self.kv, seat, table);
+        self.backend.release(&mut self.kv, seat);
     }
 
     /// One layer of a step; `given` selections take the place of its own.
@@ -259,6 +279,17 @@ impl Traffic {
         self.requests.push(Request { seat, blocks, shared, prompt, done, attention, key });
     }
 
+    /// Lets a request that has run leave its seat and go on in another one, or in the same if no other is free; returns its place
+    /// and the seat that it left.
+    fn change_seat(&mut self) -> Option<(usize, SeatIndex)> {
+        let taken = |seat: SeatIndex| self.requests.iter().any(|r| r.seat == seat);
+        let free = (0..SEATS as u32).map(SeatIndex).find(|seat| !taken(*seat));
+        let at = self.requests.iter().position(|r| r.done > r.shared * self.page_tokens)?;
+        let left = self.requests[at].seat;
+        self.requests[at].seat = free.unwrap_or(left);
+        Some((at, left))
+    }
+
     /// Lets a request go; returns its seat.
     fn leave(&mut self) -> Option<SeatIndex> {
         if self.requests.is_empty() {
@@ -290,6 +321,7 @@ impl Step {
     fn of(traffic: &mut Traffic, quota_max: usize) -> Self {
         let mut step = Step::default();
         let mut inject = INJECT;
+        let mut places = places_of(traffic.owners.len());
         for request in &mut traffic.requests {
             let left = (request.blocks.len() * traffic.page_tokens).min(CONTEXT) - request.done;
             if left == 0 || traffic.random.below(6) == 0 {
@@ -305,9 +337,12 @@ impl Step {
             };
             let rows = rows.min(left).min(if rows > 1 { inject } else { 1 });
             let rows = if in_prompt { rows.min(request.prompt - request.done) } else { rows };
-            if rows == 0 {
+            let blocks = (request.done + rows).div_ceil(traffic.page_tokens);
+            let placed = if request.attention == Attention::Dense { 0 } else { blocks };
+            if rows == 0 || placed > places {
                 continue;
             }
+            places -= placed;
             inject -= if rows > 1 { rows } else { 0 };
             let (row, table) = (step.tokens.len() as u32, step.tables.len() as u32);
             step.positions.extend(request.done as u32..(request.done + rows) as u32);
@@ -417,6 +452,7 @@ fn run<B: Backend>(
     let quota_max =
         tiered.backend.tier_state(&tiered.kv).map_or(0, |s| s.cache_frames as usize / 32 / LAYERS);
     let mut seen = [0; 5];
+    let mut parked = 0;
     for number in 0..40 {
         let what = format!("{what} step {number}");
         if traffic.random.below(12) == 0
@@ -425,6 +461,14 @@ fn run<B: Backend>(
             count(&mut seen, &tiered, seat);
             tiered.backend.release(&mut tiered.kv, seat);
             oracle.backend.release(&mut oracle.kv, seat);
+        }
+        if traffic.random.below(6) == 0
+            && let Some((request, seat)) = traffic.change_seat()
+        {
+            count(&mut seen, &tiered, seat);
+            tiered.park(seat, &traffic.requests[request].blocks);
+            oracle.park(seat, &traffic.requests[request].blocks);
+            parked += 1;
         }
         let saved: Vec<usize> = (0..SEATS as u32)
             .map(|seat| tiered.backend.saved_tokens(&mut tiered.kv, SeatIndex(seat)))
@@ -435,8 +479,8 @@ fn run<B: Backend>(
             continue;
         }
         let batch = step.batch(&case.methods);
-        tiered.backend.balance(&mut tiered.kv, &batch);
-        oracle.backend.balance(&mut oracle.kv, &batch);
+        tiered.begin(&batch);
+        oracle.begin(&batch);
         for layer in 0..LAYERS {
             let qkv = step.qkv(layer, case.heads.qkv_cols());
             let expected = unified.layer(case, layer, &qkv, &batch, None);
@@ -475,6 +519,8 @@ fn run<B: Backend>(
         "{what}"
     );
     seen[4] = got.extra_waves;
+    let loaded = tiered.backend.digest_state(&tiered.digests[0]).loaded_bytes;
+    assert!(parked > 0 && loaded > 0, "{what} is no test: {parked} parked, {loaded} bytes of digests loaded");
     seen
 }
 

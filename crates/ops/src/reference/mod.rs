@@ -10,6 +10,7 @@ mod tier;
 use tier::NaiveTier;
 
 use crate::coverage::Inspections;
+use crate::places::DigestState;
 use crate::residency::SeatCounters;
 use crate::sample::{SampleOutput, SampleRow, SampleScratch, sample};
 use crate::sparse::{DigestSpec, SelectionLimits};
@@ -174,6 +175,7 @@ impl Backend for Reference {
         spec: DigestSpec,
         geometry: KvGeometry,
         num_blocks: usize,
+        _places: Option<usize>,
         gate: Option<&Gate>,
     ) -> Result<DigestTable, Error> {
         Gate::check(gate, spec, &geometry)?;
@@ -315,6 +317,8 @@ impl Backend for Reference {
         }
     }
 
+    fn place_digests(&mut self, _digests: &mut DigestTable, _batch: &Batch) {}
+
     fn digest(&mut self, digests: &mut DigestTable, kv: &Pages, layer: usize, batch: &Batch) {
         batch.check(kv.geometry.page_tokens);
         digests.update(kv, layer, batch);
@@ -413,6 +417,12 @@ impl Backend for Reference {
         if let Some(tier) = &mut kv.tier {
             tier.release(seat);
         }
+    }
+
+    fn park(&mut self, _kv: &mut Pages, _seat: SeatIndex, _table: &[BlockIndex]) {}
+
+    fn digest_state(&self, _digests: &DigestTable) -> DigestState {
+        DigestState::default()
     }
 
     fn saved_tokens(&mut self, kv: &mut Pages, seat: SeatIndex) -> usize {

@@ -149,6 +149,7 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
     let context_end = (args.context + args.steps + 1).max(args.prefill.unwrap_or(0));
     settings.max_context.get_or_insert(context_end);
     settings.max_num_seqs = args.batch;
+    settings.parks = false;
     let device = Profiled::new(load::device(&settings.compute)?);
     let prepared = Prepared::on(device, load::source(&choice)?, &settings)?;
     let blocks = prepared.geometry.blocks(context_end);

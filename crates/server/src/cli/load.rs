@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use engine::{Config, Handle, Metrics, ModelRunner, REPLAY_ROWS, TierShare};
 use indicatif::{ProgressBar, ProgressStyle};
 use model::{Checkpoint, DeviceKv, KvSpec, Limits, Model, ModelConfig, Rope, Source, Workspace};
+use ops::places::Places;
 use ops::sparse::{DigestSpec, SelectionLimits};
 use ops::tier::{TierLayout, TierSpec, TooSmall};
 use ops::{Backend, DType, DeviceInfo, Gate, KvGeometry};
@@ -83,31 +84,46 @@ pub struct Tier {
     pub spec: TierSpec,
     /// How it divides that.
     pub layout: TierLayout,
-    /// Bytes of digests, which lie in HBM, too.
+    /// Blocks whose digests lie in HBM at a time.
+    pub digest_places: usize,
+    /// Bytes of those, and of the tables that lead to them.
     pub digest_bytes: u64,
     /// The least that would do for all of it.
     pub smallest_bytes: u64,
 }
 
 impl Tier {
-    /// What `plan` leaves beside the digests of all blocks, for sequences as in `spec`.
+    /// Divides the HBM of `plan` between digests and what `spec` says. Digests of all requests that may run at once are there, if half
+    /// of it suffices, or `parks` says that none of them can wait; those of the longest request in any case.
     fn new(
         spec: TierSpec,
         geometry: &KvGeometry,
         plan: &MemoryPlan,
-        digest_block_bytes: u64,
+        digests: &[DigestSpec],
+        parks: bool,
     ) -> Result<Self, Failure> {
-        let digest_bytes = plan.num_blocks as u64 * digest_block_bytes;
         let Err(TooSmall { smallest }) = spec.layout(geometry) else {
             unreachable!("no tier works without a byte")
         };
-        let smallest_bytes = digest_bytes + smallest;
+        let block_bytes: u64 = digests.iter().map(|d| d.block_bytes(geometry) as u64).sum();
+        let longest = geometry.blocks(spec.context_max);
+        let all = plan.num_blocks.min(longest.saturating_mul(spec.seats));
+        let room = plan.hbm_bytes.saturating_sub(smallest).min(plan.hbm_bytes / 2);
+        let digest_places = match room.checked_div(block_bytes) {
+            Some(blocks) if parks => (blocks as usize).clamp(longest, all),
+            _ => all,
+        };
+        let bytes_of = |places: usize| {
+            places as u64 * block_bytes + digests.len() as u64 * Places::bytes(plan.num_blocks, places)
+        };
+        let digest_bytes = bytes_of(digest_places);
+        let smallest_bytes = bytes_of(if parks { longest } else { all }) + smallest;
         let spec = TierSpec { bytes: plan.hbm_bytes.saturating_sub(digest_bytes), ..spec };
         let layout = spec.layout(geometry).map_err(|_| {
             Failure::input(format!(
                 "--hbm is too small: digests {} + one wave and the open pages of {} requests {} = {}, and --hbm allows {}; \
                  --hbm {} would do, lower --max-num-seqs or --max-inject-tokens need less",
-                Bytes(digest_bytes),
+                Bytes(smallest_bytes - smallest),
                 spec.seats,
                 Bytes(smallest),
                 Bytes(smallest_bytes),
@@ -115,7 +131,7 @@ impl Tier {
                 smallest_bytes,
             ))
         })?;
-        Ok(Tier { spec, layout, digest_bytes, smallest_bytes })
+        Ok(Tier { spec, layout, digest_places, digest_bytes, smallest_bytes })
     }
 }
 
@@ -224,7 +240,7 @@ impl<B: Backend> Prepared<B> {
         demand.activation_bytes = workspace.bytes() + step_bytes;
         let plan = MemoryPlan::new(limit, &demand, settings.dram)?;
         let tier =
-            tier.map(|spec| Tier::new(spec, &geometry, &plan, demand.digest_block_bytes)).transpose()?;
+            tier.map(|spec| Tier::new(spec, &geometry, &plan, &digests, settings.parks)).transpose()?;
         let device = backend.info();
         let recorder = settings.sparse.recorder(&geometry)?;
         Ok(Prepared {
@@ -268,6 +284,7 @@ impl<B: Backend> Prepared<B> {
                 layers: self.geometry.num_layers,
                 kv_heads: self.geometry.kv_heads,
                 rule: settings.quota_rule,
+                digest_places: tier.digest_places,
             }),
             guard: settings
                 .sparse
@@ -319,6 +336,7 @@ impl<B: Backend> Prepared<B> {
             num_blocks: self.plan.num_blocks,
             tier: self.tier.map(|tier| tier.spec),
             digests: self.digests,
+            digest_places: self.tier.map(|tier| tier.digest_places),
             gate: self.gate,
             selections: self.selections,
         };

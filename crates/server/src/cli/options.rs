@@ -114,7 +114,7 @@ pub struct SparseOptions {
     #[arg(long, value_name = "SHARE", env = "SPARSESERVE_GUARD_RATE")]
     pub guard_rate: Option<f64>,
     /// Attention mass, of 1, that a selection must cover; else the budget of its request doubles, at most twice, and after that it
-    /// attends to everything [default: 0.9]
+    /// attends to everything [default: 0.5]
     #[arg(long, value_name = "SHARE", env = "SPARSESERVE_GUARD_MASS")]
     pub guard_mass: Option<f64>,
     /// Keys that such checks may read per generated token of a request [default: 1MiB]

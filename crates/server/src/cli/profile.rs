@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use ops::coverage::Inspections;
+use ops::places::DigestState;
 use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow};
 use ops::sparse::{DigestSpec, SelectionLimits};
@@ -115,9 +116,10 @@ impl<B: Backend> Backend for Profiled<B> {
         spec: DigestSpec,
         geometry: KvGeometry,
         num_blocks: usize,
+        places: Option<usize>,
         gate: Option<&Gate>,
     ) -> Result<B::Digests, Error> {
-        self.inner.digests(spec, geometry, num_blocks, gate)
+        self.inner.digests(spec, geometry, num_blocks, places, gate)
     }
 
     fn selection(&mut self, limits: SelectionLimits) -> Result<(B::Selection, u64), Error> {
@@ -181,6 +183,10 @@ impl<B: Backend> Backend for Profiled<B> {
         batch: &Batch,
     ) {
         self.timed("append", (0, 0), |b| b.append(kv, layer, qkv, heads, qk_norm, angles, batch));
+    }
+
+    fn place_digests(&mut self, digests: &mut B::Digests, batch: &Batch) {
+        self.timed("place digests", (0, 0), |b| b.place_digests(digests, batch));
     }
 
     fn digest(&mut self, digests: &mut B::Digests, kv: &B::Kv, layer: usize, batch: &Batch) {
@@ -272,6 +278,14 @@ impl<B: Backend> Backend for Profiled<B> {
 
     fn release(&mut self, kv: &mut B::Kv, seat: SeatIndex) {
         self.inner.release(kv, seat);
+    }
+
+    fn park(&mut self, kv: &mut B::Kv, seat: SeatIndex, table: &[BlockIndex]) {
+        self.inner.park(kv, seat, table);
+    }
+
+    fn digest_state(&self, digests: &B::Digests) -> DigestState {
+        self.inner.digest_state(digests)
     }
 
     fn saved_tokens(&mut self, kv: &mut B::Kv, seat: SeatIndex) -> usize {

@@ -117,9 +117,10 @@ impl fmt::Display for Screen<'_> {
             let cache = (tier.layout.extents * EXTENT_FRAMES * geometry.page_bytes()) as u64;
             writeln!(
                 f,
-                "    HBM          {}: cache {}, digests {}, the rest open pages, waves and tables; at least {}",
+                "    HBM          {}: cache {}, digests of {} tokens {}, the rest open pages, waves and tables; at least {}",
                 Bytes(plan.hbm_bytes),
                 Bytes(cache),
+                tier.digest_places * geometry.page_tokens,
                 Bytes(tier.digest_bytes),
                 Bytes(tier.smallest_bytes),
             )?;

@@ -122,6 +122,8 @@ pub struct EngineSettings {
     pub hbm: Option<Size>,
     /// How requests share it.
     pub quota_rule: QuotaRule,
+    /// Whether requests for whose digests it has no room may wait with their KV in DRAM.
+    pub parks: bool,
     /// Whether known beginnings of prompts are taken from the KV pool.
     pub prefix_cache: bool,
     /// What generated tokens attend to.
@@ -165,6 +167,7 @@ impl EngineSettings {
             page_tokens,
             dram: options.dram,
             hbm: options.hbm,
+            parks: true,
             quota_rule: quota_rule(options.buffering.as_deref())?,
             prefix_cache: !options.no_prefix_cache.unwrap_or(false),
             sparse: SparseSettings::resolve(options.sparse)?,

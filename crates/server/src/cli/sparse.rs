@@ -17,7 +17,7 @@ use super::size::Size;
 const BUDGET: Budget = Budget::Tokens(1024);
 
 /// What a guard asks for where nobody says: see `docs/policies`.
-const GUARD_MASS: f64 = 0.9;
+const GUARD_MASS: f64 = 0.5;
 const GUARD_BYTES: Size = Size::Bytes(1 << 20);
 
 /// What requests may ask for, and what they get if they don't ask.
@@ -192,7 +192,7 @@ mod tests {
             ..Default::default()
         })
         .expect("resolves");
-        let guard = GuardSettings { rate_ppm: 250_000, mass_min_permille: 900, bytes_per_token: 1 << 20 };
+        let guard = GuardSettings { rate_ppm: 250_000, mass_min_permille: 500, bytes_per_token: 1 << 20 };
         assert_eq!(settings.guard, Some(guard));
         assert_eq!(settings.served.names().collect::<Vec<_>>(), ["quest", "dense", "arkvale"]);
         assert_eq!(settings.budget.tokens(800), 100);

@@ -100,6 +100,23 @@ fn answers_do_not_depend_on_the_size_of_hbm() {
     }
 }
 
+/// HBM with room for the digests of two prompts and part of their answers: who does not find room any more waits with its KV.
+#[test]
+fn answers_do_not_depend_on_who_is_parked() {
+    let (unified, ..) = answers(&[]);
+    let refused = output_within(&mut sparseserve(&[&["serve", "--hbm", "1KiB"], &FLAGS[..]].concat()), SOON);
+    let said = text(&refused.stderr);
+    // Half of HBM is for digests: of one request of 2560 tokens, as the refusal tells, and of 1.75 such requests.
+    let one = said.split("digests ").nth(1).and_then(|rest| rest.split(" MiB").next());
+    let one: f64 = one.and_then(|mib| mib.parse().ok()).unwrap_or_else(|| panic!("digests in {said}"));
+    let (tiered, _, metrics) = answers(&["--hbm", &format!("{:.0}KiB", 2.0 * 1.75 * 1024.0 * one)]);
+    assert_eq!(tiered, unified);
+    assert!(metric(&metrics, "sparseserve_parked_total") > 0, "{metrics}");
+    assert_eq!(metric(&metrics, "sparseserve_preemptions_total"), 0);
+    assert!(metric(&metrics, "sparseserve_digest_bytes_loaded_total") > 0);
+    assert!(metric(&metrics, "sparseserve_hbm_digest_places{state=\"held\"}") > 0);
+}
+
 /// A guard that finds too little covered widens budgets: by the same checks, at the same tokens, whatever HBM holds and whoever
 /// is preempted.
 #[test]

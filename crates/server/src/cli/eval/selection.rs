@@ -127,7 +127,7 @@ impl Step {
         let (mut digests, methods) = (Vec::new(), Vec::from_iter(method));
         for spec in served.digests() {
             let spec = spec.with_gate(self.gate.as_ref());
-            let mut made = backend.digests(spec, geometry, num_blocks, self.gate.as_ref())?;
+            let mut made = backend.digests(spec, geometry, num_blocks, None, self.gate.as_ref())?;
             let positions: Vec<u32> = (0..=position).collect();
             let prompt = rows(0, tokens, tokens, Attention::Dense);
             let batch = batch(&positions, &positions, std::slice::from_ref(&prompt), &table, &methods);
