@@ -3,6 +3,7 @@
 //! naive model says; every resident page must equal its copy in DRAM.
 
 use super::{Random, Reference, assert_same_bits, heads_of, normals, rows_of, tensor};
+use crate::residency::EvictionRule;
 use crate::sparse::{
     Always, Attention, DigestKind, DigestSpec, Method, Reduce, Rule, Scope, Score, SelectionLimits,
 };
@@ -354,6 +355,7 @@ pub fn check_tiers<B: Backend>(make: &mut dyn FnMut() -> B, dtype: DType, seed: 
             context_max: CONTEXT,
             inject_tokens_max: INJECT,
             partition_tokens_max: partitions.max().unwrap_or(1),
+            eviction: EvictionRule::Bucketed,
             poison: true,
         };
         let Err(TooSmall { smallest }) = spec.layout(&geometry) else { panic!("nothing is too small") };
