@@ -161,7 +161,7 @@ impl Fuzz {
                 family: random.below(4),
                 num_tokens: 1 + random.below(self.num_blocks * self.page_tokens / 2),
                 salt: u64::from(random.below(8) == 0),
-                shareable_tokens: if random.below(3) == 0 { random.below(64) } else { usize::MAX },
+                shareable_tokens: if random.below(2) == 0 { random.below(64) } else { usize::MAX },
             };
         }
         let pick = random.below(self.live.len());

@@ -253,16 +253,14 @@ fn drive(rule: EvictionRule, seed: u64, operations: usize) -> Bench {
 #[test]
 fn tables_do_what_the_model_does() {
     for rule in EvictionRule::ALL {
-        let mut old = 0;
+        let (mut all, mut old) = (SeatCounters::default(), 0);
         for seed in 0..6 * crate::conformance::seed_factor() {
             let bench = drive(rule, seed, 2000);
-            let totals = bench.tables.totals();
-            let least = totals.hits.min(totals.misses).min(totals.evictions);
-            let expected = if bench.calm { 100 } else { 1000 };
-            assert!(least > expected, "{} seed {seed}: {totals:?}", rule.name());
+            all.add(&bench.tables.totals());
             old += bench.naive.old;
         }
-        assert!(old > 100, "{}: {old} victims of great age", rule.name());
+        let least = all.hits.min(all.misses).min(all.evictions);
+        assert!(least > 5000 && old > 100, "{}: {old} victims of great age of {all:?}", rule.name());
     }
 }
 
