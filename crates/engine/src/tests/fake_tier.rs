@@ -3,11 +3,13 @@
 
 use std::collections::BTreeMap;
 
+use kv::QuotaRule;
 use ops::residency::SeatCounters;
 use ops::tier::TierState;
 use ops::{Batch, BlockIndex, Random, SeatIndex, SequenceRows};
 
 use super::fake_runner::Kv;
+use crate::config::TierShare;
 
 /// A tier whose saves take a random number of steps.
 pub struct FakeTier {
@@ -15,6 +17,8 @@ pub struct FakeTier {
     page_tokens: usize,
     /// Extents per layer.
     extents: usize,
+    /// Whether each sequence may hold them all.
+    shared: bool,
     seats: BTreeMap<SeatIndex, Seat>,
     state: TierState,
 }
@@ -29,11 +33,12 @@ struct Seat {
 }
 
 impl FakeTier {
-    pub fn new(seed: u64, page_tokens: usize, extents: usize) -> Self {
+    pub fn new(seed: u64, page_tokens: usize, tier: &TierShare) -> Self {
         FakeTier {
             random: Random::new(seed),
             page_tokens,
-            extents,
+            extents: tier.extents / tier.layers,
+            shared: tier.rule == QuotaRule::Shared,
             seats: BTreeMap::new(),
             state: TierState::default(),
         }
@@ -41,7 +46,8 @@ impl FakeTier {
 
     /// Before a step: quotas fit.
     pub fn check(&self, batch: &Batch) {
-        let quotas: usize = batch.sequences.iter().map(|s| s.quota as usize).sum();
+        let quotas = batch.sequences.iter().map(|s| s.quota as usize);
+        let quotas: usize = if self.shared { quotas.max().unwrap_or(0) } else { quotas.sum() };
         assert!(quotas <= self.extents, "quotas of {quotas} extents of {}", self.extents);
     }
 
