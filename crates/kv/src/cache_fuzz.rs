@@ -4,10 +4,10 @@
 //! plays the device: every slot holds a digest of all that precedes it, written through the block table and read back
 //! through it, so that a block in two places or with another prompt's content shows.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use ops::Random;
+use ops::{Random, SeatIndex};
 
 use crate::{Counts, KvCache, Sequence};
 
@@ -15,8 +15,12 @@ use crate::{Counts, KvCache, Sequence};
 enum Op {
     /// A new sequence takes its cached prefix.
     Start { family: usize, num_tokens: usize, salt: u64, shareable_tokens: usize },
-    /// A sequence reserves and writes more of its tokens.
-    Advance { pick: usize, num_tokens: usize },
+    /// A sequence reserves and writes more of its tokens, all but the last `unsaved` of which are in DRAM then.
+    Advance { pick: usize, num_tokens: usize, unsaved: usize },
+    /// A sequence without a seat takes one.
+    Sit { pick: usize },
+    /// Somebody asks which seats were left.
+    Left,
     /// A sequence ends.
     Free { pick: usize },
     /// A sequence stops, to go on later.
@@ -35,6 +39,8 @@ enum Bug {
     MatchesWholePrompt,
     IgnoresSalt,
     ForgetsOwn,
+    PublishesUnsaved,
+    TakesHighestSeat,
 }
 
 /// A published prefix: (salt, who may find its last block, its tokens).
@@ -80,6 +86,8 @@ struct Live {
     num_written: usize,
     num_blocks: usize,
     num_published: usize,
+    /// Tokens that are in DRAM; all of them in unified memory.
+    num_saved: usize,
 }
 
 /// How a sequence lets go of its blocks.
@@ -97,6 +105,12 @@ struct Fuzz {
     run_blocks: usize,
     num_blocks: usize,
     real: KvCache,
+    /// Whether saving takes its time.
+    tiered: bool,
+    free_seats: BTreeSet<SeatIndex>,
+    /// In the order in which they were left.
+    left_seats: Vec<SeatIndex>,
+    num_seated: usize,
     live: Vec<Live>,
     suspended: Vec<Identity>,
     /// Shareable tokens of every sequence that was started, by owner.
@@ -110,8 +124,14 @@ struct Fuzz {
 }
 
 impl Fuzz {
-    fn new(bug: Bug, num_blocks: usize, page_tokens: usize, run_blocks: usize, hash_mask: u64) -> Self {
-        let mut real = KvCache::new(num_blocks, page_tokens, run_blocks, 8);
+    fn new(bug: Bug, random: &mut Random, hash_mask: u64) -> Self {
+        let num_blocks = 8 + random.below(60);
+        let page_tokens = [1, 4, 8][random.below(3)];
+        // A bug shows first in what the canaries expect where runs are single blocks.
+        let run_blocks = if bug == Bug::None { [1, 1, 2, 3][random.below(4)] } else { 1 };
+        let num_seats = 1 + random.below(8);
+        let tiered = random.below(2) == 0;
+        let mut real = KvCache::new(num_blocks, page_tokens, run_blocks, num_seats);
         real.weaken_hash(hash_mask);
         Fuzz {
             bug,
@@ -119,6 +139,10 @@ impl Fuzz {
             run_blocks,
             num_blocks,
             real,
+            tiered,
+            free_seats: (0..num_seats as u32).map(SeatIndex).collect(),
+            left_seats: Vec::new(),
+            num_seated: 0,
             live: Vec::new(),
             suspended: Vec::new(),
             shareable: Vec::new(),
@@ -137,16 +161,24 @@ impl Fuzz {
                 family: random.below(4),
                 num_tokens: 1 + random.below(self.num_blocks * self.page_tokens / 2),
                 salt: u64::from(random.below(8) == 0),
-                shareable_tokens: if random.below(3) == 0 { random.below(64) } else { usize::MAX },
+                shareable_tokens: if random.below(2) == 0 { random.below(64) } else { usize::MAX },
             };
         }
         let pick = random.below(self.live.len());
-        match random.below(24) {
+        match random.below(29) {
+            24..27 => Op::Sit { pick },
+            27 => Op::Left,
+            // Soon, before others take its blocks.
+            28 if !self.suspended.is_empty() => Op::Resume { pick: self.suspended.len() - 1 },
             0..2 => Op::Free { pick },
             2..4 => Op::Suspend { pick },
             4 => Op::Discard { pick },
             5..7 if !self.suspended.is_empty() => Op::Resume { pick: random.below(self.suspended.len()) },
-            _ => Op::Advance { pick, num_tokens: 1 + random.below(3 * self.page_tokens) },
+            _ => Op::Advance {
+                pick,
+                num_tokens: 1 + random.below(3 * self.page_tokens),
+                unsaved: random.below(3) * random.below(1 + self.page_tokens * self.run_blocks),
+            },
         }
     }
 
@@ -166,7 +198,12 @@ impl Fuzz {
                 let id = self.suspended.swap_remove(pick);
                 self.start(id);
             }
-            Op::Advance { pick, num_tokens } => self.advance(pick, num_tokens),
+            Op::Advance { pick, num_tokens, unsaved } => self.advance(pick, num_tokens, unsaved),
+            Op::Sit { pick } => self.sit(pick),
+            Op::Left => {
+                let left: Vec<SeatIndex> = self.real.left_seats().collect();
+                assert_eq!(left, std::mem::take(&mut self.left_seats), "left seats");
+            }
             Op::Free { pick } => self.free(pick, End::Free),
             Op::Suspend { pick } => self.free(pick, End::Suspend),
             Op::Discard { pick } => self.free(pick, End::Discard),
@@ -192,7 +229,14 @@ impl Fuzz {
         }
         assert_eq!(matched, blocks * self.page_tokens, "matched prefix");
         self.num_resumed += matched.saturating_sub(*shareable_tokens);
-        self.live.push(Live { id, kv, num_written: matched, num_blocks: blocks, num_published: blocks });
+        self.live.push(Live {
+            id,
+            kv,
+            num_written: matched,
+            num_blocks: blocks,
+            num_published: blocks,
+            num_saved: matched,
+        });
     }
 
     fn counts(&self) -> Counts {
@@ -202,7 +246,20 @@ impl Fuzz {
         Counts { free: self.num_blocks - shared - private - cached, in_use: shared + private, cached }
     }
 
-    fn advance(&mut self, pick: usize, num_tokens: usize) {
+    fn sit(&mut self, pick: usize) {
+        let kv = &mut self.live[pick].kv;
+        if kv.seat().is_some() || self.free_seats.is_empty() {
+            return;
+        }
+        let expected = match self.bug {
+            Bug::TakesHighestSeat => self.free_seats.pop_last(),
+            _ => self.free_seats.pop_first(),
+        };
+        assert_eq!(Some(self.real.take_seat(kv)), expected, "the lowest free seat");
+        self.num_seated += 1;
+    }
+
+    fn advance(&mut self, pick: usize, num_tokens: usize, unsaved: usize) {
         let counts = self.counts();
         let live = &mut self.live[pick];
         let target = (live.num_written + num_tokens).min(live.id.tokens.len());
@@ -228,10 +285,13 @@ impl Fuzz {
             let slot = block.at() * self.page_tokens + position % self.page_tokens;
             self.memory[slot] = live.id.digest(position, self.run_blocks * self.page_tokens);
         }
-        self.real.advance(&mut live.kv, &live.id.tokens[..target], usize::MAX);
+        live.num_saved = live.num_saved.max(target.saturating_sub(unsaved));
+        let saved = if self.tiered { live.num_saved } else { usize::MAX };
+        self.real.advance(&mut live.kv, &live.id.tokens[..target], saved);
         live.num_written = target;
         let run_tokens = self.run_blocks * self.page_tokens;
-        for i in live.num_published / self.run_blocks..target / run_tokens {
+        let saved = if self.bug == Bug::PublishesUnsaved { usize::MAX } else { saved };
+        for i in live.num_published / self.run_blocks..target.min(saved) / run_tokens {
             let prefix = live.id.prefix(i + 1, run_tokens);
             self.published.entry(prefix).or_insert(Published { users: 0, released: 0 }).users += 1;
             live.num_published += self.run_blocks;
@@ -240,6 +300,12 @@ impl Fuzz {
 
     fn free(&mut self, pick: usize, end: End) {
         let mut live = self.live.swap_remove(pick);
+        if let Some(seat) = live.kv.seat() {
+            self.free_seats.insert(seat);
+            if !self.left_seats.contains(&seat) {
+                self.left_seats.push(seat);
+            }
+        }
         match end {
             End::Free => self.real.free(&mut live.kv),
             End::Suspend => self.real.suspend(&mut live.kv),
@@ -284,6 +350,7 @@ impl Fuzz {
         for live in &self.live {
             assert_eq!(live.kv.num_tokens(), live.num_written);
             assert_eq!(live.kv.blocks().len(), live.num_blocks);
+            assert_eq!(live.kv.num_published, live.num_published, "published blocks");
             // The digest of a position covers all before it, so the last one of each block is enough.
             let ends = (1..=live.num_written).filter(|n| n % self.page_tokens == 0 || *n == live.num_written);
             for n in ends {
@@ -299,16 +366,24 @@ impl Fuzz {
     }
 }
 
-/// Returns how many evictions, shared tokens and tokens found again the run has seen, so that a test can tell an idle fuzz.
-fn fuzz(bug: Bug, seed: u64, num_ops: usize, hash_mask: u64) -> (u64, usize, usize) {
+/// What a run has seen, so that a test can tell an idle fuzz.
+#[derive(Debug)]
+struct Seen {
+    evictions: u64,
+    /// Tokens of others, and of their own, that sequences found.
+    shared: usize,
+    resumed: usize,
+    /// Times that a sequence took a seat.
+    seated: usize,
+    /// Times that a sequence had sealed blocks which were not saved.
+    unsaved: usize,
+}
+
+fn fuzz(bug: Bug, seed: u64, num_ops: usize, hash_mask: u64) -> Seen {
     println!("seed {seed}");
     let mut random = Random::new(seed);
-    let num_blocks = 8 + random.below(60);
-    let page_tokens = [1, 4, 8][random.below(3)];
-    // A bug shows first in what the canaries expect where runs are single blocks.
-    let run_blocks = if bug == Bug::None { [1, 1, 2, 3][random.below(4)] } else { 1 };
-    let mut fuzz = Fuzz::new(bug, num_blocks, page_tokens, run_blocks, hash_mask);
-    let mut num_shared = 0;
+    let mut fuzz = Fuzz::new(bug, &mut random, hash_mask);
+    let (mut num_shared, mut num_unsaved) = (0, 0);
     for _ in 0..num_ops {
         let op = fuzz.draw(&mut random);
         let before = fuzz.live.len();
@@ -316,21 +391,33 @@ fn fuzz(bug: Bug, seed: u64, num_ops: usize, hash_mask: u64) -> (u64, usize, usi
         if fuzz.live.len() > before {
             num_shared += fuzz.live[before].num_written;
         }
+        let run_tokens = fuzz.run_blocks * fuzz.page_tokens;
+        let held_back = |l: &&Live| l.num_published * fuzz.page_tokens + run_tokens <= l.num_written;
+        num_unsaved += fuzz.live.iter().filter(held_back).count();
     }
     while !fuzz.live.is_empty() {
         fuzz.apply(Op::Free { pick: 0 });
     }
     assert_eq!(fuzz.real.counts().in_use, 0);
-    (fuzz.num_evictions, num_shared, fuzz.num_resumed)
+    Seen {
+        evictions: fuzz.num_evictions,
+        shared: num_shared,
+        resumed: fuzz.num_resumed,
+        seated: fuzz.num_seated,
+        unsaved: num_unsaved,
+    }
 }
 
 #[test]
 fn agrees_with_the_model() {
     let seen: Vec<_> =
         (0..24 * ops::conformance::seed_factor()).map(|seed| fuzz(Bug::None, seed, 2000, u64::MAX)).collect();
-    assert!(seen.iter().map(|s| s.0).sum::<u64>() > 1000, "blocks were evicted: {seen:?}");
-    assert!(seen.iter().map(|s| s.1).sum::<usize>() > 1000, "prefixes were shared: {seen:?}");
-    assert!(seen.iter().map(|s| s.2).sum::<usize>() > 500, "sequences went on: {seen:?}");
+    let sum = |count: fn(&Seen) -> usize| seen.iter().map(count).sum::<usize>();
+    assert!(sum(|s| s.evictions as usize) > 1000, "blocks were evicted: {seen:?}");
+    assert!(sum(|s| s.shared) > 1000, "prefixes were shared: {seen:?}");
+    assert!(sum(|s| s.resumed) > 500, "sequences went on: {seen:?}");
+    assert!(sum(|s| s.seated) > 1000, "seats were taken: {seen:?}");
+    assert!(sum(|s| s.unsaved) > 1000, "blocks waited to be saved: {seen:?}");
 }
 
 #[test]
@@ -369,5 +456,21 @@ fn canary_forgotten_tokens_are_noticed() {
 fn canary_ignored_salt_is_noticed() {
     for seed in 0..24 {
         fuzz(Bug::IgnoresSalt, seed, 2000, u64::MAX);
+    }
+}
+
+#[test]
+#[should_panic(expected = "published blocks")]
+fn canary_published_before_saved_is_noticed() {
+    for seed in 0..24 {
+        fuzz(Bug::PublishesUnsaved, seed, 2000, u64::MAX);
+    }
+}
+
+#[test]
+#[should_panic(expected = "the lowest free seat")]
+fn canary_wrong_seat_is_noticed() {
+    for seed in 0..24 {
+        fuzz(Bug::TakesHighestSeat, seed, 2000, u64::MAX);
     }
 }

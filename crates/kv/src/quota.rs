@@ -8,6 +8,9 @@
 //!
 //! Invariant: quotas depend on what the requests asked for and missed, and nothing that they change is visible in an answer.
 
+use std::cmp::Ordering;
+use std::collections::BinaryHeap;
+
 use ops::SeatIndex;
 use ops::residency::SeatCounters;
 
@@ -29,8 +32,10 @@ pub enum QuotaRule {
     /// By its own miss curve.
     #[default]
     Adaptive,
-    /// A multiple of its mandatory frames; 0 is what a step needs and no more.
+    /// A multiple of its mandatory frames; 0 is what a step needs, rounded up to extents, and no more (SPIN's mandatory-only).
     Fixed(u32),
+    /// Nothing is decided: requests share all frames, and each may hold every one.
+    Shared,
 }
 
 /// What a sequence of the next step asks for.
@@ -112,6 +117,33 @@ impl Curve {
     }
 }
 
+/// The next level of a want, that which saves most on top; of equal ones that of the first want.
+#[derive(Clone, Copy, Debug)]
+struct NextLevel {
+    saves: f32,
+    want: usize,
+}
+
+impl Ord for NextLevel {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.saves.total_cmp(&other.saves).then(other.want.cmp(&self.want))
+    }
+}
+
+impl PartialOrd for NextLevel {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for NextLevel {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for NextLevel {}
+
 /// The quotas of all seats.
 #[derive(Clone, Debug)]
 pub struct Quotas {
@@ -122,6 +154,7 @@ pub struct Quotas {
     /// Of the last division: extents per layer of each want.
     granted: Vec<u32>,
     levels: Vec<usize>,
+    next: BinaryHeap<NextLevel>,
     lent: u32,
     reclaimed: u64,
 }
@@ -135,6 +168,7 @@ impl Quotas {
             curves: vec![Curve::new(); seats],
             granted: Vec::with_capacity(seats),
             levels: Vec::with_capacity(seats),
+            next: BinaryHeap::with_capacity(seats),
             lent: 0,
             reclaimed: 0,
         }
@@ -168,10 +202,14 @@ impl Quotas {
     /// Divides the extents among `wants`, in order of arrival: extents per layer of each, never more than there are.
     ///
     /// Whoever comes first gets its mandatory frames first; one for whom they do not suffice gets none by right, for fewer
-    /// serve no step whole, but may be lent what is left.
+    /// serve no step whole, but may be lent what is left. Where all is shared, each gets everything.
     pub fn divide(&mut self, wants: &[Want]) -> &[u32] {
         self.granted.clear();
         self.levels.clear();
+        if self.rule == QuotaRule::Shared {
+            self.granted.resize(wants.len(), self.extents);
+            return &self.granted;
+        }
         let mut spare = self.extents;
         for want in wants {
             let mandatory = want.mandatory.min(want.useful);
@@ -189,14 +227,10 @@ impl Quotas {
                 }
             }
             QuotaRule::Adaptive => {
-                while let Some(best) = self.next_level(wants, spare) {
-                    let more = wants[best].mandatory.min(wants[best].useful - self.granted[best]);
-                    self.granted[best] += more;
-                    self.levels[best] += 1;
-                    spare -= more;
-                }
+                let spare = self.raise(wants, spare);
                 self.lend(wants, spare);
             }
+            QuotaRule::Shared => {}
         }
         for (want, &level) in wants.iter().zip(&self.levels) {
             self.curves[want.seat.at()].move_to(level);
@@ -204,21 +238,39 @@ impl Quotas {
         &self.granted
     }
 
-    /// Whose next level saves most misses per frame, if any saves enough; of equal ones the first.
-    fn next_level(&self, wants: &[Want], spare: u32) -> Option<usize> {
-        let mut best: Option<(usize, f32)> = None;
-        for (i, want) in wants.iter().enumerate() {
-            let more = want.mandatory.min(want.useful - self.granted[i]);
-            if self.granted[i] == 0 || more == 0 || more > spare || self.levels[i] == LEVELS {
-                continue;
-            }
-            // Misses are per mandatory page, and so is a level: their quotient is misses per frame.
-            let saves = self.curves[want.seat.at()].saves(self.levels[i] + 1);
-            if saves >= WORTH && best.is_none_or(|(_, most)| saves > most) {
-                best = Some((i, saves));
+    /// Spends `spare` extents on levels, that which saves most misses per frame first, as long as they save enough; returns
+    /// what is left.
+    fn raise(&mut self, wants: &[Want], mut spare: u32) -> u32 {
+        self.next.clear();
+        for at in 0..wants.len() {
+            self.next.extend(self.next_level(wants, at));
+        }
+        while let Some(NextLevel { want, .. }) = self.next.pop() {
+            let more = self.more(wants, want);
+            // One that is too large now is too large from now on.
+            if more <= spare {
+                self.granted[want] += more;
+                self.levels[want] += 1;
+                spare -= more;
+                self.next.extend(self.next_level(wants, want));
             }
         }
-        best.map(|(i, _)| i)
+        spare
+    }
+
+    /// Extents of the next level of a want.
+    fn more(&self, wants: &[Want], at: usize) -> u32 {
+        wants[at].mandatory.min(wants[at].useful - self.granted[at])
+    }
+
+    /// The next level of a want, if it has one that saves enough.
+    fn next_level(&self, wants: &[Want], at: usize) -> Option<NextLevel> {
+        if self.granted[at] == 0 || self.more(wants, at) == 0 || self.levels[at] == LEVELS {
+            return None;
+        }
+        // Misses are per mandatory page, and so is a level: their quotient is misses per frame.
+        let saves = self.curves[wants[at].seat.at()].saves(self.levels[at] + 1);
+        (saves >= WORTH).then_some(NextLevel { saves, want: at })
     }
 
     /// Lends `spare` extents in equal parts to those who can use them.
@@ -299,7 +351,45 @@ mod tests {
         assert_eq!(fixed.divide(&[want(0, 6, 20), want(1, 6, 100)]), [20, 30]);
     }
 
-    /// Whatever is asked for: no more than there is, no more than is useful, and everything in use or useless.
+    /// By search: in each round the level that saves most of those that fit, of equal ones the first.
+    fn divide_naively(quotas: &Quotas, wants: &[Want]) -> Vec<u32> {
+        let mut naive = Quotas { next: BinaryHeap::new(), ..quotas.clone() };
+        (naive.granted, naive.levels) = (Vec::new(), vec![0; wants.len()]);
+        let mut spare = naive.extents;
+        for want in wants {
+            let mandatory = want.mandatory.min(want.useful);
+            naive.granted.push(if mandatory <= spare { mandatory } else { 0 });
+            spare -= naive.granted[naive.granted.len() - 1];
+        }
+        loop {
+            let mut best: Option<(usize, u32, f32)> = None;
+            for (at, want) in wants.iter().enumerate() {
+                let more = want.mandatory.min(want.useful - naive.granted[at]);
+                if naive.granted[at] == 0 || more == 0 || more > spare || naive.levels[at] == LEVELS {
+                    continue;
+                }
+                let saves = naive.curves[want.seat.at()].saves(naive.levels[at] + 1);
+                if saves >= WORTH && best.is_none_or(|(_, _, most)| saves > most) {
+                    best = Some((at, more, saves));
+                }
+            }
+            let Some((at, more, _)) = best else { break };
+            naive.granted[at] += more;
+            naive.levels[at] += 1;
+            spare -= more;
+        }
+        naive.lend(wants, spare);
+        naive.granted
+    }
+
+    #[test]
+    fn where_all_is_shared_everybody_may_hold_everything() {
+        let mut shared = Quotas::new(QuotaRule::Shared, 10, 3);
+        assert_eq!(shared.divide(&[want(0, 6, 100), want(2, 1, 2)]), [10, 10]);
+        assert_eq!((shared.lent(), shared.reclaimed()), (0, 0));
+    }
+
+    /// Whatever is asked for: as by search, no more than there is, no more than is useful, and everything in use or useless.
     #[test]
     fn divisions_are_sound() {
         let mut random = ops::Random::new(5);
@@ -309,10 +399,14 @@ mod tests {
             let mut wants = Vec::new();
             for seat in 0..4 {
                 if random.below(4) > 0 {
-                    wants.push(want(seat, random.below(30) as u32, 1 + random.below(60) as u32));
+                    let most = [30, 5][random.below(2)];
+                    let mandatory = random.below(most) as u32;
+                    wants.push(want(seat, mandatory, 1 + random.below(60) as u32));
                 }
             }
+            let expected = divide_naively(&quotas, &wants);
             let granted = quotas.divide(&wants).to_vec();
+            assert_eq!(granted, expected, "seed 5 round {round}: {wants:?}");
             let sum: u32 = granted.iter().sum();
             assert!(sum <= 64, "seed 5 round {round}: {granted:?} of {wants:?}");
             assert!(granted.iter().zip(&wants).all(|(g, w)| *g <= w.useful), "seed 5 round {round}");

@@ -10,7 +10,7 @@
 //! A page is *open* while tokens are written to it, *saving* from the step in which it fills until its copy in DRAM is
 //! complete, then *clean*. Only clean pages are ever in the cache, so an eviction writes nothing back.
 
-use crate::residency::{EXTENT_FRAMES, ResidencyShape, SeatCounters};
+use crate::residency::{EXTENT_FRAMES, EvictionRule, ResidencyShape, SeatCounters};
 use crate::{KvGeometry, SPLIT_TOKENS};
 
 /// What an HBM tier is asked to be.
@@ -26,6 +26,8 @@ pub struct TierSpec {
     pub inject_tokens_max: usize,
     /// Tokens of the longest partition of any method.
     pub partition_tokens_max: usize,
+    /// Which pages give way in the cache.
+    pub eviction: EvictionRule,
     /// Whether frames that hold nothing are filled with NaN, so that reading one shows, and saves take their time: for tests.
     pub poison: bool,
 }
@@ -85,6 +87,7 @@ impl TierSpec {
             kv_heads,
             pages_max: self.context_max.div_ceil(page_tokens),
             extents,
+            eviction: self.eviction,
         };
         let pinned = local_frames + fresh_blocks * kv_heads + split_frames;
         let smallest = pinned as u64 * page_bytes + shape(0).fixed_bytes();
@@ -145,6 +148,7 @@ impl TierSpec {
             kv_heads: geometry.kv_heads,
             pages_max: self.context_max.div_ceil(geometry.page_tokens),
             extents: layout.extents,
+            eviction: self.eviction,
         }
     }
 }
@@ -191,6 +195,7 @@ mod tests {
             context_max: 4096,
             inject_tokens_max: 128,
             partition_tokens_max: 32,
+            eviction: EvictionRule::Bucketed,
             poison: false,
         }
     }
@@ -217,5 +222,26 @@ mod tests {
             before = layout.extents;
         }
         assert_eq!(before, 3 * 4 * 16, "every page of every context");
+    }
+
+    /// Wider stamps are paid for in frames.
+    #[test]
+    fn tables_of_every_rule_are_counted() {
+        let [bucketed, exact, global] = EvictionRule::ALL.map(|eviction| {
+            let spec = TierSpec { eviction, ..spec(8 << 20) };
+            let layout = spec.layout(&GEOMETRY).expect("large enough");
+            assert!(layout.frame_bytes + layout.table_bytes <= 8 << 20, "{layout:?}");
+            let TierSpec { seats, .. } = spec;
+            (
+                layout.table_bytes,
+                (layout.extents * EXTENT_FRAMES) as u64,
+                (seats * GEOMETRY.num_layers) as u64,
+            )
+        });
+        let (tables, frames, pools) = bucketed;
+        assert_eq!(exact.1, frames, "so few bytes are no extent");
+        assert_eq!(exact.0, tables + 3 * frames);
+        // Whose page it is; but there is only one pool per layer.
+        assert_eq!(global.0, tables + 7 * frames - 20 * (pools - GEOMETRY.num_layers as u64));
     }
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use engine::{ModelRunner, Runner};
 use model::{DeviceKv, KvSpec, Limits, Model, ModelConfig, Rope, Source, Workspace, kv_geometry};
 use ops::coverage::{Coverage, Inspection, Inspections};
+use ops::residency::EvictionRule;
 use ops::sample::{SampleOutput, SampleRow, SamplingParams};
 use ops::sparse::{Attention, Method, SelectionLimits};
 use ops::tier::{TierSpec, TooSmall};
@@ -50,8 +51,8 @@ fn load(folder: &str, dtype: DType, threads: usize) -> Device {
     load_tiered(folder, dtype, threads, None)
 }
 
-/// With an HBM tier of so many bytes more than the least, if any are given.
-fn load_tiered(folder: &str, dtype: DType, threads: usize, hbm: Option<u64>) -> Device {
+/// With an HBM tier of so many bytes more than the least, if any are given, and this rule.
+fn load_tiered(folder: &str, dtype: DType, threads: usize, hbm: Option<(u64, EvictionRule)>) -> Device {
     let source = Source::Directory(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..").join(folder));
     let mut backend = CpuBackend::new(CpuOptions { threads: Some(threads), isa: None }).expect("a backend");
     let model = Model::load(&mut backend, &source, Some(dtype), &mut |_, _| {}).expect("a model");
@@ -65,13 +66,14 @@ fn load_tiered(folder: &str, dtype: DType, threads: usize, hbm: Option<u64>) -> 
     let limits = SelectionLimits::new(&methods, model.config().heads, PAGE_TOKENS, ROWS_MAX, CONTEXT);
     let gate = gate(model.config());
     let digests = served.digests().iter().map(|d| d.with_gate(Some(&gate))).collect();
-    let tier = hbm.map(|more| {
+    let tier = hbm.map(|(more, eviction)| {
         let spec = TierSpec {
             bytes: 0,
             seats: SEQUENCES,
             context_max: CONTEXT,
             inject_tokens_max: ROWS_MAX,
             partition_tokens_max: 32,
+            eviction,
             poison: true,
         };
         let TooSmall { smallest } = spec.layout(&geometry).expect_err("nothing is too small");
@@ -249,10 +251,16 @@ fn tiers_change_no_bit() {
     ] {
         for budget in [None, Some(64)] {
             let unified = run_mixed(&mut load(folder, dtype, 2), budget);
-            for more in [0, 1 << 16, 1 << 19, 1 << 30] {
-                let mut device = load_tiered(folder, dtype, 3, Some(more));
+            let mut tiers =
+                [0, 1 << 16, 1 << 19, 1 << 30].map(|more| (more, EvictionRule::Bucketed)).to_vec();
+            if folder == "demo-model" {
+                tiers.extend([(1 << 19, EvictionRule::Exact), (1 << 19, EvictionRule::Global)]);
+            }
+            for (more, rule) in tiers {
+                let mut device = load_tiered(folder, dtype, 3, Some((more, rule)));
                 let tiered = run_mixed(&mut device, budget);
-                let what = format!("{folder} in {dtype}, {budget:?}, {more} bytes above the least");
+                let rule = rule.name();
+                let what = format!("{folder} in {dtype}, {budget:?}, {more} bytes above the least, {rule}");
                 assert_eq!(draws(&tiered), draws(&unified), "{what}");
                 let pages = device.runner.tier_state().expect("tiers").pages;
                 match more {
@@ -267,7 +275,8 @@ fn tiers_change_no_bit() {
 
 #[test]
 fn a_warm_step_allocates_nothing() {
-    for hbm in [None, Some(0), Some(1 << 18)] {
+    let rules = EvictionRule::ALL.map(|rule| Some((1 << 18, rule)));
+    for hbm in [None, Some((0, EvictionRule::Bucketed))].into_iter().chain(rules) {
         let mut device = load_tiered("demo-model", DType::Bf16, 2, hbm);
         for budget in [None, Some(48)] {
             run_mixed(&mut device, budget);

@@ -64,7 +64,7 @@ fn random_config(random: &mut Random) -> Config {
         extents: random.below(100),
         layers: 2,
         kv_heads: 2,
-        rule: [QuotaRule::Adaptive, QuotaRule::Fixed(2)][random.below(2)],
+        rule: [QuotaRule::Adaptive, QuotaRule::Fixed(2), QuotaRule::Shared][random.below(3)],
         digest_places: longest + random.below(2) * random.below(60),
     });
     config

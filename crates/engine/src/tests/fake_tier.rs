@@ -3,12 +3,14 @@
 
 use std::collections::BTreeMap;
 
+use kv::QuotaRule;
 use ops::residency::SeatCounters;
 use ops::sparse::Attention;
 use ops::tier::TierState;
 use ops::{Batch, BlockIndex, Random, SeatIndex, SequenceRows};
 
 use super::fake_runner::Kv;
+use crate::config::TierShare;
 
 /// A tier whose saves take a random number of steps.
 pub struct FakeTier {
@@ -17,6 +19,8 @@ pub struct FakeTier {
     /// Extents per layer.
     extents: usize,
     digest_places: usize,
+    /// Whether each sequence may hold them all.
+    shared: bool,
     seats: BTreeMap<SeatIndex, Seat>,
     state: TierState,
 }
@@ -33,12 +37,13 @@ struct Seat {
 }
 
 impl FakeTier {
-    pub fn new(seed: u64, page_tokens: usize, extents: usize, digest_places: usize) -> Self {
+    pub fn new(seed: u64, page_tokens: usize, tier: &TierShare) -> Self {
         FakeTier {
             random: Random::new(seed),
             page_tokens,
-            extents,
-            digest_places,
+            extents: tier.extents / tier.layers,
+            shared: tier.rule == QuotaRule::Shared,
+            digest_places: tier.digest_places,
             seats: BTreeMap::new(),
             state: TierState::default(),
         }
@@ -49,7 +54,8 @@ impl FakeTier {
         let sparse = batch.sequences.iter().filter(|s| s.attention != Attention::Dense);
         let blocks: usize = sparse.map(|s| batch.block_table(s).len()).sum();
         assert!(blocks <= self.digest_places, "digests of {blocks} blocks in {} places", self.digest_places);
-        let quotas: usize = batch.sequences.iter().map(|s| s.quota as usize).sum();
+        let quotas = batch.sequences.iter().map(|s| s.quota as usize);
+        let quotas: usize = if self.shared { quotas.max().unwrap_or(0) } else { quotas.sum() };
         assert!(quotas <= self.extents, "quotas of {quotas} extents of {}", self.extents);
     }
 

@@ -125,9 +125,7 @@ impl Bench {
         let registry = Registry::new();
         let metrics = Arc::new(Metrics::new(&registry).unwrap());
         let mut runner = FakeRunner::new(config.num_blocks, config.page_tokens);
-        runner.tier = config
-            .tier
-            .map(|tier| FakeTier::new(9, config.page_tokens, tier.extents / tier.layers, tier.digest_places));
+        runner.tier = config.tier.map(|tier| FakeTier::new(9, config.page_tokens, &tier));
         Bench { engine: Engine::new(config, metrics, runner), registry, now: Cell::new(0), num_submitted: 0 }
     }
 

@@ -92,7 +92,8 @@ impl Tier {
         let mut first = 0;
         while first < self.items.len() {
             let seat = self.items[first].seat;
-            let count = self.items[first..].iter().take_while(|i| i.seat == seat).count();
+            let of_step = |item: &&Item| self.residency.share_frames(item.seat, seat);
+            let count = self.items[first..].iter().take_while(of_step).count();
             self.find(first..first + count);
             first += count;
         }
@@ -115,7 +116,7 @@ impl Tier {
         let end = s.context_tokens();
         self.list_all(s, heads, end - 1..end, None, batch);
         let mut streams = false;
-        self.each_cold(0..heads.kv_heads, |tier, at, head| {
+        self.each_cold(0..heads.kv_heads, |tier, at, _, head| {
             match tier.residency.find(s.seat, layer, head, tier.entries[at].page as usize) {
                 Some(frame) => tier.entries[at].frame = frame.0,
                 None => streams = true,
@@ -192,63 +193,52 @@ impl Tier {
         self.items.push(Item { seat: s.seat, first_page: pages.start as u32, splits, streams: false });
     }
 
-    /// Finds or takes frames for the items of one seat.
+    /// Finds or takes frames for items whose pages share them: those of one seat, or all.
     fn find(&mut self, items: Range<usize>) {
         let (kv_heads, layer) = (self.geometry.kv_heads, self.layer);
         let seat = self.items[items.start].seat;
         let ranges = items.start * kv_heads..items.end * kv_heads;
-        let mut cold = 0;
-        self.each_cold(ranges.clone(), |_, _, _| cold += 1);
         self.residency.begin(seat, layer);
-        let fits = cold <= self.residency.quota(seat, layer);
-        if fits {
-            let mut misses = 0;
-            self.each_cold(ranges.clone(), |tier, at, head| {
-                let page = tier.entries[at].page as usize;
-                match tier.residency.need(seat, layer, head, page) {
-                    Some(frame) => tier.entries[at].frame = frame.0,
-                    None => misses += 1,
-                }
-            });
-            let (bytes, poison) = (self.geometry.page_bytes(), self.spec.poison);
-            let arena = self.arena.as_mut_slice();
-            self.residency.fit(seat, layer, misses, &mut |frame| {
-                if poison {
-                    arena[frame.at() * bytes..(frame.at() + 1) * bytes].fill(0xff);
-                }
-            });
-        }
-        let mut streams = false;
-        self.each_cold(ranges, |tier, at, head| {
+        let (mut wanted, mut misses) = (0, 0);
+        self.each_cold(ranges.clone(), |tier, at, item, head| {
+            wanted += 1;
+            let page = tier.entries[at].page as usize;
+            match tier.residency.need(tier.items[item].seat, layer, head, page) {
+                Some(frame) => tier.entries[at].frame = frame.0,
+                None => misses += 1,
+            }
+        });
+        let (bytes, poison) = (self.geometry.page_bytes(), self.spec.poison);
+        let arena = self.arena.as_mut_slice();
+        self.residency.fit(seat, layer, wanted, misses, &mut |frame| {
+            if poison {
+                arena[frame.at() * bytes..(frame.at() + 1) * bytes].fill(0xff);
+            }
+        });
+        self.each_cold(ranges, |tier, at, item, head| {
             let Entry { page, block, frame } = tier.entries[at];
             if frame != NONE {
                 return;
             }
-            let known = match fits {
-                // Another item of this step missed it, too.
-                true => tier.residency.find(seat, layer, head, page as usize),
-                false => tier.residency.need(seat, layer, head, page as usize),
-            };
-            let room = fits || tier.residency.held(seat, layer) < tier.residency.quota(seat, layer);
+            let seat = tier.items[item].seat;
+            // Another row of this step may have missed it, too.
+            let known = tier.residency.find(seat, layer, head, page as usize);
             tier.entries[at].frame = if let Some(frame) = known {
                 frame.0
-            } else if room {
+            } else if tier.residency.has_room(seat, layer) {
                 let frame = tier.residency.insert(seat, layer, head, page as usize).0;
                 tier.fetches.push(Fetch { seat, head: head as u32, page, block, frame });
                 frame
             } else {
                 tier.residency.counters_mut(seat).streamed += 1;
-                streams = true;
+                tier.items[item].streams = true;
                 NONE
             };
         });
-        for item in &mut self.items[items] {
-            item.streams = streams;
-        }
     }
 
-    /// Visits the entries in `ranges`, index and head, that are not local, and sets the frames of those that are.
-    fn each_cold(&mut self, ranges: Range<usize>, mut visit: impl FnMut(&mut Self, usize, usize)) {
+    /// Visits the entries in `ranges` that are not local, with their index, item and head, and sets the frames of those that are.
+    fn each_cold(&mut self, ranges: Range<usize>, mut visit: impl FnMut(&mut Self, usize, usize, usize)) {
         let kv_heads = self.geometry.kv_heads;
         for i in ranges {
             let seat = self.items[i / kv_heads].seat;
@@ -256,7 +246,7 @@ impl Tier {
             for at in self.ranges[i].start as usize..self.ranges[i].end as usize {
                 let page = self.entries[at].page;
                 if page < local_start {
-                    visit(self, at, i % kv_heads);
+                    visit(self, at, i / kv_heads, i % kv_heads);
                 } else if self.entries[at].frame == NONE {
                     let frame = self.local_frame(seat, self.layer, page as usize).expect("a local page");
                     self.entries[at].frame = (frame + i % kv_heads) as u32;

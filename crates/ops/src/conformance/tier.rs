@@ -4,6 +4,7 @@
 
 use super::{Random, Reference, assert_same_bits, heads_of, normals, rows_of, tensor};
 use crate::coverage::{Coverage, Inspection, Inspections};
+use crate::residency::{EXTENT_FRAMES, EvictionRule};
 use crate::sparse::{
     Always, Attention, DigestKind, DigestSpec, Method, Reduce, Rule, Scope, Score, SelectionLimits,
 };
@@ -225,6 +226,8 @@ struct Request {
     blocks: Vec<BlockIndex>,
     /// Blocks at the front that another request filled.
     shared: usize,
+    /// Tokens that were known to be saved after its last step.
+    saved: usize,
     prompt: usize,
     done: usize,
     attention: Attention,
@@ -247,7 +250,7 @@ struct Traffic {
 
 impl Traffic {
     /// Lets a request come, with the saved prefix of another now and then.
-    fn arrive(&mut self, saved: impl Fn(SeatIndex) -> usize) {
+    fn arrive(&mut self, saved: impl FnOnce(SeatIndex) -> usize) {
         let seat = (0..SEATS as u32).map(SeatIndex).find(|s| self.requests.iter().all(|r| r.seat != *s));
         let Some(seat) = seat else { return };
         let random = &mut self.random;
@@ -276,7 +279,7 @@ impl Traffic {
         }
         blocks.iter().for_each(|b| self.owners[b.at()] += 1);
         let done = shared * self.page_tokens;
-        self.requests.push(Request { seat, blocks, shared, prompt, done, attention, key });
+        self.requests.push(Request { seat, blocks, shared, saved: 0, prompt, done, attention, key });
     }
 
     /// Lets a request that has run leave its seat and go on in another one, or in the same if no other is free; returns its place
@@ -285,8 +288,11 @@ impl Traffic {
         let taken = |seat: SeatIndex| self.requests.iter().any(|r| r.seat == seat);
         let free = (0..SEATS as u32).map(SeatIndex).find(|seat| !taken(*seat));
         let at = self.requests.iter().position(|r| r.done > r.shared * self.page_tokens)?;
-        let left = self.requests[at].seat;
-        self.requests[at].seat = free.unwrap_or(left);
+        let request = &mut self.requests[at];
+        let left = request.seat;
+        request.seat = free.unwrap_or(left);
+        // Of a seat nothing is known before its first step.
+        request.saved = 0;
         Some((at, left))
     }
 
@@ -384,6 +390,7 @@ impl Step {
 
 /// The whole of it, with HBM from the smallest legal size up.
 pub fn check_tiers<B: Backend>(make: &mut dyn FnMut() -> B, dtype: DType, seed: u64) {
+    let mut covered: [Covered; EvictionRule::ALL.len()] = Default::default();
     for (index, case) in cases().iter().enumerate() {
         let geometry = KvGeometry {
             num_layers: LAYERS,
@@ -399,21 +406,72 @@ pub fn check_tiers<B: Backend>(make: &mut dyn FnMut() -> B, dtype: DType, seed: 
             context_max: CONTEXT,
             inject_tokens_max: INJECT,
             partition_tokens_max: partitions.max().unwrap_or(1),
+            eviction: EvictionRule::Bucketed,
             poison: true,
         };
         let Err(TooSmall { smallest }) = spec.layout(&geometry) else { panic!("nothing is too small") };
-        let mut seen = [0; 5];
         let pool = (SEATS * CONTEXT / case.page_tokens * geometry.block_bytes()) as u64;
-        for more in [0, pool / 8, pool / 2, 4 * pool] {
-            let spec = TierSpec { bytes: smallest + more, ..spec };
-            let what = format!("seed {seed} tiers {dtype} case {index} hbm {smallest} + {more}");
-            let of_run = run(make, case, geometry, spec, &what, Random::keyed(seed, 40 + index as u64));
-            seen.iter_mut().zip(of_run).for_each(|(sum, n)| *sum += n);
+        let extents = |n| (n * EXTENT_FRAMES * geometry.page_bytes()) as u64;
+        // What does not depend on the rule is checked with the first.
+        let sizes = |rule| match rule {
+            EvictionRule::Bucketed => vec![0, pool / 8, pool / 2, 4 * pool],
+            EvictionRule::Exact => vec![4 * pool],
+            EvictionRule::Global => vec![(pool / 8).max(extents(3))],
+        };
+        for (eviction, covered) in EvictionRule::ALL.into_iter().zip(&mut covered) {
+            for more in sizes(eviction) {
+                let spec = TierSpec { bytes: smallest + more, eviction, ..spec };
+                let rule = eviction.name();
+                let what = format!("seed {seed} tiers {dtype} case {index} {rule} hbm {smallest} + {more}");
+                let random = Random::keyed(seed, 40 + index as u64);
+                covered.add(&run(make, case, geometry, spec, &what, random));
+            }
         }
-        assert!(
-            seen[..4].iter().all(|&n| n > 0),
-            "case {index} is no test: hits, misses, evictions, streamed, waves are {seen:?}"
-        );
+    }
+    let waves: u64 = covered.iter().map(|covered| covered.extra_waves).sum();
+    assert!(waves > 0, "seed {seed} is no test of waves");
+    for (rule, covered) in EvictionRule::ALL.map(EvictionRule::name).iter().zip(&covered) {
+        assert!(covered.everything(), "seed {seed} is no test of {rule}: {covered:?}");
+    }
+}
+
+/// What happened in some runs, so that a check of nothing shows.
+#[derive(Debug, Default)]
+struct Covered {
+    hits: u64,
+    misses: u64,
+    evictions: u64,
+    streamed: u64,
+    extra_waves: u64,
+    /// Times that more tokens of a request were saved than after the step before.
+    saves: usize,
+    /// Steps of sequences that begin with blocks of others.
+    shared: usize,
+}
+
+impl Covered {
+    const fn everything(&self) -> bool {
+        let Covered { hits, misses, evictions, streamed, saves, shared, .. } = *self;
+        hits > 0 && misses > 0 && evictions > 0 && streamed > 0 && saves > 0 && shared > 0
+    }
+
+    fn add(&mut self, other: &Covered) {
+        self.hits += other.hits;
+        self.misses += other.misses;
+        self.evictions += other.evictions;
+        self.streamed += other.streamed;
+        self.extra_waves += other.extra_waves;
+        self.saves += other.saves;
+        self.shared += other.shared;
+    }
+
+    /// Adds what happened to the pages of a seat.
+    fn count<B: Backend>(&mut self, world: &World<B>, seat: SeatIndex) {
+        let (counters, _) = world.backend.seat_counters(&world.kv, seat);
+        self.hits += counters.hits;
+        self.misses += counters.misses;
+        self.evictions += counters.evictions;
+        self.streamed += counters.streamed;
     }
 }
 
@@ -424,7 +482,7 @@ fn run<B: Backend>(
     spec: TierSpec,
     what: &str,
     mut random: Random,
-) -> [u64; 5] {
+) -> Covered {
     let num_blocks = SEATS * CONTEXT.div_ceil(case.page_tokens);
     let (mut tiered, mut unified, mut oracle) = (make(), make(), Reference::default());
     let mut tiered = World::new(&mut tiered, case, geometry, num_blocks, Some(spec));
@@ -451,29 +509,26 @@ fn run<B: Backend>(
     };
     let quota_max =
         tiered.backend.tier_state(&tiered.kv).map_or(0, |s| s.cache_frames as usize / 32 / LAYERS);
-    let mut seen = [0; 5];
+    let mut covered = Covered::default();
     let mut parked = 0;
     for number in 0..40 {
         let what = format!("{what} step {number}");
         if traffic.random.below(12) == 0
             && let Some(seat) = traffic.leave()
         {
-            count(&mut seen, &tiered, seat);
+            covered.count(&tiered, seat);
             tiered.backend.release(&mut tiered.kv, seat);
             oracle.backend.release(&mut oracle.kv, seat);
         }
         if traffic.random.below(6) == 0
             && let Some((request, seat)) = traffic.change_seat()
         {
-            count(&mut seen, &tiered, seat);
+            covered.count(&tiered, seat);
             tiered.park(seat, &traffic.requests[request].blocks);
             oracle.park(seat, &traffic.requests[request].blocks);
             parked += 1;
         }
-        let saved: Vec<usize> = (0..SEATS as u32)
-            .map(|seat| tiered.backend.saved_tokens(&mut tiered.kv, SeatIndex(seat)))
-            .collect();
-        traffic.arrive(|seat| saved[seat.at()]);
+        traffic.arrive(|seat| settle(&mut tiered, &mut oracle, seat));
         let step = Step::of(&mut traffic, quota_max);
         if step.tokens.is_empty() {
             continue;
@@ -492,7 +547,7 @@ fn run<B: Backend>(
         }
         tiered.backend.check_tier(&tiered.kv, &batch);
         oracle.backend.check_tier(&oracle.kv, &batch);
-        for request in &traffic.requests {
+        for request in &mut traffic.requests {
             let seat = request.seat;
             let got = tiered.backend.seat_counters(&tiered.kv, seat);
             let expected = oracle.backend.seat_counters(&oracle.kv, seat);
@@ -506,10 +561,15 @@ fn run<B: Backend>(
             let saved = tiered.backend.saved_tokens(&mut tiered.kv, seat);
             let is_shared_only = request.done == request.shared * case.page_tokens;
             assert!(saved <= done || is_shared_only, "{what} {seat:?}: {saved} tokens saved of {done}");
+            assert!(saved >= request.saved, "{what} {seat:?}: saved tokens stay saved");
+            covered.saves += usize::from(saved > request.saved);
+            request.saved = saved;
+            covered.shared += usize::from(request.shared > 0 && !is_shared_only);
         }
     }
     for request in &traffic.requests {
-        count(&mut seen, &tiered, request.seat);
+        covered.count(&tiered, request.seat);
+        settle(&mut tiered, &mut oracle, request.seat);
     }
     let (got, expected) = (tiered.backend.tier_state(&tiered.kv), oracle.backend.tier_state(&oracle.kv));
     let (got, expected) = (got.expect("tiers"), expected.expect("tiers"));
@@ -518,15 +578,21 @@ fn run<B: Backend>(
         (expected.cache_frames, expected.cache_used, expected.free_extents),
         "{what}"
     );
-    seen[4] = got.extra_waves;
+    covered.extra_waves = got.extra_waves;
     let loaded = tiered.backend.digest_state(&tiered.digests[0]).loaded_bytes;
     assert!(parked > 0 && loaded > 0, "{what} is no test: {parked} parked, {loaded} bytes of digests loaded");
-    seen
+    covered
 }
 
-/// Adds what happened to the pages of a seat.
-fn count<B: Backend>(seen: &mut [u64; 5], world: &World<B>, seat: SeatIndex) {
-    let (counters, _) = world.backend.seat_counters(&world.kv, seat);
-    let of_seat = [counters.hits, counters.misses, counters.evictions, counters.streamed];
-    seen.iter_mut().zip(of_seat).for_each(|(sum, n)| *sum += n);
+/// Waits until all full pages of `seat` are saved, which takes no further step; returns their tokens. What happens next would
+/// depend on the time that saving takes, did nobody wait.
+fn settle<B: Backend>(tiered: &mut World<B>, oracle: &mut World<Reference>, seat: SeatIndex) -> usize {
+    let all = oracle.backend.saved_tokens(&mut oracle.kv, seat);
+    for _ in 0..60_000 {
+        if tiered.backend.saved_tokens(&mut tiered.kv, seat) == all {
+            return all;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    panic!("{seat:?}: the pages of {all} tokens are not saved after a minute");
 }

@@ -165,7 +165,7 @@ impl Backend for Reference {
         let elements = num_blocks * geometry.block_bytes() / geometry.dtype.bytes();
         let tier = match tier {
             None => None,
-            Some(spec) => Some(NaiveTier::new(spec, spec.layout(&geometry)?)),
+            Some(spec) => Some(NaiveTier::new(spec, spec.layout(&geometry)?, geometry.num_layers)),
         };
         Ok(Pages { geometry, num_blocks, values: vec![0.0; elements], tier })
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::{Pages, Selections};
-use crate::residency::{EXTENT_FRAMES, STAMPS, SeatCounters};
+use crate::residency::{EXTENT_FRAMES, EvictionRule, STAMPS, SeatCounters};
 use crate::sparse::Attention;
 use crate::tier::{TierLayout, TierSpec, TierState};
 use crate::{Batch, HeadShape, SeatIndex, SequenceRows};
@@ -12,16 +12,17 @@ use crate::{Batch, HeadShape, SeatIndex, SequenceRows};
 /// A page in a frame.
 #[derive(Clone, Debug)]
 struct Resident {
+    seat: SeatIndex,
     head: usize,
     page: usize,
-    /// Step of its owner in which it was last needed.
+    /// Step of its pool in which it was last needed.
     needed: u64,
     values: Vec<f32>,
 }
 
-/// The frames of a (seat, layer).
+/// Frames that give way to each other.
 #[derive(Clone, Debug, Default)]
-struct Owner {
+struct Pool {
     frames: Vec<Option<Resident>>,
     step: u64,
 }
@@ -31,7 +32,8 @@ struct Owner {
 pub(super) struct NaiveTier {
     spec: TierSpec,
     layout: TierLayout,
-    owners: BTreeMap<(SeatIndex, usize), Owner>,
+    /// By seat, where each has frames of its own, and layer.
+    pools: BTreeMap<(Option<SeatIndex>, usize), Pool>,
     counters: BTreeMap<SeatIndex, SeatCounters>,
     /// First local page of a seat in this step.
     local: BTreeMap<SeatIndex, usize>,
@@ -83,11 +85,16 @@ fn items<'a>(batch: &'a Batch, selection: bool) -> Vec<Item<'a>> {
 }
 
 impl NaiveTier {
-    pub(super) fn new(spec: TierSpec, layout: TierLayout) -> Self {
+    pub(super) fn new(spec: TierSpec, layout: TierLayout, layers: usize) -> Self {
+        let mut pools = BTreeMap::new();
+        if spec.eviction == EvictionRule::Global {
+            let frames = vec![None; layout.extents / layers * EXTENT_FRAMES];
+            pools.extend((0..layers).map(|layer| ((None, layer), Pool { frames: frames.clone(), step: 0 })));
+        }
         NaiveTier {
             spec,
             layout,
-            owners: BTreeMap::new(),
+            pools,
             counters: BTreeMap::new(),
             local: BTreeMap::new(),
             full: BTreeMap::new(),
@@ -97,35 +104,41 @@ impl NaiveTier {
         }
     }
 
-    /// Sets the quotas of the sequences of `batch`.
+    /// The pool in which the pages of (seat, layer) are.
+    fn pool_of(&self, seat: SeatIndex, layer: usize) -> (Option<SeatIndex>, usize) {
+        match self.spec.eviction {
+            EvictionRule::Bucketed | EvictionRule::Exact => (Some(seat), layer),
+            EvictionRule::Global => (None, layer),
+        }
+    }
+
+    /// Sets the quotas of the sequences of `batch`, where there are any.
     pub(super) fn balance(&mut self, layers: usize, batch: &Batch) {
+        if self.spec.eviction == EvictionRule::Global {
+            return;
+        }
         for grow in [false, true] {
             for sequence in batch.sequences {
                 for layer in 0..layers {
                     let frames = sequence.quota as usize * EXTENT_FRAMES;
-                    let others: usize = self
-                        .owners
-                        .iter()
-                        .filter(|(k, _)| **k != (sequence.seat, layer))
-                        .map(|(_, o)| o.frames.len())
-                        .sum();
-                    let owner = self.owners.entry((sequence.seat, layer)).or_default();
-                    if !grow && frames < owner.frames.len() {
-                        owner.step += 1;
-                        let held = owner.frames.iter().flatten().count();
-                        let spill = held.saturating_sub(frames);
-                        owner.evict(spill);
-                        self.counters.entry(sequence.seat).or_default().evictions += spill as u64;
-                        for frame in frames..owner.frames.len() {
-                            if let Some(page) = owner.frames[frame].take() {
-                                let free = owner.lowest_free();
-                                owner.frames[free] = Some(page);
+                    let own = (Some(sequence.seat), layer);
+                    let others = self.pools.iter().filter(|(k, _)| **k != own).map(|(_, p)| p.frames.len());
+                    let others: usize = others.sum();
+                    let pool = self.pools.entry(own).or_default();
+                    if !grow && frames < pool.frames.len() {
+                        pool.step += 1;
+                        let held = pool.frames.iter().flatten().count();
+                        pool.evict(self.spec.eviction, held.saturating_sub(frames), &mut self.counters);
+                        for frame in frames..pool.frames.len() {
+                            if let Some(page) = pool.frames[frame].take() {
+                                let free = pool.lowest_free();
+                                pool.frames[free] = Some(page);
                             }
                         }
-                        owner.frames.truncate(frames);
-                    } else if grow && frames > owner.frames.len() {
+                        pool.frames.truncate(frames);
+                    } else if grow && frames > pool.frames.len() {
                         let all = self.layout.extents * EXTENT_FRAMES;
-                        owner.frames.resize_with(frames.min(all - others), || None);
+                        pool.frames.resize_with(frames.min(all - others), || None);
                     }
                 }
             }
@@ -182,40 +195,44 @@ impl NaiveTier {
             let local = tier.local[&item.sequence.seat];
             (first..item.positions.end.div_ceil(page_tokens)).filter(|&p| p < local).filter(touched).collect()
         };
-        let mut seats: Vec<SeatIndex> = items.iter().map(|i| i.sequence.seat).collect();
-        seats.dedup();
-        for seat in seats {
+        let mut pools: Vec<_> = items.iter().map(|i| self.pool_of(i.sequence.seat, layer)).collect();
+        pools.dedup();
+        for key in pools {
             let mut wanted = Vec::new();
-            for item in items.iter().filter(|i| i.sequence.seat == seat) {
-                let table = batch.block_table(item.sequence);
+            for item in items.iter().filter(|i| self.pool_of(i.sequence.seat, layer) == key) {
+                let (seat, table) = (item.sequence.seat, batch.block_table(item.sequence));
                 for head in 0..heads.kv_heads {
-                    wanted.extend(needed(self, item, head).into_iter().map(|page| (head, page, table[page])));
+                    wanted.extend(needed(self, item, head).into_iter().map(|p| (seat, head, p, table[p])));
                 }
             }
-            let owner = self.owners.entry((seat, layer)).or_default();
-            let counters = self.counters.entry(seat).or_default();
-            owner.step += 1;
-            let fits = wanted.len() <= owner.frames.len();
-            if fits {
-                let hits = wanted.iter().filter(|(head, page, _)| owner.need(*head, *page, counters)).count();
-                let held = owner.frames.iter().flatten().count();
-                let spill = (held + wanted.len() - hits).saturating_sub(owner.frames.len());
-                owner.evict(spill);
-                counters.evictions += spill as u64;
-            }
-            for (head, page, block) in wanted {
-                if fits && owner.frames.iter().flatten().any(|r| (r.head, r.page) == (head, page)) {
+            let pool = self.pools.entry(key).or_default();
+            let counters = &mut self.counters;
+            pool.step += 1;
+            let hits = wanted.iter().filter(|(seat, head, page, _)| {
+                pool.need(*seat, *head, *page, counters.entry(*seat).or_default())
+            });
+            let misses = wanted.len() - hits.count();
+            let held = pool.frames.iter().flatten().count();
+            let spill = (held + misses).saturating_sub(pool.frames.len());
+            let spill = match self.spec.eviction {
+                _ if wanted.len() <= pool.frames.len() => spill,
+                EvictionRule::Bucketed | EvictionRule::Exact => 0,
+                EvictionRule::Global => {
+                    spill.min(pool.frames.iter().flatten().filter(|r| r.needed < pool.step).count())
+                }
+            };
+            pool.evict(self.spec.eviction, spill, counters);
+            for (seat, head, page, block) in wanted {
+                if pool.frames.iter().flatten().any(|r| (r.seat, r.head, r.page) == (seat, head, page)) {
                     continue;
                 }
-                if !fits && owner.need(head, page, counters) {
-                    continue;
-                }
-                let free = owner.frames.iter().position(Option::is_none);
+                let free = pool.frames.iter().position(Option::is_none);
+                let counters = counters.entry(seat).or_default();
                 match free {
                     Some(free) => {
                         counters.misses += 1;
-                        owner.frames[free] =
-                            Some(Resident { head, page, needed: owner.step, values: Vec::new() });
+                        let values = Vec::new();
+                        pool.frames[free] = Some(Resident { seat, head, page, needed: pool.step, values });
                     }
                     None => counters.streamed += 1,
                 }
@@ -226,7 +243,7 @@ impl NaiveTier {
 
     /// Copies what was missed.
     pub(super) fn gather(&mut self, copy: impl Fn(usize, crate::BlockIndex, usize) -> Vec<f32>) {
-        for Missing { seat, layer, head, page, block, frame } in self.missing.drain(..) {
+        for Missing { seat, layer, head, page, block, frame } in std::mem::take(&mut self.missing) {
             let values = copy(layer, block, head);
             self.fetched_pages += 1;
             match frame {
@@ -234,8 +251,9 @@ impl NaiveTier {
                     self.passing.insert((seat, head, page), values);
                 }
                 Some(frame) => {
-                    let owner = self.owners.get_mut(&(seat, layer)).expect("a frame has an owner");
-                    owner.frames[frame].as_mut().expect("a frame that was taken").values = values;
+                    let key = self.pool_of(seat, layer);
+                    let pool = self.pools.get_mut(&key).expect("a frame is in a pool");
+                    pool.frames[frame].as_mut().expect("a frame that was taken").values = values;
                 }
             }
         }
@@ -249,24 +267,30 @@ impl NaiveTier {
         if page >= self.local[&seat] {
             return None;
         }
-        let resident = self.owners[&(seat, layer)].frames.iter().flatten();
-        let found = resident.filter(|r| (r.head, r.page) == (head, page)).map(|r| &r.values).next();
+        let resident = self.pools[&self.pool_of(seat, layer)].frames.iter().flatten();
+        let found =
+            resident.filter(|r| (r.seat, r.head, r.page) == (seat, head, page)).map(|r| &r.values).next();
         let passing = || self.passing.get(&(seat, head, page));
         Some(found.or_else(passing).expect("a page that attention reads was resolved and gathered"))
     }
 
     pub(super) fn release(&mut self, seat: SeatIndex) {
-        self.owners.retain(|(s, _), _| *s != seat);
+        self.pools.retain(|(owner, _), _| *owner != Some(seat));
+        for frame in self.pools.values_mut().flat_map(|pool| &mut pool.frames) {
+            if frame.as_ref().is_some_and(|r| r.seat == seat) {
+                *frame = None;
+            }
+        }
         self.full.retain(|(s, _), _| *s != seat);
         self.counters.remove(&seat);
         self.local.remove(&seat);
     }
 
     pub(super) fn state(&self, page_bytes: usize) -> TierState {
-        let frames: usize = self.owners.values().map(|o| o.frames.len()).sum();
+        let frames: usize = self.pools.values().map(|pool| pool.frames.len()).sum();
         TierState {
             cache_frames: (self.layout.extents * EXTENT_FRAMES) as u64,
-            cache_used: self.owners.values().map(|o| o.frames.iter().flatten().count() as u64).sum(),
+            cache_used: self.pools.values().map(|pool| pool.frames.iter().flatten().count() as u64).sum(),
             free_extents: (self.layout.extents - frames / EXTENT_FRAMES) as u64,
             fetched_bytes: self.fetched_pages * page_bytes as u64,
             ..TierState::default()
@@ -274,27 +298,26 @@ impl NaiveTier {
     }
 
     pub(super) fn counters(&self, layers: usize, seat: SeatIndex) -> (SeatCounters, usize) {
-        let held = (0..layers).filter_map(|l| self.owners.get(&(seat, l)));
-        let held = held.map(|o| o.frames.iter().flatten().count()).sum();
+        let held = (0..layers).map(|layer| self.resident(seat, layer).len()).sum();
         (self.counters.get(&seat).copied().unwrap_or_default(), held)
     }
 
     pub(super) fn resident(&self, seat: SeatIndex, layer: usize) -> Vec<(usize, usize)> {
-        let owner = self.owners.get(&(seat, layer)).into_iter();
-        let mut pages: Vec<_> =
-            owner.flat_map(|o| o.frames.iter().flatten()).map(|r| (r.head, r.page)).collect();
+        let pool = self.pools.get(&self.pool_of(seat, layer)).into_iter();
+        let of_seat = pool.flat_map(|pool| pool.frames.iter().flatten()).filter(|r| r.seat == seat);
+        let mut pages: Vec<_> = of_seat.map(|r| (r.head, r.page)).collect();
         pages.sort_unstable();
         pages
     }
 
     /// Compares every resident page with its copy in DRAM.
     pub(super) fn check(&self, kv: &Pages, batch: &Batch) {
+        for pool in self.pools.values() {
+            assert!(pool.frames.len() <= self.layout.extents * EXTENT_FRAMES, "quotas fit");
+        }
         for s in batch.sequences {
-            for (_, owner) in self.owners.iter().filter(|((seat, _), _)| *seat == s.seat) {
-                assert!(owner.frames.len() <= self.layout.extents * EXTENT_FRAMES, "quotas fit");
-            }
-            for ((_, layer), owner) in self.owners.iter().filter(|((seat, _), _)| *seat == s.seat) {
-                for r in owner.frames.iter().flatten() {
+            for ((_, layer), pool) in &self.pools {
+                for r in pool.frames.iter().flatten().filter(|r| r.seat == s.seat) {
                     let block = batch.block_table(s)[r.page];
                     assert_eq!(r.values, kv.copy(*layer, block, r.head), "a clean page equals its copy");
                 }
@@ -303,11 +326,12 @@ impl NaiveTier {
     }
 }
 
-impl Owner {
+impl Pool {
     /// Whether a page is resident; then it is the youngest.
-    fn need(&mut self, head: usize, page: usize, counters: &mut SeatCounters) -> bool {
+    fn need(&mut self, seat: SeatIndex, head: usize, page: usize, counters: &mut SeatCounters) -> bool {
         let step = self.step;
-        let Some(found) = self.frames.iter_mut().flatten().find(|r| (r.head, r.page) == (head, page)) else {
+        let mut resident = self.frames.iter_mut().flatten();
+        let Some(found) = resident.find(|r| (r.seat, r.head, r.page) == (seat, head, page)) else {
             return false;
         };
         let age = (step - found.needed).min(STAMPS as u64 - 1);
@@ -317,17 +341,21 @@ impl Owner {
         true
     }
 
-    /// Drops the `count` pages that were not needed for longest, by age up to the greatest that is told apart; of equal age,
-    /// those in the lowest frames.
-    fn evict(&mut self, count: usize) {
-        let age = |r: &Resident| (self.step - r.needed).min(STAMPS as u64 - 1);
+    /// Drops the `count` pages that were not needed for longest, by age as far as `rule` tells it; of equal age, those in the
+    /// lowest frames.
+    fn evict(&mut self, rule: EvictionRule, count: usize, counters: &mut BTreeMap<SeatIndex, SeatCounters>) {
+        let age = |r: &Resident| match rule {
+            EvictionRule::Bucketed => (self.step - r.needed).min(STAMPS as u64 - 1),
+            EvictionRule::Exact | EvictionRule::Global => self.step - r.needed,
+        };
         let mut order: Vec<(u64, usize)> = (0..self.frames.len())
             .filter_map(|frame| self.frames[frame].as_ref().map(|r| (age(r), frame)))
             .collect();
         order.sort_by_key(|&(age, frame)| (std::cmp::Reverse(age), frame));
         for &(age, frame) in &order[..count] {
             assert!(age > 0, "what a step needs is never evicted");
-            self.frames[frame] = None;
+            let gone = self.frames[frame].take().expect("it was in the order");
+            counters.entry(gone.seat).or_default().evictions += 1;
         }
     }
 

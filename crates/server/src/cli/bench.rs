@@ -6,9 +6,10 @@ use std::time::Instant;
 
 use engine::Sparse;
 use engine::{ModelRunner, Runner};
+use kv::QuotaRule;
 use model::DeviceKv;
 use ops::coverage::Inspections;
-use ops::residency::SeatCounters;
+use ops::residency::{EXTENT_FRAMES, SeatCounters};
 use ops::sample::{SampleOutput, SampleRow, SamplingParams};
 use ops::sparse::{Attention, Method, Score};
 use ops::{Backend, Batch, BlockIndex, DType, KvGeometry, Random, SeatIndex, SequenceRows};
@@ -171,7 +172,8 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
     }
     let player = args.replay_selection.as_deref();
     let mut player = player.map(|path| player_of(path, &prepared.geometry, args.context)).transpose()?;
-    let work = Work::new(&prepared, settings.max_inject_tokens, args.batch, blocks, sparse);
+    let quota = quota(&prepared, &settings, args.batch, sparse.as_ref(), args.context);
+    let work = Work::new(&prepared, settings.max_inject_tokens, args.batch, blocks, sparse, quota);
     let (dtype, geometry, num_blocks) = (prepared.dtype, prepared.geometry, blocks * args.batch);
     let mut runner = prepared.load_filled(&mut |backend, kv| {
         fill(backend, kv, geometry, num_blocks, args.filled);
@@ -262,6 +264,30 @@ fn profile_json(profile: &[Entry], steps: usize) -> Value {
     profile.iter().map(entry).collect()
 }
 
+/// Extents of cache frames per layer for each of `batch` sequences that are alike: all of them in equal parts, or the multiple of
+/// what a step needs that `--buffering` names, where there is so much.
+fn quota(
+    prepared: &Prepared<BenchDevice>,
+    settings: &EngineSettings,
+    batch: usize,
+    sparse: Option<&Sparse>,
+    context: usize,
+) -> u32 {
+    let geometry = prepared.geometry;
+    let all = prepared.tier.map_or(0, |tier| tier.layout.extents / geometry.num_layers);
+    let pages = sparse.map_or(geometry.blocks(context), |Sparse { method, budget }| {
+        let plan = method.plan(context, context, *budget as usize);
+        plan.pages_max(context, method.partition_tokens, geometry.page_tokens)
+    });
+    let mandatory = (pages * geometry.kv_heads).div_ceil(EXTENT_FRAMES);
+    let quota = match settings.quota_rule {
+        QuotaRule::Shared => all,
+        QuotaRule::Adaptive => all / batch,
+        QuotaRule::Fixed(ratio) => (all / batch).min(mandatory * (1 + ratio as usize)),
+    };
+    quota as u32
+}
+
 /// What the machine can do, now.
 struct Limits {
     ceiling: Ceiling,
@@ -307,6 +333,7 @@ impl Work {
         batch: usize,
         blocks: usize,
         sparse: Option<Sparse>,
+        quota: u32,
     ) -> Self {
         let geometry = prepared.geometry;
         let digest = |index: u16| {
@@ -335,7 +362,7 @@ impl Work {
             methods: sparse.iter().map(|s| s.method).collect(),
             num_layers: config.num_layers,
             digest_bytes,
-            quota: prepared.tier.map_or(0, |t| (t.layout.extents / config.num_layers / batch) as u32),
+            quota,
         }
     }
 

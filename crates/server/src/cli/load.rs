@@ -220,6 +220,7 @@ impl<B: Backend> Prepared<B> {
             context_max: max_context,
             inject_tokens_max: settings.max_inject_tokens,
             partition_tokens_max: partitions.max().unwrap_or(1),
+            eviction: settings.eviction,
             poison: false,
         });
         let step_bytes = selection_bytes + tier.map_or(0, |tier| tier.host_bytes(&geometry));

@@ -6,7 +6,7 @@
 
 use std::io::Write;
 
-use ops::residency::{EXTENT_FRAMES, Residency, ResidencyShape};
+use ops::residency::{EXTENT_FRAMES, EvictionRule, Residency, ResidencyShape};
 use ops::sparse::{DigestKind, DigestSpec};
 use ops::{DType, KvGeometry, PAGE_TOKENS_ALLOWED, Random, SeatIndex};
 use serde_json::{Value, json};
@@ -108,8 +108,14 @@ fn row(args: &BenchMetadataArgs, context: usize, requests: usize, hbm_bytes: u64
     let pages = blocks as u64 * (args.layers * args.kv_heads) as u64;
     let frames = (hbm_bytes / geometry.page_bytes() as u64).min(pages * requests as u64);
     let extents = (frames / requests as u64) as usize / EXTENT_FRAMES / args.layers * args.layers;
-    let shape =
-        ResidencyShape { seats: 1, layers: args.layers, kv_heads: args.kv_heads, pages_max: blocks, extents };
+    let shape = ResidencyShape {
+        seats: 1,
+        layers: args.layers,
+        kv_heads: args.kv_heads,
+        pages_max: blocks,
+        extents,
+        eviction: EvictionRule::Bucketed,
+    };
     if blocks.saturating_mul(args.kv_heads) >= u32::MAX as usize || shape.bytes() > 8 << 30 {
         return Err(Failure::input("the tables of one request would take more than 8 GiB; ask for less"));
     }

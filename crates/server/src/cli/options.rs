@@ -75,7 +75,11 @@ pub struct EngineOptions {
     /// KV where it is]
     #[arg(long, value_name = "SIZE", env = "SPARSESERVE_HBM")]
     pub hbm: Option<Size>,
-    /// HBM of a request beyond what one step needs: auto follows its misses, N is a multiple of a step's need [default: auto]
+    /// Which pages give way in HBM [default: bucketed]
+    #[arg(long, value_enum, env = "SPARSESERVE_EVICTION")]
+    pub eviction: Option<EvictionChoice>,
+    /// HBM of a request beyond what one step needs: auto follows its misses, N is a multiple of a step's need, 0 is nothing
+    /// beyond it; not with --eviction global [default: auto]
     #[arg(long, value_name = "auto|N", env = "SPARSESERVE_BUFFERING")]
     pub buffering: Option<String>,
     /// Compute every prompt, even where its beginning is known
@@ -186,6 +190,18 @@ pub enum DTypeChoice {
     F16,
     /// IEEE single
     F32,
+}
+
+/// `--eviction`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum EvictionChoice {
+    /// The request's own pages that it needed longest ago, by age up to 63 steps
+    Bucketed,
+    /// The request's own pages that it needed longest ago
+    Exact,
+    /// Whoever's pages were needed longest ago: one LRU over all requests, without quotas
+    Global,
 }
 
 /// `--log-format`
@@ -335,6 +351,7 @@ impl EngineOptions {
             page_tokens: self.page_tokens.or(file.page_tokens),
             dram: self.dram.or(file.dram),
             hbm: self.hbm.or(file.hbm),
+            eviction: self.eviction.or(file.eviction),
             buffering: self.buffering.or(file.buffering),
             no_prefix_cache: self.no_prefix_cache.or(file.no_prefix_cache),
             sparse: self.sparse.or(file.sparse),
@@ -415,6 +432,7 @@ mod tests {
             page-tokens = 8
             dram = "60%"
             hbm = "10%"
+            eviction = "exact"
             buffering = "auto"
             no-prefix-cache = true
             policy = "quest"
@@ -435,6 +453,7 @@ mod tests {
             (file.engine.dram, file.engine.hbm),
             (Some(Size::Percent(60.0)), Some(Size::Percent(10.0)))
         );
+        assert_eq!(file.engine.eviction, Some(EvictionChoice::Exact));
         assert_eq!(file.engine.buffering.as_deref(), Some("auto"));
         assert_eq!(file.engine.no_prefix_cache, Some(true));
         assert_eq!(file.engine.sparse.policy.as_deref(), Some("quest"));

@@ -36,6 +36,7 @@ impl Screen<'_> {
             kv_token_bytes = geometry.token_bytes(),
             page_tokens = geometry.page_tokens,
             hbm_bytes = plan.hbm_bytes,
+            eviction = self.settings.eviction.name(),
             hbm_smallest_bytes = self.prepared.tier.map_or(0, |tier| tier.smallest_bytes),
             max_context,
             max_num_seqs = self.settings.max_num_seqs,
@@ -117,9 +118,10 @@ impl fmt::Display for Screen<'_> {
             let cache = (tier.layout.extents * EXTENT_FRAMES * geometry.page_bytes()) as u64;
             writeln!(
                 f,
-                "    HBM          {}: cache {}, digests of {} tokens {}, the rest open pages, waves and tables; at least {}",
+                "    HBM          {}: cache {} ({} LRU), digests of {} tokens {}, the rest open pages, waves and tables; at least {}",
                 Bytes(plan.hbm_bytes),
                 Bytes(cache),
+                self.settings.eviction.name(),
                 tier.digest_places * geometry.page_tokens,
                 Bytes(tier.digest_bytes),
                 Bytes(tier.smallest_bytes),

@@ -5,13 +5,15 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use kv::QuotaRule;
+use ops::residency::EvictionRule;
 use ops::{DType, PAGE_TOKENS_ALLOWED};
 use ops_cpu::{Isa, THREADS_MAX};
 
 use super::failure::Failure;
 use super::hub;
 use super::options::{
-    ApiKey, CommonOptions, ComputeOptions, DTypeChoice, Device, EngineOptions, LogFormat, ServerOptions,
+    ApiKey, CommonOptions, ComputeOptions, DTypeChoice, Device, EngineOptions, EvictionChoice, LogFormat,
+    ServerOptions,
 };
 use super::size::Size;
 use super::sparse::SparseSettings;
@@ -120,6 +122,8 @@ pub struct EngineSettings {
     pub dram: Option<Size>,
     /// The HBM tier; `None` where attention reads KV where it is.
     pub hbm: Option<Size>,
+    /// Which pages give way in it.
+    pub eviction: EvictionRule,
     /// How requests share it.
     pub quota_rule: QuotaRule,
     /// Whether requests for whose digests it has no room may wait with their KV in DRAM.
@@ -150,6 +154,11 @@ impl EngineSettings {
         };
         let max_context =
             options.max_context.map(|tokens| within("max-context", tokens, 2..=TOKENS_MAX)).transpose()?;
+        let eviction = match options.eviction {
+            None | Some(EvictionChoice::Bucketed) => EvictionRule::Bucketed,
+            Some(EvictionChoice::Exact) => EvictionRule::Exact,
+            Some(EvictionChoice::Global) => EvictionRule::Global,
+        };
         Ok(EngineSettings {
             compute: ComputeSettings::resolve(options.compute)?,
             dtype,
@@ -167,16 +176,22 @@ impl EngineSettings {
             page_tokens,
             dram: options.dram,
             hbm: options.hbm,
+            eviction,
             parks: true,
-            quota_rule: quota_rule(options.buffering.as_deref())?,
+            quota_rule: quota_rule(eviction, options.buffering.as_deref())?,
             prefix_cache: !options.no_prefix_cache.unwrap_or(false),
             sparse: SparseSettings::resolve(options.sparse)?,
         })
     }
 }
 
-fn quota_rule(buffering: Option<&str>) -> Result<QuotaRule, Failure> {
+fn quota_rule(eviction: EvictionRule, buffering: Option<&str>) -> Result<QuotaRule, Failure> {
     match buffering {
+        None if eviction.shares_frames() => Ok(QuotaRule::Shared),
+        Some(text) if eviction.shares_frames() => Err(Failure::input(format!(
+            "--buffering {text}: there are no quotas with --eviction {}; leave one of them out",
+            eviction.name()
+        ))),
         None | Some("auto") => Ok(QuotaRule::Adaptive),
         Some(text) => match text.parse() {
             Ok(ratio @ 0..=64) => Ok(QuotaRule::Fixed(ratio)),
@@ -292,6 +307,19 @@ mod tests {
     }
 
     #[test]
+    fn rules_of_eviction_come_with_those_of_quotas() {
+        let rules = |eviction, buffering: Option<&str>| {
+            let options =
+                EngineOptions { eviction, buffering: buffering.map(str::to_owned), ..Default::default() };
+            let settings = engine(options).expect("rules");
+            (settings.eviction, settings.quota_rule)
+        };
+        assert_eq!(rules(None, None), (EvictionRule::Bucketed, QuotaRule::Adaptive));
+        assert_eq!(rules(Some(EvictionChoice::Exact), Some("0")), (EvictionRule::Exact, QuotaRule::Fixed(0)));
+        assert_eq!(rules(Some(EvictionChoice::Global), None), (EvictionRule::Global, QuotaRule::Shared));
+    }
+
+    #[test]
     fn impossible_values_are_refused_by_name() {
         let compute = |compute| EngineOptions { compute, ..Default::default() };
         let cases = [
@@ -307,6 +335,14 @@ mod tests {
             (
                 EngineOptions { buffering: Some("many".into()), ..Default::default() },
                 "--buffering \"many\" is neither",
+            ),
+            (
+                EngineOptions {
+                    eviction: Some(EvictionChoice::Global),
+                    buffering: Some("0".into()),
+                    ..Default::default()
+                },
+                "--buffering 0: there are no quotas with --eviction global",
             ),
             (compute(ComputeOptions { threads: Some(0), ..Default::default() }), "--threads 0"),
             (

@@ -74,6 +74,21 @@ fn answers_do_not_depend_on_preemptions_under_tiers() {
     }
 }
 
+/// Rules of eviction and quotas decide what is hit and missed, and nothing else.
+#[test]
+fn answers_do_not_depend_on_the_rules() {
+    let (unified, _, _) = answers(&[]);
+    let rules: [&[&str]; 3] =
+        [&["--eviction", "exact"], &["--eviction", "exact", "--buffering", "0"], &["--eviction", "global"]];
+    for rule in rules {
+        let (tiered, _, metrics) = answers(&[&["--hbm", "20%"], rule].concat());
+        assert_eq!(tiered, unified, "{rule:?}");
+        let pages =
+            |event: &str| metric(&metrics, &format!("sparseserve_kv_pages_total{{event=\"{event}\"}}"));
+        assert!(pages("hit").min(pages("miss")).min(pages("evicted")) > 0, "{rule:?}: {metrics}");
+    }
+}
+
 #[test]
 fn answers_do_not_depend_on_the_size_of_hbm() {
     let (unified, receipts, _) = answers(&[]);

@@ -2,14 +2,19 @@
 //!
 //! Tables of two levels. A small directory has one entry for each run of [`LEAF_PAGES`] pages that a context could have; a
 //! leaf, one cache line of frames, exists only where something of the run is resident. Frames come in *extents* of
-//! [`EXTENT_FRAMES`], each owned by one (seat, layer), so a victim is found by looking at the stamps of that owner's extents
-//! alone: a histogram over [`STAMPS`] ages and a running sum say from which age on pages go (SPIN's bucketed LRU). Nothing
-//! is sorted, and what this step needs, of age 0, is never a victim.
+//! [`EXTENT_FRAMES`], each in one *pool*: that of a (seat, layer), which grows and shrinks with its quota, or, where requests
+//! share frames, that of a layer. A victim is found by looking at the stamps of its pool alone ([`EvictionRule`]): histograms
+//! of ages say from which age on pages go. Nothing is sorted, and what this step needs, of age 0, is never a victim.
 //!
 //! All tables are flat arrays of integers, so a device can hold the same ones. Every choice is deterministic: misses take the
-//! lowest free frame of their owner, in order; of equal age, the lowest frame goes first.
+//! first free frame of their pool, in order; of equal age, the first frame goes first.
+//!
+//! * `victims.rs`: the rules, and how their victims are found.
 
-use std::ops::Range;
+mod victims;
+
+use victims::Stamps;
+pub use victims::{EvictionRule, STAMPS};
 
 /// A place among the running sequences: what a device holds for a sequence, it holds by its seat.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -39,9 +44,6 @@ pub const LEAF_PAGES: usize = 16;
 /// Frames per extent, the unit in which frames change their owner.
 pub const EXTENT_FRAMES: usize = 32;
 
-/// Ages that are told apart, in steps of a sequence; older pages count as of the last.
-pub const STAMPS: usize = 64;
-
 /// No leaf, no frame, no extent: tables start as zeros, so everything else is stored plus one.
 const NONE: u32 = 0;
 
@@ -58,11 +60,17 @@ pub struct ResidencyShape {
     pub pages_max: usize,
     /// Extents of frames.
     pub extents: usize,
+    /// Which pages give way.
+    pub eviction: EvictionRule,
 }
 
 impl ResidencyShape {
     const fn owners(&self) -> usize {
         self.seats * self.layers
+    }
+
+    const fn pools(&self) -> usize {
+        if self.eviction.shares_frames() { self.layers } else { self.owners() }
     }
 
     const fn directory_entries(&self) -> usize {
@@ -77,28 +85,28 @@ impl ResidencyShape {
 
     /// Bytes of the tables that do not depend on the number of frames.
     pub const fn fixed_bytes(&self) -> u64 {
-        (self.directory_entries() * 4 + self.owners() * size_of::<Owner>()) as u64
+        (self.directory_entries() * 4 + self.pools() * size_of::<Pool>()) as u64
     }
 
     /// Bytes of all tables, were all leaves in use; leaves that never are take no memory.
     pub const fn bytes(&self) -> u64 {
         let per_leaf = LEAF_PAGES * 4 + 1 + 4;
-        let per_extent = EXTENT_FRAMES * (4 + 1) + 4 + 4 + 4;
+        let per_extent = EXTENT_FRAMES * (4 + self.eviction.frame_bytes()) + 4 + 4 + 4;
         self.fixed_bytes() + (self.leaves_max() * per_leaf + self.extents * per_extent) as u64
     }
 }
 
-/// What a (seat, layer) holds.
+/// Frames that give way to each other.
 #[derive(Clone, Copy, Debug, Default)]
-struct Owner {
+struct Pool {
     /// Its first extent, plus one.
     first: u32,
     /// Its extents.
     extents: u32,
     /// Frames in use.
     held: u32,
-    /// Its step, modulo [`STAMPS`].
-    now: u8,
+    /// Its step.
+    now: u32,
     /// An extent, plus one, before which no frame is free; none if nobody knows.
     free_from: u32,
 }
@@ -172,21 +180,25 @@ pub struct Residency {
     leaves_used: usize,
     /// `[frame]`: `page * kv_heads + head`.
     held: Vec<u32>,
-    /// `[frame]`: step of the owner when it was last needed, modulo [`STAMPS`].
-    stamps: Vec<u8>,
+    /// `[frame]`: the seat whose page it is; empty where pools say that.
+    holders: Vec<u32>,
+    stamps: Stamps,
     /// `[extent]`: which of its frames are in use.
     occupied: Vec<u32>,
-    /// `[extent]`: the next of its owner, plus one.
+    /// `[extent]`: the next of its pool, plus one.
     next: Vec<u32>,
     free_extents: Vec<u32>,
-    owners: Vec<Owner>,
+    /// `[seat][layer]`, or `[layer]` where requests share frames.
+    pools: Vec<Pool>,
+    /// `[seat]`: frames that hold its pages.
+    seat_frames: Vec<u32>,
     counters: Vec<SeatCounters>,
     /// Of requests that left their seats.
     gone: SeatCounters,
 }
 
 impl Residency {
-    /// Empty tables.
+    /// Empty tables. Where requests share frames, each layer has its part of them from the start.
     ///
     /// # Panics
     /// When an index would not fit in 32 bits.
@@ -195,7 +207,8 @@ impl Residency {
         assert!(frames < u32::MAX as usize, "frames are u32");
         assert!(shape.pages_max * shape.kv_heads < u32::MAX as usize, "pages of a layer are u32");
         let leaves = shape.leaves_max();
-        Residency {
+        let holders = if shape.eviction.shares_frames() { frames } else { 0 };
+        let mut tables = Residency {
             shape,
             directory: vec![NONE; shape.directory_entries()],
             leaves: vec![[NONE; LEAF_PAGES]; leaves],
@@ -203,14 +216,20 @@ impl Residency {
             free_leaves: Vec::with_capacity(leaves),
             leaves_used: 0,
             held: vec![0; frames],
-            stamps: vec![0; frames],
+            holders: vec![0; holders],
+            stamps: Stamps::new(shape.eviction, frames),
             occupied: vec![0; shape.extents],
             next: vec![NONE; shape.extents],
             free_extents: (0..shape.extents as u32).rev().collect(),
-            owners: vec![Owner::default(); shape.owners()],
+            pools: vec![Pool::default(); shape.pools()],
+            seat_frames: vec![0; shape.seats],
             counters: vec![SeatCounters::default(); shape.seats],
             gone: SeatCounters::default(),
+        };
+        if shape.eviction.shares_frames() {
+            (0..shape.layers).for_each(|layer| tables.extend(layer, shape.extents / shape.layers));
         }
+        tables
     }
 
     /// What they were made for.
@@ -228,23 +247,44 @@ impl Residency {
         (owner * self.shape.kv_heads + head) * self.shape.pages_max.div_ceil(LEAF_PAGES) + page / LEAF_PAGES
     }
 
-    /// The extents of an owner, in order.
-    fn extents(&self, owner: usize) -> impl Iterator<Item = usize> {
-        let first = self.owners[owner].first;
+    /// The pool in which an owner's pages are.
+    fn pool(&self, owner: usize) -> usize {
+        if self.shape.eviction.shares_frames() { owner % self.shape.layers } else { owner }
+    }
+
+    /// Whose page `frame` of a pool holds.
+    fn owner_of(&self, pool: usize, frame: usize) -> usize {
+        self.holders.get(frame).map_or(pool, |&seat| seat as usize * self.shape.layers + pool)
+    }
+
+    /// Whether pages of `a` may take the frames of `b`: then a step of both is one step of their pool.
+    pub fn share_frames(&self, a: SeatIndex, b: SeatIndex) -> bool {
+        a == b || self.shape.eviction.shares_frames()
+    }
+
+    /// The extents of a pool, in order.
+    fn extents(&self, pool: usize) -> impl Iterator<Item = usize> {
+        let first = self.pools[pool].first;
         std::iter::successors((first != NONE).then(|| first as usize - 1), |&extent| {
             let next = self.next[extent];
             (next != NONE).then(|| next as usize - 1)
         })
     }
 
-    /// Frames that (seat, layer) may hold.
-    pub fn quota(&self, seat: SeatIndex, layer: usize) -> usize {
-        self.owners[self.owner(seat, layer)].extents as usize * EXTENT_FRAMES
+    /// The frames of a pool that hold something, in order.
+    fn frames(&self, pool: usize) -> impl Iterator<Item = usize> {
+        self.extents(pool).flat_map(|extent| frames_in_use(extent, self.occupied[extent]))
     }
 
-    /// Frames that it does hold.
-    pub fn held(&self, seat: SeatIndex, layer: usize) -> usize {
-        self.owners[self.owner(seat, layer)].held as usize
+    /// Frames that pages of (seat, layer) may take.
+    pub fn quota(&self, seat: SeatIndex, layer: usize) -> usize {
+        self.pools[self.pool(self.owner(seat, layer))].extents as usize * EXTENT_FRAMES
+    }
+
+    /// Whether one of these is free.
+    pub fn has_room(&self, seat: SeatIndex, layer: usize) -> bool {
+        let pool = &self.pools[self.pool(self.owner(seat, layer))];
+        (pool.held as usize) < pool.extents as usize * EXTENT_FRAMES
     }
 
     /// Extents that nobody owns.
@@ -254,13 +294,12 @@ impl Residency {
 
     /// Frames in use, of all.
     pub fn frames_in_use(&self) -> usize {
-        self.owners.iter().map(|o| o.held as usize).sum()
+        self.pools.iter().map(|pool| pool.held as usize).sum()
     }
 
     /// Frames that `seat` holds over all layers.
     pub fn frames_of(&self, seat: SeatIndex) -> usize {
-        let first = self.owner(seat, 0);
-        self.owners[first..first + self.shape.layers].iter().map(|o| o.held as usize).sum()
+        self.seat_frames[seat.at()] as usize
     }
 
     /// What happened to the pages of `seat`.
@@ -273,21 +312,16 @@ impl Residency {
         &mut self.counters[seat.at()]
     }
 
-    // ---- one step of one (seat, layer): begin, need, fit, insert -------------------------------------------------
+    // ---- one step of one pool: begin, need, fit, insert ---------- -------------------------------------------------
 
-    /// A new step: every resident page is a step older.
+    /// A new step of the pool of (seat, layer): every page in it is a step older.
     pub fn begin(&mut self, seat: SeatIndex, layer: usize) {
-        let owner = self.owner(seat, layer);
-        let now = (self.owners[owner].now + 1) % STAMPS as u8;
-        self.owners[owner].now = now;
-        // What was stamped so long ago that its stamp comes round again stays at the greatest age.
-        let oldest = (now + 1) % STAMPS as u8;
-        let mut extent = self.owners[owner].first;
+        let pool = self.pool(self.owner(seat, layer));
+        self.pools[pool].now = self.pools[pool].now.wrapping_add(1);
+        let Pool { now, first: mut extent, .. } = self.pools[pool];
         while extent != NONE {
             let first = (extent as usize - 1) * EXTENT_FRAMES;
-            for stamp in &mut self.stamps[first..first + EXTENT_FRAMES] {
-                *stamp = if *stamp == now { oldest } else { *stamp };
-            }
+            self.stamps.begin(first..first + EXTENT_FRAMES, now);
             extent = self.next[extent as usize - 1];
         }
     }
@@ -307,64 +341,59 @@ impl Residency {
     /// Needs a page: a resident one becomes the youngest. Counts a hit; what is not found counts nothing.
     pub fn need(&mut self, seat: SeatIndex, layer: usize, head: usize, page: usize) -> Option<FrameIndex> {
         let frame = self.find(seat, layer, head, page)?;
-        let now = self.owners[self.owner(seat, layer)].now;
-        let age = (now + STAMPS as u8 - self.stamps[frame.at()]) % STAMPS as u8;
-        self.stamps[frame.at()] = now;
+        let now = self.pools[self.pool(self.owner(seat, layer))].now;
+        let age = self.stamps.age(frame.at(), now) as usize;
+        self.stamps.set(frame.at(), now);
         let counters = &mut self.counters[seat.at()];
         counters.hits += 1;
-        counters.hits_by_age[age as usize] += 1;
+        counters.hits_by_age[age.min(STAMPS - 1)] += 1;
         Some(frame)
     }
 
-    /// Evicts the oldest pages of (seat, layer) until `misses` frames are free. Calls `evicted` with each frame.
+    /// Makes room in the pool of (seat, layer) for the `misses` of a step that needs `wanted` pages of it: the oldest that it
+    /// does not need go. Calls `evicted` with each frame.
+    ///
+    /// When more are wanted than the pool holds, nothing of a quota goes, since such a step would lose what it needs next.
+    /// Where frames are shared, all goes that is not needed now, as in any LRU.
     ///
     /// # Panics
-    /// When there are not so many frames beside those that this step needs.
+    /// When more misses are named than pages are wanted beside hits.
     pub fn fit(
         &mut self,
         seat: SeatIndex,
         layer: usize,
+        wanted: usize,
         misses: usize,
         evicted: &mut impl FnMut(FrameIndex),
     ) {
-        let owner = self.owner(seat, layer);
-        let Owner { extents, held, .. } = self.owners[owner];
-        let spill = (held as usize + misses).saturating_sub(extents as usize * EXTENT_FRAMES);
-        self.counters[seat.at()].evictions += spill as u64;
-        self.evict(owner, spill, evicted);
+        let pool = self.pool(self.owner(seat, layer));
+        let Pool { extents, held, now, .. } = self.pools[pool];
+        let frames = extents as usize * EXTENT_FRAMES;
+        let spill = (held as usize + misses).saturating_sub(frames);
+        let spill = if wanted <= frames {
+            spill
+        } else if self.shape.eviction.shares_frames() {
+            spill.min(self.frames(pool).filter(|&frame| self.stamps.age(frame, now) > 0).count())
+        } else {
+            0
+        };
+        self.evict(pool, spill, evicted);
     }
 
-    /// Evicts the `count` oldest pages of an owner.
-    fn evict(&mut self, owner: usize, count: usize, evicted: &mut impl FnMut(FrameIndex)) {
+    /// Evicts the `count` oldest pages of a pool.
+    fn evict(&mut self, pool: usize, count: usize, evicted: &mut impl FnMut(FrameIndex)) {
         if count == 0 {
             return;
         }
-        let now = self.owners[owner].now;
-        let age = |stamp: u8| ((now + STAMPS as u8 - stamp) % STAMPS as u8) as usize;
-        let mut histogram = [0usize; STAMPS];
-        for extent in self.extents(owner) {
-            for frame in frames_in_use(extent, self.occupied[extent]) {
-                histogram[age(self.stamps[frame])] += 1;
-            }
-        }
-        // From this age on all go; of those one step younger, so many.
-        let (mut cut, mut sum) = (STAMPS, 0);
-        while sum + histogram[cut - 1] < count {
-            cut -= 1;
-            sum += histogram[cut];
-            assert!(cut > 1, "what a step needs is never evicted");
-        }
-        let mut of_cut = count - sum;
-        assert!(cut > 1, "what a step needs is never evicted");
-        let mut extent = self.owners[owner].first;
+        let Pool { now, first: mut extent, .. } = self.pools[pool];
+        let mut cut = self.stamps.oldest(|| self.frames(pool), now, count);
         while extent != NONE {
             let index = extent as usize - 1;
             for frame in frames_in_use(index, self.occupied[index]) {
-                let age = age(self.stamps[frame]);
-                let goes = age >= cut || (age + 1 == cut && of_cut > 0);
-                if goes {
-                    of_cut -= usize::from(age < cut);
-                    self.drop_frame(owner, frame);
+                if cut.takes(self.stamps.age(frame, now)) {
+                    let seat = self.owner_of(pool, frame) / self.shape.layers;
+                    self.counters[seat].evictions += 1;
+                    self.drop_frame(pool, frame);
                     evicted(FrameIndex(frame as u32));
                 }
             }
@@ -372,20 +401,23 @@ impl Residency {
         }
     }
 
-    /// Gives a page that is not resident the lowest free frame. Counts a miss.
+    /// Gives a page that is not resident the first free frame. Counts a miss.
     ///
     /// # Panics
     /// When there is none, or the page is resident.
     pub fn insert(&mut self, seat: SeatIndex, layer: usize, head: usize, page: usize) -> FrameIndex {
         let owner = self.owner(seat, layer);
         self.counters[seat.at()].misses += 1;
-        self.place(owner, head, page, self.owners[owner].now)
+        let frame = self.place(owner, head, page);
+        self.stamps.set(frame.at(), self.pools[self.pool(owner)].now);
+        frame
     }
 
-    /// The lowest free frame of an owner for a page.
-    fn place(&mut self, owner: usize, head: usize, page: usize, stamp: u8) -> FrameIndex {
-        let known = self.owners[owner].free_from;
-        let mut next = if known == NONE { self.owners[owner].first } else { known };
+    /// The first free frame of its pool for a page.
+    fn place(&mut self, owner: usize, head: usize, page: usize) -> FrameIndex {
+        let pool = self.pool(owner);
+        let known = self.pools[pool].free_from;
+        let mut next = if known == NONE { self.pools[pool].first } else { known };
         let extent = loop {
             assert!(next != NONE, "a free frame");
             let extent = next as usize - 1;
@@ -394,12 +426,16 @@ impl Residency {
             }
             next = self.next[extent];
         };
-        self.owners[owner].free_from = next;
+        self.pools[pool].free_from = next;
         let within = self.occupied[extent].trailing_ones() as usize;
         let frame = extent * EXTENT_FRAMES + within;
         self.occupied[extent] |= 1 << within;
-        self.owners[owner].held += 1;
-        self.stamps[frame] = stamp;
+        self.pools[pool].held += 1;
+        let seat = owner / self.shape.layers;
+        self.seat_frames[seat] += 1;
+        if let Some(holder) = self.holders.get_mut(frame) {
+            *holder = seat as u32;
+        }
         self.held[frame] = (page * self.shape.kv_heads + head) as u32;
         let entry = self.entry(owner, head, page);
         let leaf = self.leaf_of(entry);
@@ -413,7 +449,7 @@ impl Residency {
     // ---- between steps -------------------------------------------------------------------------------------------
 
     /// Takes all but `extents` extents from (seat, layer). The oldest pages go; younger ones that lie in an extent which is
-    /// taken move to a free frame: `moved(from, to)`, with `to` none for pages that go.
+    /// taken move to a free frame: `moved(from, to)`, with `to` none for pages that go. Nothing where frames are shared.
     pub fn shrink(
         &mut self,
         seat: SeatIndex,
@@ -422,27 +458,26 @@ impl Residency {
         moved: &mut impl FnMut(FrameIndex, Option<FrameIndex>),
     ) {
         let owner = self.owner(seat, layer);
-        if extents >= self.owners[owner].extents as usize {
+        if self.shape.eviction.shares_frames() || extents >= self.pools[owner].extents as usize {
             return;
         }
         // Between steps nothing is needed: a page of age 0 may go, too.
         self.begin(seat, layer);
-        let spill = (self.owners[owner].held as usize).saturating_sub(extents * EXTENT_FRAMES);
-        self.counters[seat.at()].evictions += spill as u64;
+        let spill = (self.pools[owner].held as usize).saturating_sub(extents * EXTENT_FRAMES);
         self.evict(owner, spill, &mut |frame| moved(frame, None));
         let last = extents.checked_sub(1).and_then(|i| self.extents(owner).nth(i));
         let mut taken = match last {
-            None => std::mem::replace(&mut self.owners[owner].first, NONE),
+            None => std::mem::replace(&mut self.pools[owner].first, NONE),
             Some(last) => std::mem::replace(&mut self.next[last], NONE),
         };
-        (self.owners[owner].extents, self.owners[owner].free_from) = (extents as u32, NONE);
+        (self.pools[owner].extents, self.pools[owner].free_from) = (extents as u32, NONE);
         while taken != NONE {
             let extent = taken as usize - 1;
             for frame in frames_in_use(extent, self.occupied[extent]) {
                 let (page, head) = self.page_of(frame);
-                let stamp = self.stamps[frame];
                 self.drop_frame(owner, frame);
-                let to = self.place(owner, head, page, stamp);
+                let to = self.place(owner, head, page);
+                self.stamps.copy(frame, to.at());
                 moved(FrameIndex(frame as u32), Some(to));
             }
             taken = std::mem::replace(&mut self.next[extent], NONE);
@@ -450,29 +485,46 @@ impl Residency {
         }
     }
 
-    /// Gives (seat, layer) free extents until it has `extents`, as far as there are any.
+    /// Gives (seat, layer) free extents until it has `extents`, as far as there are any. Nothing where frames are shared.
     pub fn grow(&mut self, seat: SeatIndex, layer: usize, extents: usize) {
         let owner = self.owner(seat, layer);
-        let mut last = self.extents(owner).last();
-        while (self.owners[owner].extents as usize) < extents {
+        if !self.shape.eviction.shares_frames() {
+            self.extend(owner, extents);
+        }
+    }
+
+    /// Gives a pool free extents until it has `extents`, as far as there are any.
+    fn extend(&mut self, pool: usize, extents: usize) {
+        let mut last = self.extents(pool).last();
+        while (self.pools[pool].extents as usize) < extents {
             let Some(extent) = self.free_extents.pop() else { return };
             match last {
-                None => self.owners[owner].first = extent + 1,
+                None => self.pools[pool].first = extent + 1,
                 Some(last) => self.next[last] = extent + 1,
             }
             last = Some(extent as usize);
-            self.owners[owner].extents += 1;
+            self.pools[pool].extents += 1;
         }
     }
 
     /// Forgets everything about `seat`. Calls `evicted` with each frame that held a page.
     pub fn release(&mut self, seat: SeatIndex, evicted: &mut impl FnMut(FrameIndex)) {
-        // Who leaves gives way to nobody.
-        let evictions = self.counters[seat.at()].evictions;
         for layer in 0..self.shape.layers {
-            self.shrink(seat, layer, 0, &mut |frame, _| evicted(frame));
+            let owner = self.owner(seat, layer);
+            let pool = self.pool(owner);
+            let mut extent = self.pools[pool].first;
+            while extent != NONE {
+                let index = extent as usize - 1;
+                for frame in frames_in_use(index, self.occupied[index]) {
+                    if self.owner_of(pool, frame) == owner {
+                        self.drop_frame(pool, frame);
+                        evicted(FrameIndex(frame as u32));
+                    }
+                }
+                extent = self.next[index];
+            }
+            self.shrink(seat, layer, 0, &mut |_, _| {});
         }
-        self.counters[seat.at()].evictions = evictions;
         let counters = std::mem::take(&mut self.counters[seat.at()]);
         self.gone.add(&counters);
     }
@@ -490,11 +542,11 @@ impl Residency {
         seat: SeatIndex,
         layer: usize,
     ) -> impl Iterator<Item = (usize, usize, FrameIndex)> {
-        self.extents(self.owner(seat, layer)).flat_map(move |extent| {
-            frames_in_use(extent, self.occupied[extent]).map(move |frame| {
-                let (page, head) = self.page_of(frame);
-                (head, page, FrameIndex(frame as u32))
-            })
+        let owner = self.owner(seat, layer);
+        let pool = self.pool(owner);
+        self.frames(pool).filter(move |&frame| self.owner_of(pool, frame) == owner).map(move |frame| {
+            let (page, head) = self.page_of(frame);
+            (head, page, FrameIndex(frame as u32))
         })
     }
 
@@ -517,11 +569,13 @@ impl Residency {
     }
 
     /// Empties a frame.
-    fn drop_frame(&mut self, owner: usize, frame: usize) {
+    fn drop_frame(&mut self, pool: usize, frame: usize) {
         let (page, head) = self.page_of(frame);
+        let owner = self.owner_of(pool, frame);
         self.occupied[frame / EXTENT_FRAMES] &= !(1 << (frame % EXTENT_FRAMES));
-        self.owners[owner].held -= 1;
-        self.owners[owner].free_from = NONE;
+        self.pools[pool].held -= 1;
+        self.pools[pool].free_from = NONE;
+        self.seat_frames[owner / self.shape.layers] -= 1;
         let entry = self.entry(owner, head, page);
         let leaf = self.directory[entry] as usize - 1;
         let place = std::mem::replace(&mut self.leaves[leaf][page % LEAF_PAGES], NONE);
@@ -536,7 +590,7 @@ impl Residency {
     /// Bytes of the tables in use: the directory, and leaves and frames that hold something.
     pub fn bytes_in_use(&self) -> u64 {
         let leaves = self.leaves_used - self.free_leaves.len();
-        let per_frame = 4 + 1;
+        let per_frame = 4 + self.shape.eviction.frame_bytes();
         self.shape.fixed_bytes() + (leaves * (LEAF_PAGES * 4 + 1) + self.frames_in_use() * per_frame) as u64
     }
 
@@ -551,23 +605,23 @@ impl Residency {
             );
             assert_eq!(self.occupied[extent as usize], 0, "free extent {extent} holds nothing");
         }
-        for owner in 0..self.shape.owners() {
-            let Owner { extents, held, .. } = self.owners[owner];
-            assert_eq!(self.extents(owner).count(), extents as usize, "extents of owner {owner} are counted");
-            let mut in_use = 0;
-            for extent in self.extents(owner) {
-                assert!(!std::mem::replace(&mut extent_seen[extent], true), "extent {extent} has one owner");
-                for frame in frames_in_use(extent, self.occupied[extent]) {
-                    in_use += 1;
-                    let (page, head) = self.page_of(frame);
-                    let leaf = self.directory[self.entry(owner, head, page)];
-                    assert_ne!(leaf, NONE, "a resident page has a leaf");
-                    let place = self.leaves[leaf as usize - 1][page % LEAF_PAGES];
-                    assert_eq!(place, frame as u32 + 1, "the leaf of a page leads to its frame");
-                }
+        let mut seat_frames = vec![0; self.shape.seats];
+        for (pool, &Pool { extents, held, .. }) in self.pools.iter().enumerate() {
+            assert_eq!(self.extents(pool).count(), extents as usize, "extents of pool {pool} are counted");
+            for extent in self.extents(pool) {
+                assert!(!std::mem::replace(&mut extent_seen[extent], true), "extent {extent} is in one pool");
             }
-            assert_eq!(in_use, held as usize, "frames of owner {owner} are counted");
+            for frame in self.frames(pool) {
+                let ((page, head), owner) = (self.page_of(frame), self.owner_of(pool, frame));
+                let leaf = self.directory[self.entry(owner, head, page)];
+                assert_ne!(leaf, NONE, "a resident page has a leaf");
+                let place = self.leaves[leaf as usize - 1][page % LEAF_PAGES];
+                assert_eq!(place, frame as u32 + 1, "the leaf of a page leads to its frame");
+                seat_frames[owner / self.shape.layers] += 1;
+            }
+            assert_eq!(self.frames(pool).count(), held as usize, "frames of pool {pool} are counted");
         }
+        assert_eq!(seat_frames, self.seat_frames, "frames of seats are counted");
         assert!(extent_seen.iter().all(|&seen| seen), "no extent is lost");
         let mut entries = 0;
         for &leaf in self.directory.iter().filter(|&&leaf| leaf != NONE) {
@@ -588,10 +642,8 @@ impl Residency {
 
 /// The frames of an extent that `occupied` says are in use, ascending.
 fn frames_in_use(extent: usize, occupied: u32) -> impl Iterator<Item = usize> {
-    let within: Range<usize> = 0..EXTENT_FRAMES;
-    within.filter(move |i| occupied >> i & 1 == 1).map(move |i| extent * EXTENT_FRAMES + i)
+    (0..EXTENT_FRAMES).filter(move |i| occupied >> i & 1 == 1).map(move |i| extent * EXTENT_FRAMES + i)
 }
 
 #[cfg(test)]
-#[path = "residency_tests.rs"]
 mod tests;
