@@ -26,6 +26,9 @@ pub struct Digests {
     num_blocks: usize,
     /// Partitions that end in a block.
     per_block: usize,
+    /// Blocks of a partition, 1 where it is shorter.
+    blocks: usize,
+    digest_bytes: usize,
     layers: Vec<Buffer<u8>>,
     /// What makes them, where weights do.
     gate: Option<Gate>,
@@ -61,7 +64,9 @@ impl Digests {
             }
             _ => None,
         };
-        Ok(Digests { spec, geometry, num_blocks, per_block, layers, gate, clusters })
+        let digest_bytes = spec.kind.bytes(spec.width(geometry.head_dim), geometry.dtype);
+        let blocks = spec.partition_tokens.div_ceil(geometry.page_tokens);
+        Ok(Digests { spec, geometry, num_blocks, per_block, blocks, digest_bytes, layers, gate, clusters })
     }
 
     /// What they are.
@@ -77,14 +82,16 @@ impl Digests {
     /// Bytes of one digest.
     #[inline(always)]
     pub fn digest_bytes(&self) -> usize {
-        self.spec.kind.bytes(self.spec.width(self.geometry.head_dim), self.geometry.dtype)
+        self.digest_bytes
     }
 
     /// Bytes of a digest that scores are made of, with padding.
     #[inline(always)]
     pub fn scored_bytes(&self) -> usize {
-        let kind = self.spec.kind;
-        kind.bytes(kind.scored_width(self.geometry.head_dim), self.geometry.dtype)
+        match self.spec.kind {
+            DigestKind::Cluster { .. } => padded_width(self.geometry.head_dim) * self.geometry.dtype.bytes(),
+            _ => self.digest_bytes,
+        }
     }
 
     /// The digest of a partition and head.
@@ -118,10 +125,9 @@ impl Digests {
     /// When its block does not exist.
     #[inline(always)]
     pub fn offset(&self, table: &[BlockIndex], partition: usize) -> usize {
-        let page = self.geometry.page_tokens;
-        let last = (partition + 1) * self.spec.partition_tokens - 1;
-        let within = if self.per_block == 1 { 0 } else { last % page / self.spec.partition_tokens };
-        let block = table[last / page];
+        // Pages and what divides them are powers of two.
+        let within = partition & (self.per_block - 1);
+        let block = table[((partition >> self.per_block.trailing_zeros()) + 1) * self.blocks - 1];
         assert!(block.at() < self.num_blocks, "{block:?} of {}", self.num_blocks);
         block.at() * self.geometry.kv_heads * self.head_bytes() + within * self.digest_bytes()
     }
@@ -140,6 +146,7 @@ impl Digests {
         let digests = bytes.chunks_exact(self.digest_bytes());
         let value = |digest: &[u8], i: usize| match self.spec.kind {
             DigestKind::Fp8(_) => fp8::read(digest, padded_width(width), i),
+            DigestKind::Landmark if i + 1 == width => dtype.read(digest, padded_width(i)),
             _ => dtype.read(digest, i),
         };
         digests.flat_map(|digest| (0..width).map(move |i| value(digest, i))).collect()
@@ -195,6 +202,7 @@ pub fn digest(pool: &mut Pool, digests: &mut Digests, kv: &Kv, layer: usize, bat
                 };
                 match digests.spec.kind {
                     DigestKind::Fp8(_) => fp8::encode(bytes, &values[..width]),
+                    DigestKind::Landmark => store_landmark(bytes, &values[..width], digests.geometry.dtype),
                     _ => store(bytes, &values[..width], digests.geometry.dtype),
                 }
             }
@@ -412,6 +420,14 @@ impl Keys<'_> {
             }
         }
     }
+}
+
+/// Rounds a mean and, after its padding, its cosine to `dtype`.
+pub(crate) fn store_landmark(bytes: &mut [u8], values: &[f32], dtype: DType) {
+    let (mean, cosine) = values.split_at(values.len() - 1);
+    let (first, rest) = bytes.split_at_mut(padded_width(mean.len()) * dtype.bytes());
+    store(first, mean, dtype);
+    store(rest, cosine, dtype);
 }
 
 /// Rounds `values` to `dtype`.

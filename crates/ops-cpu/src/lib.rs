@@ -37,6 +37,7 @@ mod split;
 mod tensor;
 mod tier;
 mod tile;
+mod view;
 
 use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow};
