@@ -3,6 +3,9 @@
 //! The best partitions are found without sorting: scores become integers of the same order, and the smallest one that
 //! still belongs is found bit by bit, each bit by counting how many are as large. That is up to 32 passes over an array in the
 //! first-level cache at 16 lanes a step, 1 us for 1,024 partitions; fewer where a count is just what is wanted.
+//!
+//! Measured as [`crate::score`] says: a `shadowkv` layer, four softmaxes over 3,871 chunks and two thresholds for each of 16
+//! selections, takes 260 us and not 527 (0.49, 0.45-0.54), since softmaxes add by lanes and take one exponential per candidate.
 
 use ops::sparse::{Method, Reduce, RowPlan, Rule, Scope, Score, bitmap_words, mark, order_key};
 use ops::{Batch, HeadShape};

@@ -8,6 +8,10 @@
 //! fetched into the first-level cache, 18.2 into the second. Also tried: only the first 8, 16 or 32 lines of a page
 //! (11 to 14 GB/s), K and V of a page together (16.5), V by runs of four lines so that both passes over it wait alike
 //! (18.2: the same).
+//!
+//! Where slots are selected in runs shorter than a page, values of runs without one are neither read nor fetched; of K one
+//! cache line holds all slots of a page, so that is read whole. As [`crate::score`] measures: `shadowkv` with chunks of 8 on
+//! pages of 16 463 us a layer and not 535 (0.88, 0.85-0.90), `quest` `partition=8` 0.88 (0.85-0.88), whole pages 0.98.
 
 use ops::SPLIT_TOKENS;
 
