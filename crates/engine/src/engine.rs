@@ -9,6 +9,7 @@ use kv::KvCache;
 use ops::sample::{SampleOutput, SampleRow, Sampled};
 
 use crate::config::Config;
+use crate::digest_room::DigestRoom;
 use crate::metrics::Metrics;
 use crate::request::{FinishReason, RequestId};
 use crate::rows::StepRows;
@@ -48,6 +49,8 @@ pub struct Engine<R> {
     pub(crate) running: Vec<Sequence>,
     /// Who may hold how much of the HBM tier.
     pub(crate) shares: Shares,
+    /// What digests take of it.
+    pub(crate) digest_room: DigestRoom,
     /// What this step runs.
     pub(crate) rows: StepRows,
     /// Empty between steps; only its memory stays.
@@ -79,6 +82,7 @@ impl<R: Runner> Engine<R> {
                 config.max_num_seqs,
             ),
             shares: Shares::new(&config),
+            digest_room: DigestRoom::new(config.tier.map(|tier| tier.digest_places), config.num_blocks),
             waiting: VecDeque::with_capacity(config.max_waiting + config.max_num_seqs),
             running: Vec::with_capacity(config.max_num_seqs),
             rows: StepRows::new(&config),

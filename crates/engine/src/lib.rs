@@ -8,7 +8,8 @@
 //! * `handle.rs`: the thread around the engine, and how others reach it.
 //! * `engine.rs`: the engine itself, without thread, clock or device. `sequence.rs`: a request inside it.
 //! * `schedule.rs`, `run.rs`, `commit.rs`, `emit.rs`: the four verbs of a step. `rows.rs`: what they pass on.
-//! * `shares.rs`: who may hold how much of the HBM tier. `guard.rs`: whether selections cover enough.
+//! * `shares.rs`: who may hold how much of the HBM tier. `digest_room.rs`: for whose digests it has room.
+//! * `guard.rs`: whether selections cover enough, and what follows.
 //! * `model_runner.rs`: the runner of a server, a model on a device. `metrics.rs`: what is counted.
 //!
 //! Invariant: the answer to a request depends on the request alone, never on what else runs, on preemption, or on how
@@ -22,6 +23,7 @@
 
 mod commit;
 mod config;
+mod digest_room;
 mod emit;
 mod engine;
 mod guard;

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use kv::OutOfBlocks;
+
 use crate::engine::Engine;
 use crate::run::Runner;
 
@@ -26,15 +28,15 @@ impl<R: Runner> Engine<R> {
     pub(crate) fn schedule(&mut self, now: Duration) {
         self.rows.clear();
         let mut budget = StepBudget { tokens: self.config.max_inject_tokens, replay_rows: REPLAY_ROWS };
-        let mut places = self.config.tier.map_or(usize::MAX, |tier| tier.digest_places);
+        self.digest_room.begin();
         let mut next = 0;
         while next < self.running.len() {
-            if self.make_room(next) && self.make_places(next, &mut places) {
+            if self.make_room(next) && self.take_places(next) {
                 self.push_rows(next, &mut budget);
             }
             next += 1;
         }
-        while budget.tokens > 0 && self.admit_next(&mut places, now) {
+        while budget.tokens > 0 && self.admit_next(now) {
             self.push_rows(self.running.len() - 1, &mut budget);
         }
         assert!(self.rows.num_rows() > 0, "whenever there is work, some of it proceeds");
@@ -97,21 +99,18 @@ impl<R: Runner> Engine<R> {
         false
     }
 
-    /// Takes places for the digests of `running[at]` from those that are left. Where they do not suffice, it and all younger ones
-    /// are parked: HBM has no room for what they need, DRAM has. The oldest always finds enough.
-    fn make_places(&mut self, at: usize, places: &mut usize) -> bool {
+    /// Takes places for the digests of `running[at]`. Where too few are left, it and all younger ones are parked: HBM has no room for
+    /// what they need, DRAM has. The oldest always finds enough. Returns whether it still runs.
+    fn take_places(&mut self, at: usize) -> bool {
         let sequence = &self.running[at];
-        let needed = sequence.digest_places(sequence.tokens.len(), self.config.page_tokens);
-        match places.checked_sub(needed) {
-            Some(left) => *places = left,
-            None => {
-                assert!(at > 0, "a lone request has places for its digests, that was checked at the start");
-                while self.running.len() > at {
-                    self.park_youngest();
-                }
-            }
+        if sequence.sparse.is_none() || self.digest_room.take(sequence.kv.blocks(), 0).is_ok() {
+            return true;
         }
-        at < self.running.len()
+        assert!(at > 0, "a lone request has places for its digests, that was checked at the start");
+        while self.running.len() > at {
+            self.park_youngest();
+        }
+        false
     }
 
     /// The youngest gives up its seat and waits with its blocks, at the front of the queue.
@@ -144,65 +143,62 @@ impl<R: Runner> Engine<R> {
         self.waiting.push_front(youngest);
     }
 
-    /// Admits the head of the queue if there is a seat, blocks for all its known tokens and the next one, and some of `places`
-    /// for their digests.
-    fn admit_next(&mut self, places: &mut usize, now: Duration) -> bool {
+    /// Admits the head of the queue if there is a seat, blocks for all its known tokens and the next one, and room for their digests.
+    fn admit_next(&mut self, now: Duration) -> bool {
         if self.running.len() == self.config.max_num_seqs {
             return false;
         }
-        let Some(sequence) = self.waiting.front() else { return false };
+        let Some(sequence) = self.waiting.front_mut() else { return false };
         let num_tokens = sequence.admission_tokens();
-        let needed = sequence.digest_places(num_tokens, self.config.page_tokens);
-        // So that who begins beside others goes on for a while.
-        let ahead = if self.running.is_empty() || needed == 0 { 0 } else { PLACES_AHEAD };
-        let Some(left) = places.checked_sub(needed).filter(|left| *left >= ahead) else { return false };
-        let admitted = match sequence.parked {
-            true => self.admit_parked(num_tokens),
-            false => self.admit_anew(num_tokens, now),
-        };
-        if admitted {
-            *places = left;
-            let mut sequence = self.waiting.pop_front().expect("the head of the queue");
-            self.kv.take_seat(&mut sequence.kv);
-            self.running.push(sequence);
-        }
-        admitted
-    }
-
-    /// Lets the head of the queue go on with its blocks.
-    fn admit_parked(&mut self, num_tokens: usize) -> bool {
-        loop {
-            let sequence = &mut self.waiting[0];
-            if self.kv.reserve(&mut sequence.kv, num_tokens).is_ok() {
-                sequence.parked = false;
-                return true;
-            }
-            if !self.preempt_parked(1) {
-                return false;
-            }
-        }
-    }
-
-    /// Finds blocks for the head of the queue, those of its prefix first.
-    fn admit_anew(&mut self, num_tokens: usize, now: Duration) -> bool {
-        let available = self.kv.num_available();
-        let sequence = &mut self.waiting[0];
-        if available < sequence.admit_when_available {
+        let (available, left) = (self.kv.num_available(), self.digest_room.left());
+        let (is_parked, alone) = (sequence.parked, self.running.is_empty());
+        let too_early =
+            available < sequence.admit_when_available || (left < sequence.admit_when_places && !alone);
+        if too_early && !is_parked {
             return false;
         }
         // Log-probabilities of a prompt need every row of it.
         let cached_tokens = match sequence.prompt_logprobs {
-            None => self.kv.match_prefix(&mut sequence.kv, &sequence.tokens),
-            Some(_) => 0,
+            None if !is_parked => self.kv.match_prefix(&mut sequence.kv, &sequence.tokens),
+            _ => 0,
         };
-        if let Err(short) = self.kv.reserve(&mut sequence.kv, num_tokens) {
-            // Matching a long prompt costs time; it is worth another try only when this many could be had.
-            let matched_unused = available - short.available;
-            sequence.admit_when_available = matched_unused + short.wanted;
-            self.kv.suspend(&mut sequence.kv);
+        if let Err(short) = self.reserve_first(num_tokens) {
+            if !is_parked {
+                // Matching a long prompt costs time; it is worth another try only when this many could be had.
+                let matched_unused = available - short.available;
+                let sequence = &mut self.waiting[0];
+                sequence.admit_when_available = matched_unused + short.wanted;
+                self.kv.suspend(&mut sequence.kv);
+            }
             return false;
         }
+        let sequence = &mut self.waiting[0];
+        // So that who begins beside others goes on for a while.
+        let ahead = if alone { 0 } else { PLACES_AHEAD };
+        if sequence.sparse.is_some()
+            && let Err(wanted) = self.digest_room.take(sequence.kv.blocks(), ahead)
+        {
+            if !is_parked {
+                sequence.admit_when_places = wanted;
+                self.kv.suspend(&mut sequence.kv);
+            }
+            return false;
+        }
+        self.kv.take_seat(&mut sequence.kv);
+        sequence.parked = false;
         sequence.admit(cached_tokens, now, &self.metrics);
+        let sequence = self.waiting.pop_front().expect("the head of the queue");
+        self.running.push(sequence);
         true
+    }
+
+    /// Reserves blocks for the head of the queue, from younger ones that are parked if need be.
+    fn reserve_first(&mut self, num_tokens: usize) -> Result<(), OutOfBlocks> {
+        loop {
+            let reserved = self.kv.reserve(&mut self.waiting[0].kv, num_tokens);
+            if reserved.is_ok() || !self.preempt_parked(1) {
+                return reserved;
+            }
+        }
     }
 }

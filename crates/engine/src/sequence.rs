@@ -98,6 +98,8 @@ pub(crate) struct Sequence {
     pub(crate) outcome: Option<Outcome>,
     /// Admission is not tried again before this many blocks are available.
     pub(crate) admit_when_available: usize,
+    /// Nor before there are so many places for digests.
+    pub(crate) admit_when_places: usize,
     /// Prompt tokens whose log-probabilities are known.
     num_scored: usize,
     /// These, until they are complete and sent.
@@ -144,6 +146,7 @@ impl Sequence {
             counted: SeatCounters::default(),
             outcome: None,
             admit_when_available: 0,
+            admit_when_places: 0,
             num_scored: 0,
             prompt_scores: prompt_logprobs.map(|_| Vec::new()),
             cached_tokens: 0,
@@ -190,7 +193,7 @@ impl Sequence {
         self.quota = 0;
         self.counted = SeatCounters::default();
         tracing::debug!(request = self.id.0, tokens = self.tokens.len(), "preempted");
-        self.admit_when_available = 0;
+        (self.admit_when_available, self.admit_when_places) = (0, 0);
     }
 
     pub(crate) fn park(&mut self, kv: &mut KvCache) {
@@ -199,11 +202,6 @@ impl Sequence {
         self.quota = 0;
         self.counted = SeatCounters::default();
         tracing::debug!(request = self.id.0, tokens = self.tokens.len(), "parked");
-    }
-
-    /// Blocks whose digests a step needs in HBM, if it has `num_tokens` tokens by then.
-    pub(crate) fn digest_places(&self, num_tokens: usize, page_tokens: usize) -> usize {
-        self.sparse.map_or(0, |_| num_tokens.div_ceil(page_tokens).max(self.kv.blocks().len()))
     }
 
     /// Appends what is to be sampled after rows `first_row..` that run the tokens at `positions`; returns whether the

@@ -29,10 +29,11 @@ use crate::pages::{Kv, Layers};
 use crate::pool::Pool;
 use crate::selection::Selections;
 use crate::simd::Simd;
-use crate::split::{Frames, HeadView, SplitScratch, pack_queries, split_partial};
+use crate::split::{SplitScratch, pack_queries, split_partial};
 use crate::tensor::CpuTensor;
 use crate::tier::{Tier, WavePart};
 use crate::tile::{Bf16, Element, F16, F32};
+use crate::view::{Frames, HeadView};
 
 /// Rows times query heads per unit: enough to reuse what was read, few enough for their scores to stay in the
 /// second-level cache.

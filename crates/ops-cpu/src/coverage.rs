@@ -15,10 +15,11 @@ use crate::pages::Kv;
 use crate::pool::Pool;
 use crate::selection::Selections;
 use crate::simd::{LANES, Simd};
-use crate::split::{Frames, HeadView, SplitScratch, pack_queries, split_scores};
+use crate::split::{SplitScratch, pack_queries, split_scores};
 use crate::tensor::CpuTensor;
 use crate::tier::WavePart;
 use crate::tile::{Bf16, Element, F16, F32, round_to_lanes};
+use crate::view::{Frames, HeadView};
 
 /// See [`ops::Backend::cover`].
 ///

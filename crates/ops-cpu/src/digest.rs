@@ -27,6 +27,9 @@ pub struct Digests {
     num_blocks: usize,
     /// Partitions that end in a block.
     per_block: usize,
+    /// Blocks of a partition, 1 where it is shorter.
+    blocks: usize,
+    digest_bytes: usize,
     /// In DRAM, by block.
     layers: Vec<Buffer<u8>>,
     /// Those of some blocks once more, by place, where HBM is apart.
@@ -94,7 +97,20 @@ impl Digests {
             }
             _ => None,
         };
-        Ok(Digests { spec, geometry, num_blocks, per_block, layers, hbm, gate, clusters })
+        let digest_bytes = spec.kind.bytes(spec.width(geometry.head_dim), geometry.dtype);
+        let blocks = spec.partition_tokens.div_ceil(geometry.page_tokens);
+        Ok(Digests {
+            spec,
+            geometry,
+            num_blocks,
+            per_block,
+            blocks,
+            digest_bytes,
+            layers,
+            hbm,
+            gate,
+            clusters,
+        })
     }
 
     /// What they are.
@@ -110,14 +126,16 @@ impl Digests {
     /// Bytes of one digest.
     #[inline(always)]
     pub fn digest_bytes(&self) -> usize {
-        self.spec.kind.bytes(self.spec.width(self.geometry.head_dim), self.geometry.dtype)
+        self.digest_bytes
     }
 
     /// Bytes of a digest that scores are made of, with padding.
     #[inline(always)]
     pub fn scored_bytes(&self) -> usize {
-        let kind = self.spec.kind;
-        kind.bytes(kind.scored_width(self.geometry.head_dim), self.geometry.dtype)
+        match self.spec.kind {
+            DigestKind::Cluster { .. } => padded_width(self.geometry.head_dim) * self.geometry.dtype.bytes(),
+            _ => self.digest_bytes,
+        }
     }
 
     /// The digest of a partition and head.
@@ -162,10 +180,9 @@ impl Digests {
     /// The block in which a partition ends, and which of those that end there it is.
     #[inline(always)]
     fn home(&self, table: &[BlockIndex], partition: usize) -> (BlockIndex, usize) {
-        let page = self.geometry.page_tokens;
-        let last = (partition + 1) * self.spec.partition_tokens - 1;
-        let within = if self.per_block == 1 { 0 } else { last % page / self.spec.partition_tokens };
-        let block = table[last / page];
+        // Pages and what divides them are powers of two.
+        let within = partition & (self.per_block - 1);
+        let block = table[((partition >> self.per_block.trailing_zeros()) + 1) * self.blocks - 1];
         assert!(block.at() < self.num_blocks, "{block:?} of {}", self.num_blocks);
         (block, within)
     }
@@ -223,6 +240,7 @@ impl Digests {
         let digests = bytes.chunks_exact(self.digest_bytes());
         let value = |digest: &[u8], i: usize| match self.spec.kind {
             DigestKind::Fp8(_) => fp8::read(digest, padded_width(width), i),
+            DigestKind::Landmark if i + 1 == width => dtype.read(digest, padded_width(i)),
             _ => dtype.read(digest, i),
         };
         digests.flat_map(|digest| (0..width).map(move |i| value(digest, i))).collect()
@@ -306,6 +324,7 @@ pub fn digest(pool: &mut Pool, digests: &mut Digests, kv: &Kv, layer: usize, bat
                 let width = digests.spec.kind.width(digests.geometry.head_dim);
                 let encode = |bytes: &mut [u8]| match digests.spec.kind {
                     DigestKind::Fp8(_) => fp8::encode(bytes, &values[..width]),
+                    DigestKind::Landmark => store_landmark(bytes, &values[..width], digests.geometry.dtype),
                     _ => store(bytes, &values[..width], digests.geometry.dtype),
                 };
                 // SAFETY: the digest belongs to this partition alone; rows of one batch complete a partition of a block once.
@@ -523,6 +542,14 @@ impl Keys<'_> {
             }
         }
     }
+}
+
+/// Rounds a mean and, after its padding, its cosine to `dtype`.
+pub(crate) fn store_landmark(bytes: &mut [u8], values: &[f32], dtype: DType) {
+    let (mean, cosine) = values.split_at(values.len() - 1);
+    let (first, rest) = bytes.split_at_mut(padded_width(mean.len()) * dtype.bytes());
+    store(first, mean, dtype);
+    store(rest, cosine, dtype);
 }
 
 /// Rounds `values` to `dtype`.

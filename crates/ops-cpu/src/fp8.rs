@@ -17,17 +17,25 @@ pub trait Stored: Copy {
     const VECTOR_BYTES: usize;
     /// What a lifted query holds per step.
     type Left: Copy;
+    /// 16 steps of a digest.
+    type Right<S: Simd>: Copy;
 
     /// Writes 16 values of a lifted query.
     ///
     /// # Safety
     /// 16 values are writable.
     unsafe fn store_left<S: Simd>(s: S, to: *mut Self::Left, v: S::V);
+    /// Loads 16 steps of a digest.
+    ///
+    /// # Safety
+    /// They are readable.
+    unsafe fn load<S: Simd>(s: S, from: *const u8) -> Self::Right<S>;
     /// As [`Element::mul_add_lanes`].
     ///
     /// # Safety
-    /// 16 steps of both are readable.
-    unsafe fn mul_add_lanes<S: Simd>(s: S, acc: S::V, left: *const Self::Left, right: *const u8) -> S::V;
+    /// 16 steps of the query are readable.
+    unsafe fn mul_add_lanes<S: Simd>(s: S, acc: S::V, left: *const Self::Left, right: Self::Right<S>)
+    -> S::V;
     /// The score of `digest`, of `width` values, with `sum` over its products.
     ///
     /// # Safety
@@ -44,6 +52,7 @@ impl<E: Element> Stored for E {
     const K_PER_STEP: usize = E::K_PER_STEP;
     const VECTOR_BYTES: usize = E::VECTOR_BYTES;
     type Left = E::Left;
+    type Right<S: Simd> = E::Right<S>;
 
     #[inline(always)]
     unsafe fn store_left<S: Simd>(s: S, to: *mut E::Left, v: S::V) {
@@ -52,7 +61,13 @@ impl<E: Element> Stored for E {
     }
 
     #[inline(always)]
-    unsafe fn mul_add_lanes<S: Simd>(s: S, acc: S::V, left: *const E::Left, right: *const u8) -> S::V {
+    unsafe fn load<S: Simd>(s: S, from: *const u8) -> E::Right<S> {
+        // SAFETY: the caller's promise.
+        unsafe { <E as Element>::load(s, from) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add_lanes<S: Simd>(s: S, acc: S::V, left: *const E::Left, right: E::Right<S>) -> S::V {
         // SAFETY: the caller's promise.
         unsafe { <E as Element>::mul_add_lanes(s, acc, left, right) }
     }
@@ -82,6 +97,7 @@ impl Stored for E4m3 {
     const K_PER_STEP: usize = 1;
     const VECTOR_BYTES: usize = LANES;
     type Left = f32;
+    type Right<S: Simd> = S::V;
 
     #[inline(always)]
     unsafe fn store_left<S: Simd>(s: S, to: *mut f32, v: S::V) {
@@ -90,9 +106,15 @@ impl Stored for E4m3 {
     }
 
     #[inline(always)]
-    unsafe fn mul_add_lanes<S: Simd>(s: S, acc: S::V, left: *const f32, right: *const u8) -> S::V {
+    unsafe fn load<S: Simd>(s: S, from: *const u8) -> S::V {
         // SAFETY: the caller's promise.
-        unsafe { s.mul_add(s.load(left), s.load_e4m3(right), acc) }
+        unsafe { s.load_e4m3(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add_lanes<S: Simd>(s: S, acc: S::V, left: *const f32, right: S::V) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { s.mul_add(s.load(left), right, acc) }
     }
 
     #[inline(always)]

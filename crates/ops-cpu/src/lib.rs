@@ -38,6 +38,7 @@ mod split;
 mod tensor;
 mod tier;
 mod tile;
+mod view;
 
 use ops::coverage::Inspections;
 use ops::places::DigestState;

@@ -1,8 +1,8 @@
 //! Results of splits, and what becomes of them: merged in ascending order, divided, written.
 
 use crate::simd::{LANES, Simd};
-use crate::split::HeadView;
 use crate::tile::round_to_lanes;
+use crate::view::HeadView;
 
 /// Below any finite maximum: `-inf - LOWEST` is `-inf` where `-inf - -inf` would be no number.
 const LOWEST: f32 = f32::MIN / 4.0;

@@ -7,6 +7,7 @@ use crate::memory::{Buffer, PerThread};
 use crate::merge::carry_stride;
 use crate::pages::HEAD_DIM_MAX;
 use crate::score::RUN;
+use crate::tile::round_to_lanes;
 
 /// Values of a lifted query, at most.
 pub(crate) const LIFTED_MAX: usize = 2 * HEAD_DIM_MAX;
@@ -96,8 +97,8 @@ impl Selections {
             estimated: vec![0; heads],
             threads: PerThread::new(threads, || Scratch {
                 lifted: vec![0; limits.heads.kv_heads * limits.lines_max * LIFTED_MAX],
-                reduced: vec![0.0; partitions],
-                masked: vec![0.0; partitions],
+                reduced: vec![0.0; round_to_lanes(partitions)],
+                masked: vec![0.0; round_to_lanes(partitions)],
                 keys: vec![0; partitions],
                 outliers: Vec::with_capacity(partitions),
                 order: vec![0; clusters],

@@ -28,12 +28,13 @@ pub trait Element: Copy + Send + Sync + 'static {
     unsafe fn load<S: Simd>(s: S, from: *const u8) -> Self::Right<S>;
     /// `acc + left * right`.
     fn mul_add<S: Simd>(s: S, acc: S::V, left: Self::Left, right: Self::Right<S>) -> S::V;
-    /// `acc + left * right`, lane by lane, for the next `16 * K_PER_STEP` values of a left row and of a right one that lies
-    /// in memory like it: what a dot product of two rows sums.
+    /// `acc + left * right`, lane by lane, for the next `16 * K_PER_STEP` values of a left row and of a right one that was loaded
+    /// from memory like it: what a dot product of two rows sums.
     ///
     /// # Safety
-    /// As many values of both are readable.
-    unsafe fn mul_add_lanes<S: Simd>(s: S, acc: S::V, left: *const Self::Left, right: *const u8) -> S::V;
+    /// As many values of the left row are readable.
+    unsafe fn mul_add_lanes<S: Simd>(s: S, acc: S::V, left: *const Self::Left, right: Self::Right<S>)
+    -> S::V;
     /// Writes 16 values of a left row: rounded to bf16 for bf16, else as they are. `step` is a multiple of 16 / `K_PER_STEP`.
     ///
     /// # Safety
@@ -79,9 +80,9 @@ impl Element for Bf16 {
     }
 
     #[inline(always)]
-    unsafe fn mul_add_lanes<S: Simd>(s: S, acc: S::V, left: *const u32, right: *const u8) -> S::V {
+    unsafe fn mul_add_lanes<S: Simd>(s: S, acc: S::V, left: *const u32, right: S::Pairs) -> S::V {
         // SAFETY: the caller's promise.
-        unsafe { s.dot_pairs(acc, s.load_pairs(left), s.load_pairs(right.cast())) }
+        unsafe { s.dot_pairs(acc, s.load_pairs(left), right) }
     }
 
     #[inline(always)]
@@ -121,9 +122,9 @@ impl Element for F16 {
     }
 
     #[inline(always)]
-    unsafe fn mul_add_lanes<S: Simd>(s: S, acc: S::V, left: *const f32, right: *const u8) -> S::V {
+    unsafe fn mul_add_lanes<S: Simd>(s: S, acc: S::V, left: *const f32, right: S::V) -> S::V {
         // SAFETY: the caller's promise.
-        unsafe { s.mul_add(s.load(left), Self::load(s, right), acc) }
+        unsafe { s.mul_add(s.load(left), right, acc) }
     }
 
     #[inline(always)]
@@ -163,9 +164,9 @@ impl Element for F32 {
     }
 
     #[inline(always)]
-    unsafe fn mul_add_lanes<S: Simd>(s: S, acc: S::V, left: *const f32, right: *const u8) -> S::V {
+    unsafe fn mul_add_lanes<S: Simd>(s: S, acc: S::V, left: *const f32, right: S::V) -> S::V {
         // SAFETY: the caller's promise.
-        unsafe { s.mul_add(s.load(left), Self::load(s, right), acc) }
+        unsafe { s.mul_add(s.load(left), right, acc) }
     }
 
     #[inline(always)]

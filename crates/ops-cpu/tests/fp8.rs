@@ -40,7 +40,7 @@ fn run(isa: Isa, dtype: DType, reduce: Reduce, (most, least): (i32, i32), seed: 
     let mut key = |i: usize| {
         let exponent = least + random.below((most - least + 1) as usize) as i32;
         let normal = if random.below(8) == 0 { 1.5 } else { random.normal() };
-        let value = if i % head_dim % 5 == 0 { normal.abs() } else { normal };
+        let value = if (i % head_dim).is_multiple_of(5) { normal.abs() } else { normal };
         // In two steps: the power alone may be below what f32 has.
         value * 2f32.powi(exponent / 2) * 2f32.powi(exponent - exponent / 2)
     };

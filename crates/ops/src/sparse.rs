@@ -75,10 +75,12 @@ impl DigestKind {
         }
     }
 
-    /// Bytes of `width` values where K has the type `dtype`, with padding and the scale of fp8.
+    /// Bytes of a digest of `width` values where K has the type `dtype`: values with padding, and after them the scale of fp8 or
+    /// the cosine of a landmark, in four bytes.
     pub const fn bytes(self, width: usize, dtype: DType) -> usize {
         match self {
             DigestKind::Fp8(_) => padded_width(width) + fp8::SCALE_BYTES,
+            DigestKind::Landmark => padded_width(width - 1) * dtype.bytes() + 4,
             _ => padded_width(width) * dtype.bytes(),
         }
     }
@@ -94,10 +96,10 @@ impl DigestKind {
         }
     }
 
-    /// Values at the front of a digest that scores are made of.
+    /// Values at the front of a digest that dot products are made of.
     pub const fn scored_width(self, head_dim: usize) -> usize {
         match self {
-            DigestKind::Cluster { .. } => head_dim,
+            DigestKind::Cluster { .. } | DigestKind::Landmark => head_dim,
             other => other.width(head_dim),
         }
     }

@@ -65,7 +65,7 @@ fn random_config(random: &mut Random) -> Config {
         layers: 2,
         kv_heads: 2,
         rule: [QuotaRule::Adaptive, QuotaRule::Fixed(2), QuotaRule::Shared][random.below(3)],
-        digest_places: longest + random.below(2) * random.below(60),
+        digest_places: longest + random.below(4) / 3 * random.below(60),
     });
     config
 }
@@ -94,7 +94,10 @@ fn random_request(random: &mut Random, config: &Config, live: &[Live]) -> Reques
     request.sampling.seed = random.below(3) as u64;
     request.stopping.end_tokens = (0..random.below(3)).map(|_| random.below(48) as u32).collect();
     request.stopping.min_tokens = random.below(8) as u32;
-    request.sparse = (random.below(2) == 0).then(|| sparse(1 + random.below(2), random.below(60) as u32));
+    // Who attends sparsely has digests, for which an HBM tier must have room.
+    let sparse_of_four = if config.tier.is_some() { 3 } else { 2 };
+    request.sparse =
+        (random.below(4) < sparse_of_four).then(|| sparse(1 + random.below(2), random.below(60) as u32));
     request.logprobs = (random.below(5) == 0).then(|| random.below(6) as u32);
     let max_tokens = &mut request.stopping.max_tokens;
     if random.below(6) == 0 {
@@ -267,7 +270,7 @@ fn answers_do_not_depend_on_what_else_runs() {
     println!("{total:?}");
     assert!(total.answers > 5000, "{total:?}");
     assert!(total.cached_tokens > 1000 && total.preemptions > 100 && total.evictions > 1000.0, "{total:?}");
-    assert!(total.parked > 50.0, "{total:?}");
+    assert!(total.parked > 10.0, "{total:?}");
     assert!(total.guarded.iter().all(|&n| n > 100.0), "{total:?}");
 }
 

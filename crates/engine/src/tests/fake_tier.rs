@@ -1,7 +1,7 @@
 //! The HBM tier of the fake device: what is written lies with its seat until it is saved, some steps later. Whoever reads a
 //! block too early, or leaves a seat without a word, gets a wrong answer.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use kv::QuotaRule;
 use ops::residency::SeatCounters;
@@ -52,7 +52,8 @@ impl FakeTier {
     /// Before a step: quotas and digests fit.
     pub fn check(&self, batch: &Batch) {
         let sparse = batch.sequences.iter().filter(|s| s.attention != Attention::Dense);
-        let blocks: usize = sparse.map(|s| batch.block_table(s).len()).sum();
+        let blocks: BTreeSet<BlockIndex> = sparse.flat_map(|s| batch.block_table(s)).copied().collect();
+        let blocks = blocks.len();
         assert!(blocks <= self.digest_places, "digests of {blocks} blocks in {} places", self.digest_places);
         let quotas = batch.sequences.iter().map(|s| s.quota as usize);
         let quotas: usize = if self.shared { quotas.max().unwrap_or(0) } else { quotas.sum() };

@@ -38,6 +38,29 @@ pub(super) unsafe fn sum_8(v: __m256) -> f32 {
     }
 }
 
+/// The sums of four times 8 lanes, each in the order of [`sum_8`].
+///
+/// # Safety
+/// AVX.
+#[inline(always)]
+pub(super) unsafe fn sums_8(a: __m256, b: __m256, c: __m256, d: __m256) -> [f32; 4] {
+    // SAFETY: the caller's promise; both results are 16 bytes of plain data.
+    unsafe {
+        // Four lanes of `a` and of `b`, then two of each of the four, then one.
+        let ab = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+        let cd = _mm256_add_ps(_mm256_permute2f128_ps(c, d, 0x20), _mm256_permute2f128_ps(c, d, 0x31));
+        let acbd =
+            _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0b01_00_01_00), _mm256_shuffle_ps(ab, cd, 0b11_10_11_10));
+        let acbd = _mm256_add_ps(acbd, _mm256_shuffle_ps(acbd, acbd, 0b10_11_00_01));
+        let (ac, bd) = (_mm256_castps256_ps128(acbd), _mm256_extractf128_ps(acbd, 1));
+        std::mem::transmute::<__m128, [f32; 4]>(_mm_blend_ps(
+            ac,
+            _mm_shuffle_ps(bd, bd, 0b10_11_00_01),
+            0b1010,
+        ))
+    }
+}
+
 /// Lanes `first..first + 8` of a mask of 16 bits, as sign bits.
 ///
 /// # Safety
@@ -246,6 +269,19 @@ impl Simd for Avx2 {
     fn reduce_sum(self, v: Self::V) -> f32 {
         // SAFETY: features as above.
         unsafe { sum_8(_mm256_add_ps(v.0, v.1)) }
+    }
+
+    #[inline(always)]
+    fn reduce_sums(self, [a, b, c, d]: [Self::V; 4]) -> [f32; 4] {
+        // SAFETY: features as above.
+        unsafe {
+            sums_8(
+                _mm256_add_ps(a.0, a.1),
+                _mm256_add_ps(b.0, b.1),
+                _mm256_add_ps(c.0, c.1),
+                _mm256_add_ps(d.0, d.1),
+            )
+        }
     }
 
     #[inline(always)]

@@ -70,6 +70,16 @@ unsafe fn high(pairs: __m512i) -> __m512 {
     unsafe { _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32))) }
 }
 
+/// The lower 8 lanes plus the upper ones.
+///
+/// # Safety
+/// AVX-512 F and DQ.
+#[inline(always)]
+unsafe fn halves(v: __m512) -> __m256 {
+    // SAFETY: the caller's promise.
+    unsafe { _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)) }
+}
+
 // What both levels share. A macro, since a token type is what carries the proof that the features are there.
 macro_rules! common {
     () => {
@@ -165,10 +175,13 @@ macro_rules! common {
         #[inline(always)]
         fn reduce_sum(self, v: __m512) -> f32 {
             // SAFETY: features as above. Spelt out, since the order of the library's reduction is its own affair.
-            unsafe {
-                let v = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-                super::avx2::sum_8(v)
-            }
+            unsafe { super::avx2::sum_8(halves(v)) }
+        }
+
+        #[inline(always)]
+        fn reduce_sums(self, [a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+            // SAFETY: features as above.
+            unsafe { super::avx2::sums_8(halves(a), halves(b), halves(c), halves(d)) }
         }
 
         #[inline(always)]

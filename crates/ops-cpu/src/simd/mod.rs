@@ -81,6 +81,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn reduce_max(self, v: Self::V) -> f32;
     /// Sum of the lanes, always in the same order.
     fn reduce_sum(self, v: Self::V) -> f32;
+    /// The sums of four vectors, each as [`Simd::reduce_sum`] has it.
+    fn reduce_sums(self, v: [Self::V; 4]) -> [f32; 4];
     /// To the nearest integer, ties to even.
     fn round(self, v: Self::V) -> Self::V;
     /// `v * 2^n` for integral `n` in `-160..=127`.
@@ -170,6 +172,7 @@ mod tests {
         kept: [f32; LANES],
         part: [f32; LANES],
         sum: f32,
+        sums: [f32; 4],
         max: f32,
         dot: [f32; LANES],
     }
@@ -189,6 +192,7 @@ mod tests {
                 kept: zeros,
                 part: [9.0; LANES],
                 sum: 0.0,
+                sums: [0.0; 4],
                 max: 0.0,
                 dot: zeros,
             };
@@ -206,6 +210,9 @@ mod tests {
                 s.store(made.kept.as_mut_ptr(), s.keep(v, 0b1000_0000_0111_0001));
                 s.store_part(made.part.as_mut_ptr(), s.load_part(self.0.as_ptr(), 11), 13);
                 (made.sum, made.max) = (s.reduce_sum(v), s.reduce_max(v));
+                let (double, square) = (s.add(v, v), s.mul(v, v));
+                made.sums = s.reduce_sums([v, square, double, s.splat(1.0)]);
+                assert_eq!(made.sums[1].to_bits(), s.reduce_sum(square).to_bits());
                 // (3, 2) . (x rounded down to bf16, 2): 0x4000 is 2 in bf16, 0x4040 is 3.
                 let dot = s.dot_pairs(v, s.splat_pair(0x4040_4000), s.load_pairs(pairs.as_ptr()));
                 s.store(made.dot.as_mut_ptr(), dot);
@@ -246,6 +253,8 @@ mod tests {
                 }
                 let sum = x.iter().map(|&x| f64::from(x)).sum::<f64>();
                 assert!((f64::from(made.sum) - sum).abs() < 1e-4 * f64::from(scale), "{what}");
+                assert_eq!(made.sums[0].to_bits(), made.sum.to_bits(), "{what}");
+                assert_eq!((made.sums[2], made.sums[3]), (2.0 * made.sum, 16.0), "{what}");
                 assert_eq!(made.max, x.into_iter().fold(f32::MIN, f32::max), "{what}");
             }
             let mut x = [0.0; LANES];

@@ -121,6 +121,15 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn reduce_sums(self, v: [Self::V; 4]) -> [f32; 4] {
+        let mut sums = [0.0; 4];
+        for i in 0..4 {
+            sums[i] = self.reduce_sum(v[i]);
+        }
+        sums
+    }
+
+    #[inline(always)]
     fn round(self, v: Self::V) -> Self::V {
         lanes(|i| v[i].round_ties_even())
     }

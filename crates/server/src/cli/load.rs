@@ -109,12 +109,12 @@ impl Tier {
         let longest = geometry.blocks(spec.context_max);
         let all = plan.num_blocks.min(longest.saturating_mul(spec.seats));
         let room = plan.hbm_bytes.saturating_sub(smallest).min(plan.hbm_bytes / 2);
-        let digest_places = match room.checked_div(block_bytes) {
-            Some(blocks) if parks => (blocks as usize).clamp(longest, all),
-            _ => all,
-        };
         let bytes_of = |places: usize| {
             places as u64 * block_bytes + digests.len() as u64 * Places::bytes(plan.num_blocks, places)
+        };
+        let digest_places = match room.saturating_sub(bytes_of(0)).checked_div(bytes_of(1) - bytes_of(0)) {
+            Some(places) if parks => (places as usize).clamp(longest, all),
+            _ => all,
         };
         let digest_bytes = bytes_of(digest_places);
         let smallest_bytes = bytes_of(if parks { longest } else { all }) + smallest;

@@ -93,11 +93,7 @@ fn answers_do_not_depend_on_the_rules() {
 fn answers_do_not_depend_on_the_size_of_hbm() {
     let (unified, receipts, _) = answers(&[]);
     assert!(receipts[0].get("pages_hit").is_none(), "in unified memory there are no misses: {}", receipts[0]);
-    let refused = output_within(&mut sparseserve(&[&["serve", "--hbm", "1KiB"], &FLAGS[..]].concat()), SOON);
-    let said = text(&refused.stderr);
-    assert_eq!(refused.status.code(), Some(2), "{said}");
-    let smallest = said.split("--hbm ").nth(3).and_then(|rest| rest.split(' ').next());
-    let smallest = smallest.unwrap_or_else(|| panic!("a size that would do in {said}"));
+    let smallest = &smallest().to_string();
     for hbm in [smallest, "30%", "100%"] {
         let (tiered, receipts, metrics) = answers(&["--hbm", hbm]);
         assert_eq!(tiered, unified, "--hbm {hbm}");
@@ -115,16 +111,21 @@ fn answers_do_not_depend_on_the_size_of_hbm() {
     }
 }
 
-/// HBM with room for the digests of two prompts and part of their answers: who does not find room any more waits with its KV.
+/// The least `--hbm` in bytes, as a refusal tells it.
+fn smallest() -> u64 {
+    let refused = output_within(&mut sparseserve(&[&["serve", "--hbm", "1KiB"], &FLAGS[..]].concat()), SOON);
+    let said = text(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(2), "{said}");
+    let bytes = said.split("--hbm ").nth(3).and_then(|rest| rest.split(' ').next()?.parse().ok());
+    bytes.unwrap_or_else(|| panic!("a size that would do in {said}"))
+}
+
+/// HBM with room for the digests of the prompts, which share most of them, and of a part of the answers: who does not find room
+/// any more waits with its KV.
 #[test]
 fn answers_do_not_depend_on_who_is_parked() {
     let (unified, ..) = answers(&[]);
-    let refused = output_within(&mut sparseserve(&[&["serve", "--hbm", "1KiB"], &FLAGS[..]].concat()), SOON);
-    let said = text(&refused.stderr);
-    // Half of HBM is for digests: of one request of 2560 tokens, as the refusal tells, and of 1.75 such requests.
-    let one = said.split("digests ").nth(1).and_then(|rest| rest.split(" MiB").next());
-    let one: f64 = one.and_then(|mib| mib.parse().ok()).unwrap_or_else(|| panic!("digests in {said}"));
-    let (tiered, _, metrics) = answers(&["--hbm", &format!("{:.0}KiB", 2.0 * 1.75 * 1024.0 * one)]);
+    let (tiered, _, metrics) = answers(&["--hbm", &smallest().to_string()]);
     assert_eq!(tiered, unified);
     assert!(metric(&metrics, "sparseserve_parked_total") > 0, "{metrics}");
     assert_eq!(metric(&metrics, "sparseserve_preemptions_total"), 0);
