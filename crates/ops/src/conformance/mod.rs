@@ -47,11 +47,12 @@ pub fn seed_factor() -> u64 {
     std::env::var("SPARSESERVE_SEEDS").ok().and_then(|factor| factor.parse().ok()).unwrap_or(1)
 }
 
-/// Runs every check on fresh backends made by `make`.
+/// Runs every check on fresh backends made by `make`. Returns the extra waves of its HBM tiers: a backend whose frames for them
+/// are bounded should have had some.
 ///
 /// # Panics
 /// With the seed, the operation and the worst element, when one differs.
-pub fn check_all<B: Backend>(make: &mut dyn FnMut() -> B, seed: u64) {
+pub fn check_all<B: Backend>(make: &mut dyn FnMut() -> B, seed: u64) -> u64 {
     eprintln!("conformance seed {seed}");
     for dtype in DTYPES {
         check_linear(&mut make(), dtype, seed);
@@ -60,10 +61,11 @@ pub fn check_all<B: Backend>(make: &mut dyn FnMut() -> B, seed: u64) {
         check_sparse(&mut make(), dtype, seed);
     }
     // What moves pages does not look into them: one type a time is enough.
-    check_tiers(make, DTYPES[seed as usize % DTYPES.len()], seed);
+    let waves = check_tiers(make, DTYPES[seed as usize % DTYPES.len()], seed);
     check_rows(&mut make(), seed);
     check_rope_angles(&mut make(), seed);
     check_sample(&mut make(), seed);
+    waves
 }
 
 /// Asserts that `got` equals `expected` within `tolerance * max |expected|`.

@@ -388,8 +388,9 @@ impl Step {
     }
 }
 
-/// The whole of it, with HBM from the smallest legal size up.
-pub fn check_tiers<B: Backend>(make: &mut dyn FnMut() -> B, dtype: DType, seed: u64) {
+/// The whole of it, with HBM from the smallest legal size up. Returns in how many waves beyond one per layer the backend did it:
+/// the oracle needs none.
+pub fn check_tiers<B: Backend>(make: &mut dyn FnMut() -> B, dtype: DType, seed: u64) -> u64 {
     let mut covered: [Covered; EvictionRule::ALL.len()] = Default::default();
     for (index, case) in cases().iter().enumerate() {
         let geometry = KvGeometry {
@@ -428,11 +429,10 @@ pub fn check_tiers<B: Backend>(make: &mut dyn FnMut() -> B, dtype: DType, seed: 
             }
         }
     }
-    let waves: u64 = covered.iter().map(|covered| covered.extra_waves).sum();
-    assert!(waves > 0, "seed {seed} is no test of waves");
     for (rule, covered) in EvictionRule::ALL.map(EvictionRule::name).iter().zip(&covered) {
         assert!(covered.everything(), "seed {seed} is no test of {rule}: {covered:?}");
     }
+    covered.iter().map(|covered| covered.extra_waves).sum()
 }
 
 /// What happened in some runs, so that a check of nothing shows.

@@ -172,7 +172,7 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
     }
     let player = args.replay_selection.as_deref();
     let mut player = player.map(|path| player_of(path, &prepared.geometry, args.context)).transpose()?;
-    let quota = quota(&prepared, &settings, args.batch, sparse.as_ref(), args.context);
+    let quota = quota(&prepared, &settings, args.batch, sparse.as_ref(), args.context + args.steps);
     let work = Work::new(&prepared, settings.max_inject_tokens, args.batch, blocks, sparse, quota);
     let (dtype, geometry, num_blocks) = (prepared.dtype, prepared.geometry, blocks * args.batch);
     let mut runner = prepared.load_filled(&mut |backend, kv| {
