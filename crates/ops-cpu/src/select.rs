@@ -7,7 +7,7 @@
 use ops::sparse::{Method, Reduce, RowPlan, Rule, Scope, Score, bitmap_words, mark, order_key};
 use ops::{Batch, HeadShape};
 
-use crate::cluster::{Chosen, Clusters};
+use crate::cluster::{ClusterScratch, Clusters};
 use crate::digest::Digests;
 use crate::isa::{Isa, Kernel};
 use crate::memory::Shared;
@@ -120,7 +120,7 @@ impl Kernel for SelectRow<'_> {
             return 0;
         }
         let count = plan.candidates.len();
-        let Scratch { reduced, keys, masked, outliers, order, fates, .. } = scratch;
+        let Scratch { reduced, keys, masked, outliers, offsets, sizes, picked, .. } = scratch;
         let (reduced, masked) = (&mut reduced[..count], &mut masked[..count]);
         let of = if method.scope == Scope::Layer { 0..heads.kv_heads } else { head..head + 1 };
         let lines = method.query_lines(heads);
@@ -136,8 +136,8 @@ impl Kernel for SelectRow<'_> {
         }
         if let Some(clusters) = &clusters {
             // Those without a token are left out, like outliers.
-            clusters.sizes(&mut fates[..count]);
-            outliers.extend((0..count as u32).filter(|&p| fates[p as usize] == 0));
+            clusters.read_sizes(s, &mut offsets[..count], &mut sizes[..count]);
+            outliers.extend((0..count as u32).filter(|&p| sizes[p as usize] == 0));
         }
         let first = plan.candidates.start;
         for (i, head) in of.enumerate() {
@@ -156,14 +156,15 @@ impl Kernel for SelectRow<'_> {
                 *score /= num_lines as f32;
             }
         }
-        if let Some(clusters) = clusters {
-            let chosen = Chosen { plan, order: &mut order[..count], fates: &mut fates[..count], masked };
-            let line = |line: usize| selection.line_of(place, head, line);
-            return clusters.select(s, reduced, chosen, line, bits);
-        }
         let keys = &mut keys[..count];
         for (key, &score) in keys.iter_mut().zip(&*reduced) {
             *key = order_key(score);
+        }
+        if let Some(clusters) = clusters {
+            let (offsets, sizes) = (&offsets[..count], &sizes[..count]);
+            let work = ClusterScratch { keys, offsets, sizes, picked, weights: masked };
+            let line = |line: usize| selection.line_of(place, head, line);
+            return clusters.select(s, plan, work, line, bits);
         }
         let mut take_in = |partition: usize| {
             let start = partition * method.partition_tokens;
@@ -195,34 +196,34 @@ impl Softmax {
     #[inline(always)]
     fn over<S: Simd>(s: S, scores: &[f32], scale: usize) -> Self {
         let factor = std::f32::consts::LOG2_E / (scale as f32).sqrt();
-        let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let mut softmax = Softmax { max, factor, sum: 1.0 };
-        let mut sum = 0.0;
-        let mut i = 0;
-        while i < scores.len() {
-            let mut weights = [0.0; LANES];
-            let n = probabilities(s, &scores[i..], softmax, &mut weights);
-            for weight in &weights[..n] {
-                sum += weight;
-            }
-            i += n;
+        let mut max = s.splat(f32::NEG_INFINITY);
+        for some in scores.chunks(LANES) {
+            // In this order a NaN is passed over.
+            max = s.max(load(s, some), max);
         }
-        softmax.sum = sum;
+        let mut softmax = Softmax { max: s.reduce_max(max), factor, sum: 1.0 };
+        let mut sum = s.splat(0.0);
+        for some in scores.chunks(LANES) {
+            sum = s.add(sum, softmax.probabilities(s, some));
+        }
+        softmax.sum = s.reduce_sum(sum);
         softmax
+    }
+
+    /// Of up to 16 scores; 0 in the other lanes.
+    #[inline(always)]
+    fn probabilities<S: Simd>(self, s: S, scores: &[f32]) -> S::V {
+        let x = s.mul(s.sub(load(s, scores), s.splat(self.max)), s.splat(self.factor));
+        s.div(s.exp2(x), s.splat(self.sum))
     }
 }
 
-/// Up to 16 probabilities; returns how many.
+/// Up to 16 scores, `-inf` in the other lanes.
 #[inline(always)]
-fn probabilities<S: Simd>(s: S, scores: &[f32], softmax: Softmax, to: &mut [f32; LANES]) -> usize {
-    let n = scores.len().min(LANES);
-    // SAFETY: `n` scores are there, and the array holds a vector.
-    unsafe {
-        let v = s.sub(s.load_part(scores.as_ptr(), n), s.splat(softmax.max));
-        let weight = s.exp2(s.mul(v, s.splat(softmax.factor)));
-        s.store(to.as_mut_ptr(), s.div(weight, s.splat(softmax.sum)));
-    }
-    n
+fn load<S: Simd>(s: S, scores: &[f32]) -> S::V {
+    // SAFETY: so many are there.
+    let v = unsafe { s.load_part(scores.as_ptr(), scores.len()) };
+    s.keep(v, u16::MAX >> (LANES - scores.len()))
 }
 
 /// Adds a line to the reduced scores, or takes it over if it is the first.
@@ -235,31 +236,24 @@ fn reduce<S: Simd>(
     how: Reduce,
     first: bool,
 ) {
-    let mut i = 0;
-    while i < scores.len() {
-        let n = (scores.len() - i).min(LANES);
+    for (to, some) in reduced.chunks_mut(LANES).zip(scores.chunks(LANES)) {
+        let line = softmax.map_or_else(|| load(s, some), |softmax| softmax.probabilities(s, some));
         let mut values = [0.0; LANES];
-        match softmax {
-            Some(softmax) => {
-                probabilities(s, &scores[i..], softmax, &mut values);
-            }
-            None => values[..n].copy_from_slice(&scores[i..i + n]),
-        }
-        for j in 0..n {
-            let r = &mut reduced[i + j];
-            *r = match how {
-                _ if first => values[j],
-                Reduce::Max => r.max(values[j]),
-                Reduce::Mean | Reduce::MeanQuery => *r + values[j],
+        // SAFETY: the array holds a vector.
+        unsafe { s.store(values.as_mut_ptr(), line) };
+        for (to, value) in to.iter_mut().zip(values) {
+            *to = match how {
+                _ if first => value,
+                Reduce::Max => to.max(value),
+                Reduce::Mean | Reduce::MeanQuery => *to + value,
             };
         }
-        i += n;
     }
 }
 
 /// Visits the places of the `take` largest keys in ascending order; of equal keys the first.
 #[inline(always)]
-fn each_best(keys: &[u32], take: usize, mut visit: impl FnMut(usize)) {
+pub(crate) fn each_best(keys: &[u32], take: usize, mut visit: impl FnMut(usize)) {
     let (least, mut ties) = threshold(keys, take);
     for (i, &key) in keys.iter().enumerate() {
         let tie = key == least && ties > 0;
