@@ -150,6 +150,10 @@ pub struct PageUse {
     pub misses: u64,
     /// Pages that were needed and passed through.
     pub streamed: u64,
+    /// Pages that selections named and that are not local, and as many as the slots selected in them would fill.
+    pub selected: u64,
+    /// See there.
+    pub selected_packed: u64,
     /// Cache frames held at once, at most.
     pub resident_peak: u64,
     /// Time that the steps it took part in waited for pages, whoever's they were, in nanoseconds.
@@ -162,6 +166,8 @@ impl PageUse {
         self.hits += step.hits;
         self.misses += step.misses;
         self.streamed += step.streamed;
+        self.selected += step.selected;
+        self.selected_packed += step.selected_packed;
         self.resident_peak = self.resident_peak.max(held as u64);
         self.stall_nanos += stall_nanos;
     }
@@ -178,6 +184,8 @@ pub struct Attended {
     pub context_tokens: u64,
     /// Steps whose budget was too small for what a method attends to at least.
     pub raised_steps: u32,
+    /// Clusters that all of them together attended to as one token each, at most; their tokens are not among `tokens`.
+    pub estimated_clusters: u64,
 }
 
 impl Attended {
@@ -189,6 +197,7 @@ impl Attended {
         self.steps += 1;
         self.tokens += tokens as u64;
         self.context_tokens += context as u64;
+        self.estimated_clusters += plan.estimated as u64;
         self.raised_steps += u32::from(tokens > (sparse.budget as usize).min(context));
     }
 }

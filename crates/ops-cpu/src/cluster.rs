@@ -1,23 +1,28 @@
 //! Selections of clusters, and attention to those that enter as one pseudo-token each.
 //!
 //! A pseudo-token's score was computed already, by `score`; so all that attention lacks are weighted sums of mean values. They are
-//! made here, beside the clusters' sizes, and `attention` merges the result like that of one more split.
+//! made here, and `attention` merges the result like that of one more split.
+//!
+//! Digests lie far apart, so what costs is to fetch them: their places are computed once, sizes, members and mean values are read
+//! by whole vectors, and the next ones are fetched while these are worked on.
 
 use ops::BlockIndex;
-use ops::cluster::{ClusterLayout, NO_CLUSTER};
-use ops::sparse::{RowPlan, order_key};
+use ops::DType;
+use ops::cluster::ClusterLayout;
+use ops::sparse::RowPlan;
 
 use crate::digest::Digests;
+use crate::memory::LINE_BYTES;
 use crate::merge::{carry_stride, head_stride};
-use crate::pages::HEAD_DIM_MAX;
+use crate::select::each_best;
 use crate::simd::{LANES, Simd};
+use crate::tile::{Bf16, Element, F16, F32};
 
-/// A cluster is neither attended to nor estimated.
-const LEFT_OUT: u32 = 0;
-/// Its tokens are attended to.
-const TAKEN: u32 = 1;
-/// It becomes a pseudo-token of so many tokens, plus this.
-const ESTIMATED: u32 = 2;
+/// Digests that are fetched ahead.
+const AHEAD: usize = 8;
+
+/// Vectors of a mean value whose sums are in flight at a time: enough to hide the latency of an addition.
+const TOGETHER: usize = 4;
 
 /// The clusters of a row and KV head.
 pub(crate) struct Clusters<'a> {
@@ -32,12 +37,19 @@ pub(crate) struct Clusters<'a> {
 }
 
 /// Memory of a selection, each of one value per candidate.
-pub(crate) struct Chosen<'a> {
-    pub(crate) plan: &'a RowPlan,
-    pub(crate) order: &'a mut [u64],
-    /// Sizes of clusters, then what becomes of them.
-    pub(crate) fates: &'a mut [u32],
-    pub(crate) masked: &'a mut [f32],
+pub(crate) struct ClusterScratch<'a> {
+    /// Scores as integers of the same order.
+    pub(crate) keys: &'a mut [u32],
+    /// As [`Clusters::read_sizes`] made them.
+    pub(crate) offsets: &'a [usize],
+    pub(crate) sizes: &'a [u32],
+    pub(crate) picked: &'a mut Vec<u32>,
+    pub(crate) weights: &'a mut [f32],
+}
+
+/// Bytes of 16 values of a digest.
+const fn vector_bytes<E: Element>() -> usize {
+    E::VECTOR_BYTES / E::K_PER_STEP
 }
 
 impl Clusters<'_> {
@@ -45,146 +57,259 @@ impl Clusters<'_> {
         ClusterLayout { head_dim: self.digests.head_dim() }
     }
 
-    /// How many tokens each cluster has.
-    pub(crate) fn sizes(&self, to: &mut [u32]) {
-        let (at, dtype) = (self.layout().size_at(), self.digests.dtype());
-        for (partition, to) in to.iter_mut().enumerate() {
-            let digest = self.digests.digest(self.layer, self.table, partition, self.head);
-            *to = ClusterLayout::size(dtype.read(digest, at), dtype.read(digest, at + 1)) as u32;
+    /// Where the digest of each cluster is in its layer, and how many tokens it has.
+    #[inline(always)]
+    pub(crate) fn read_sizes<S: Simd>(&self, s: S, offsets: &mut [usize], sizes: &mut [u32]) {
+        self.digests.offsets(self.table, self.head, offsets);
+        match self.digests.dtype() {
+            DType::Bf16 => self.read_sizes_as::<S, Bf16>(s, offsets, sizes),
+            DType::F16 => self.read_sizes_as::<S, F16>(s, offsets, sizes),
+            DType::F32 => self.read_sizes_as::<S, F32>(s, offsets, sizes),
         }
     }
 
-    /// Marks the slots of the best clusters by `scores`, and attends to the best of the others by what `line` says of each query
-    /// head; returns how many those are.
+    #[inline(always)]
+    fn read_sizes_as<S: Simd, E: Element>(&self, s: S, offsets: &[usize], sizes: &mut [u32]) {
+        let at = self.layout().size_at() * self.digests.dtype().bytes();
+        for (i, (&offset, size)) in offsets.iter().zip(sizes).enumerate() {
+            self.fetch(s, offsets, i + AHEAD, at, 2 + self.digests.spec().partition_tokens);
+            let mut values = [0.0; LANES];
+            // SAFETY: the array holds a vector.
+            unsafe { s.store(values.as_mut_ptr(), self.vector::<S, E>(s, offset, at)) };
+            *size = ClusterLayout::size(values[0], values[1]) as u32;
+        }
+    }
+
+    /// 16 values of the digest at `offset`, from byte `at` on.
+    #[inline(always)]
+    fn vector<S: Simd, E: Element>(&self, s: S, offset: usize, at: usize) -> S::V {
+        let from = &self.digests.layer(self.layer)[offset + at..][..vector_bytes::<E>()];
+        // SAFETY: 16 values of the digests' type.
+        unsafe { E::widen(s, from.as_ptr()) }
+    }
+
+    /// Fetches `count` values of a digest into the cache, from byte `at` on, if there is an `i`-th.
+    #[inline(always)]
+    fn fetch<S: Simd>(&self, s: S, offsets: &[usize], i: usize, at: usize, count: usize) {
+        let Some(&offset) = offsets.get(i) else { return };
+        let from = self.digests.layer(self.layer).as_ptr().wrapping_add(offset + at);
+        for line in (0..count * self.digests.dtype().bytes()).step_by(LINE_BYTES) {
+            s.prefetch(from.wrapping_add(line));
+        }
+    }
+
+    /// Marks the slots of the best clusters, and attends to the best of the others by what `line` says of each query head; returns
+    /// how many those are.
     #[inline(always)]
     pub(crate) fn select<'l, S: Simd>(
         self,
         s: S,
-        scores: &[f32],
-        chosen: Chosen,
+        plan: &RowPlan,
+        work: ClusterScratch,
         line: impl Fn(usize) -> &'l [f32],
         bits: &mut [u64],
     ) -> usize {
-        let Chosen { plan, order, fates, masked } = chosen;
-        let mut filled = 0;
-        for (partition, (&score, &size)) in scores.iter().zip(&*fates).enumerate() {
-            if size > 0 {
-                order[filled] = u64::from(!order_key(score)) << 32 | partition as u64;
-                filled += 1;
-            }
+        match self.digests.dtype() {
+            DType::Bf16 => self.select_as::<S, Bf16>(s, plan, work, line, bits),
+            DType::F16 => self.select_as::<S, F16>(s, plan, work, line, bits),
+            DType::F32 => self.select_as::<S, F32>(s, plan, work, line, bits),
         }
-        let order = &mut order[..filled];
-        // Each that is taken has a token at least.
-        let looked_at = (plan.room + 1 + plan.estimated).min(filled);
-        if looked_at < filled {
-            order.select_nth_unstable(looked_at);
+    }
+
+    #[inline(always)]
+    fn select_as<'l, S: Simd, E: Element>(
+        self,
+        s: S,
+        plan: &RowPlan,
+        work: ClusterScratch,
+        line: impl Fn(usize) -> &'l [f32],
+        bits: &mut [u64],
+    ) -> usize {
+        let ClusterScratch { keys, offsets, sizes, picked, weights } = work;
+        let mut left = 0;
+        for (key, &size) in keys.iter_mut().zip(sizes) {
+            // Below every other.
+            *key = if size == 0 { 0 } else { (*key).max(1) };
+            left += usize::from(size > 0);
         }
-        let order = &mut order[..looked_at];
-        order.sort_unstable();
-        let cluster = |key: u64| key as u32 as usize;
-        let mut room = plan.room;
-        let taken = order.iter().take_while(|&&key| {
-            let size = fates[cluster(key)] as usize;
-            let fits = size <= room;
-            room -= if fits { size } else { 0 };
-            fits
-        });
-        let taken = taken.count();
-        let estimated = plan.estimated.min(looked_at - taken);
-        // Sizes of the others are needed no more.
-        for partition in order[taken..taken + estimated].iter().map(|&key| cluster(key)) {
-            fates[partition] |= 1 << 31;
+        picked.clear();
+        each_fitting(keys, sizes, plan.room, |i| picked.push(i as u32));
+        if !picked.is_empty() {
+            self.mark::<S, E>(s, offsets, picked, bits);
         }
-        for fate in fates.iter_mut() {
-            *fate = if *fate >> 31 == 1 { (*fate & !(1 << 31)) + ESTIMATED } else { LEFT_OUT };
-        }
-        order[..taken].iter().for_each(|&key| fates[cluster(key)] = TAKEN);
-        if taken > 0 {
-            self.mark(fates, bits);
-        }
+        picked.iter().for_each(|&taken| keys[taken as usize] = 0);
+        let estimated = plan.estimated.min(left - picked.len());
+        picked.clear();
         if estimated > 0 {
-            self.estimate(s, fates, masked, line);
+            each_best(keys, estimated, |i| picked.push(i as u32));
+            self.estimate::<S, E>(s, offsets, sizes, picked, weights, line);
         }
         estimated
     }
 
-    /// Marks the slots of the clusters that are taken.
-    fn mark(&self, fates: &[u32], bits: &mut [u64]) {
-        let (at, dtype) = (self.layout().ids_at(), self.digests.dtype());
+    /// Marks the slots of the clusters `taken`, which ascend.
+    #[inline(always)]
+    fn mark<S: Simd, E: Element>(&self, s: S, offsets: &[usize], taken: &[u32], bits: &mut [u64]) {
+        let at = self.layout().size_at() * self.digests.dtype().bytes();
         let length = self.digests.spec().partition_tokens;
         let per_span = self.span_tokens / length;
-        for (span, fates) in fates.chunks_exact(per_span).enumerate() {
-            if !fates.contains(&TAKEN) {
-                continue;
-            }
-            for partition in span * per_span..(span + 1) * per_span {
-                let digest = self.digests.digest(self.layer, self.table, partition, self.head);
-                for token in 0..length {
-                    let id = dtype.read(digest, at + token) as u16;
-                    if id != NO_CLUSTER && fates[id as usize] == TAKEN {
-                        let slot = partition * length + token;
-                        bits[slot / 64] |= 1 << (slot % 64);
+        let span_of = |cluster: u32| cluster as usize / per_span;
+        for taken in taken.chunk_by(|&a, &b| span_of(a) == span_of(b)) {
+            let first = span_of(taken[0]) * per_span;
+            for partition in first..first + per_span {
+                // Two values are the size; those of the tokens follow.
+                let mut members = 0u128;
+                for i in 0..(2 + length).div_ceil(LANES) {
+                    let clusters = self.vector::<S, E>(s, offsets[partition], at + i * vector_bytes::<E>());
+                    for &cluster in taken {
+                        let cluster = s.splat((cluster as usize - first) as f32);
+                        members |= u128::from(s.equal(clusters, cluster)) << (i * LANES);
                     }
+                }
+                let members = (members >> 2) as u64 & u64::MAX >> (64 - length);
+                let (word, shift) = (partition * length / 64, partition * length % 64);
+                bits[word] |= members << shift;
+                if shift + length > 64 {
+                    bits[word + 1] |= members >> (64 - shift);
                 }
             }
         }
     }
 
     /// Weighted mean values, maximum and sum for each query head: with `x = q . c log2(e) / sqrt(head_dim)` the weight of a cluster
-    /// of `n` tokens is `n 2^(x - max)`. Sums run over clusters in ascending order.
+    /// of `n` tokens is `n 2^(x - max)`. Sums run over `clusters`, which ascend.
     #[inline(always)]
-    fn estimate<'l, S: Simd>(
+    fn estimate<'l, S: Simd, E: Element>(
         self,
         s: S,
-        fates: &[u32],
+        offsets: &[usize],
+        sizes: &[u32],
+        clusters: &[u32],
         weights: &mut [f32],
         line: impl Fn(usize) -> &'l [f32],
     ) {
-        let d = self.digests.head_dim();
-        let (at, dtype, stride) = (self.layout().value_at(), self.digests.dtype(), head_stride(d));
+        let (d, bytes) = (self.digests.head_dim(), self.digests.dtype().bytes());
+        let (at, stride) = (self.layout().value_at() * bytes, head_stride(d));
         let factor = std::f32::consts::LOG2_E / (d as f32).sqrt();
-        let is_estimated = |partition: &usize| fates[*partition] >= ESTIMATED;
-        for (g, to) in self.to.chunks_exact_mut(carry_stride(d)).enumerate() {
+        let weights = &mut weights[..clusters.len()];
+        for g in 0..self.to.len() / carry_stride(d) {
             let scores = line(g);
             let mut max = f32::NEG_INFINITY;
-            for partition in (0..fates.len()).filter(is_estimated) {
-                max = max.max(scores[partition]);
+            for (weight, &cluster) in weights.iter_mut().zip(clusters) {
+                *weight = scores[cluster as usize];
+                max = max.max(*weight);
             }
-            let (values, rest) = to.split_at_mut(stride);
-            values.fill(0.0);
-            let mut sum = 0.0;
-            let mut value = [0.0; HEAD_DIM_MAX];
-            for first in (0..fates.len()).step_by(LANES) {
-                let n = (fates.len() - first).min(LANES);
-                if !(first..first + n).any(|p| is_estimated(&p)) {
-                    continue;
-                }
-                // SAFETY: `n` scores and weights are there.
+            for some in weights.chunks_mut(LANES) {
+                let n = some.len();
+                // SAFETY: so many there are.
                 unsafe {
-                    let x = s.sub(s.load_part(scores[first..first + n].as_ptr(), n), s.splat(max));
-                    let x = s.exp2(s.mul(x, s.splat(factor)));
-                    s.store_part(weights[first..first + n].as_mut_ptr(), x, n);
-                }
-                for partition in (first..first + n).filter(is_estimated) {
-                    let weight = weights[partition] * (fates[partition] - ESTIMATED) as f32;
-                    sum += weight;
-                    let digest = self.digests.digest(self.layer, self.table, partition, self.head);
-                    for (c, v) in value[..d].iter_mut().enumerate() {
-                        *v = dtype.read(digest, at + c);
-                    }
-                    let mut c = 0;
-                    while c < stride {
-                        // SAFETY: both hold whole vectors.
-                        unsafe {
-                            let to = values[c..c + LANES].as_mut_ptr();
-                            let v = s.load(value[c..c + LANES].as_ptr());
-                            s.store(to, s.mul_add(v, s.splat(weight), s.load(to)));
-                        }
-                        c += LANES;
-                    }
+                    let x = s.sub(s.load_part(some.as_ptr(), n), s.splat(max));
+                    s.store_part(some.as_mut_ptr(), s.exp2(s.mul(x, s.splat(factor))), n);
                 }
             }
+            let mut sum = 0.0;
+            for (weight, &cluster) in weights.iter_mut().zip(clusters) {
+                *weight *= sizes[cluster as usize] as f32;
+                sum += *weight;
+            }
+            let mut first = 0;
+            while first < stride {
+                let vectors = ((stride - first) / LANES).min(TOGETHER);
+                let mut sums = [s.splat(0.0); TOGETHER];
+                for (i, (&weight, &cluster)) in weights.iter().zip(clusters).enumerate() {
+                    if let Some(&next) = clusters.get(i + AHEAD) {
+                        self.fetch(s, offsets, next as usize, at + first * bytes, vectors * LANES);
+                    }
+                    let (weight, at) = (s.splat(weight), at + first * bytes);
+                    for v in 0..TOGETHER {
+                        if v < vectors {
+                            let at = at + v * vector_bytes::<E>();
+                            let value = self.vector::<S, E>(s, offsets[cluster as usize], at);
+                            sums[v] = s.mul_add(value, weight, sums[v]);
+                        }
+                    }
+                }
+                for v in 0..vectors {
+                    let to = &mut self.to[g * carry_stride(d) + first + v * LANES..][..LANES];
+                    // SAFETY: a vector is there.
+                    unsafe { s.store(to.as_mut_ptr(), sums[v]) };
+                }
+                first += vectors * LANES;
+            }
+            let rest = &mut self.to[g * carry_stride(d) + stride..];
             (rest[0], rest[1]) = (max * factor, sum);
+        }
+    }
+}
+
+/// Visits, in ascending order, the places of the largest keys up to the first whose size is more than is left of `room`; of equal
+/// keys the first come first. A size of 0 is nobody's.
+#[inline(always)]
+fn each_fitting(keys: &[u32], sizes: &[u32], room: usize, mut visit: impl FnMut(usize)) {
+    let as_large = |least: u32| {
+        let mut sum = 0u32;
+        for (&key, &size) in keys.iter().zip(sizes) {
+            sum += if key >= least { size } else { 0 };
+        }
+        sum as usize
+    };
+    // The largest key that does not fit with all that are as large; 0 if all fit.
+    let mut cut = 0u32;
+    for bit in (0..32).rev() {
+        let candidate = cut | 1 << bit;
+        if as_large(candidate) > room {
+            cut = candidate;
+        }
+    }
+    let mut left = room - cut.checked_add(1).map_or(0, as_large);
+    for (i, (&key, &size)) in keys.iter().zip(sizes).enumerate() {
+        if key > cut {
+            visit(i);
+        } else if key == cut && size > 0 {
+            if size as usize <= left {
+                left -= size as usize;
+                visit(i);
+            } else {
+                // Those that are equal and come later are smaller in order.
+                left = 0;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ops::Random;
+
+    use super::*;
+
+    #[test]
+    fn what_fits_is_what_a_sorted_list_takes() {
+        let mut random = Random::new(12);
+        for count in [1, 2, 17, 300] {
+            for distinct in [1, 3, 1 << 30] {
+                let sizes: Vec<u32> = (0..count).map(|_| random.below(6) as u32).collect();
+                let key = |&size: &u32| if size == 0 { 0 } else { 1 + random.below(distinct) as u32 };
+                let mut keys: Vec<u32> = sizes.iter().map(key).collect();
+                keys[0] = if sizes[0] == 0 { 0 } else { u32::MAX };
+                let mut order: Vec<usize> = (0..count).filter(|&i| sizes[i] > 0).collect();
+                order.sort_by_key(|&i| (std::cmp::Reverse(keys[i]), i));
+                for room in 0..=sizes.iter().sum::<u32>() as usize + 1 {
+                    let mut left = room;
+                    let mut expected = Vec::new();
+                    for &i in &order {
+                        if sizes[i] as usize > left {
+                            break;
+                        }
+                        left -= sizes[i] as usize;
+                        expected.push(i);
+                    }
+                    expected.sort_unstable();
+                    let mut found = Vec::new();
+                    each_fitting(&keys, &sizes, room, |i| found.push(i));
+                    assert_eq!(found, expected, "seed 12: {room} of {keys:?} {sizes:?}");
+                }
+            }
         }
     }
 }

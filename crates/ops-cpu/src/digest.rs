@@ -177,6 +177,14 @@ impl Digests {
         self.offset_at(place, within)
     }
 
+    /// The same of partitions `0..to.len()`, for one head.
+    #[inline(always)]
+    pub(crate) fn offsets(&self, table: &[BlockIndex], head: usize, to: &mut [usize]) {
+        for (partition, to) in to.iter_mut().enumerate() {
+            *to = self.offset(table, partition) + head * self.head_bytes();
+        }
+    }
+
     /// The block in which a partition ends, and which of those that end there it is.
     #[inline(always)]
     fn home(&self, table: &[BlockIndex], partition: usize) -> (BlockIndex, usize) {

@@ -10,7 +10,7 @@
 use ops::sparse::{Method, Reduce, RowPlan, Rule, Scope, Score, bitmap_words, mark, order_key};
 use ops::{Batch, HeadShape};
 
-use crate::cluster::{Chosen, Clusters};
+use crate::cluster::{ClusterScratch, Clusters};
 use crate::digest::Digests;
 use crate::isa::{Isa, Kernel};
 use crate::memory::Shared;
@@ -124,7 +124,7 @@ impl Kernel for SelectRow<'_> {
             return 0;
         }
         let count = plan.candidates.len();
-        let Scratch { reduced, keys, masked, outliers, order, fates, .. } = scratch;
+        let Scratch { reduced, keys, masked, outliers, offsets, sizes, picked, .. } = scratch;
         let padded = round_to_lanes(count);
         let (reduced, masked) = (&mut reduced[..padded], &mut masked[..padded]);
         let of = if method.scope == Scope::Layer { 0..heads.kv_heads } else { head..head + 1 };
@@ -141,8 +141,8 @@ impl Kernel for SelectRow<'_> {
         }
         if let Some(clusters) = &clusters {
             // Those without a token are left out, like outliers.
-            clusters.sizes(&mut fates[..count]);
-            outliers.extend((0..count as u32).filter(|&p| fates[p as usize] == 0));
+            clusters.read_sizes(s, &mut offsets[..count], &mut sizes[..count]);
+            outliers.extend((0..count as u32).filter(|&p| sizes[p as usize] == 0));
         }
         let first = plan.candidates.start;
         for (i, head) in of.enumerate() {
@@ -164,14 +164,15 @@ impl Kernel for SelectRow<'_> {
                 *score /= num_lines as f32;
             }
         }
-        if let Some(clusters) = clusters {
-            let chosen = Chosen { plan, order: &mut order[..count], fates: &mut fates[..count], masked };
-            let line = |line: usize| selection.line_of(place, head, line);
-            return clusters.select(s, reduced, chosen, line, bits);
-        }
         let keys = &mut keys[..count];
         for (key, &score) in keys.iter_mut().zip(&*reduced) {
             *key = order_key(score);
+        }
+        if let Some(clusters) = clusters {
+            let (offsets, sizes) = (&offsets[..count], &sizes[..count]);
+            let work = ClusterScratch { keys, offsets, sizes, picked, weights: masked };
+            let line = |line: usize| selection.line_of(place, head, line);
+            return clusters.select(s, plan, work, line, bits);
         }
         let mut take_in = |partition: usize| {
             let start = partition * method.partition_tokens;
@@ -237,7 +238,7 @@ fn reduce<S: Simd>(s: S, reduced: &mut [f32], scores: &[f32], sum: Option<f32>, 
 
 /// Visits the places of the `take` largest keys in ascending order; of equal keys the first.
 #[inline(always)]
-fn each_best(keys: &[u32], take: usize, mut visit: impl FnMut(usize)) {
+pub(crate) fn each_best(keys: &[u32], take: usize, mut visit: impl FnMut(usize)) {
     let (least, mut ties) = threshold(keys, take);
     for (i, &key) in keys.iter().enumerate() {
         let tie = key == least && ties > 0;

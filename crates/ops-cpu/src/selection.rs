@@ -61,9 +61,10 @@ pub(crate) struct Scratch {
     pub(crate) keys: Vec<u32>,
     /// Partitions, ascending.
     pub(crate) outliers: Vec<u32>,
-    /// Clusters with their keys, and what becomes of each.
-    pub(crate) order: Vec<u64>,
-    pub(crate) fates: Vec<u32>,
+    /// Where the digests of clusters are, how many tokens each has, and clusters that were picked.
+    pub(crate) offsets: Vec<usize>,
+    pub(crate) sizes: Vec<u32>,
+    pub(crate) picked: Vec<u32>,
 }
 
 impl Scratch {
@@ -74,8 +75,9 @@ impl Scratch {
                 + self.masked.len()
                 + self.keys.len()
                 + self.outliers.capacity()
-                + 2 * self.order.len()
-                + self.fates.len())
+                + self.sizes.len()
+                + self.picked.capacity())
+            + size_of::<usize>() * self.offsets.len()
     }
 }
 
@@ -101,8 +103,9 @@ impl Selections {
                 masked: vec![0.0; round_to_lanes(partitions)],
                 keys: vec![0; partitions],
                 outliers: Vec::with_capacity(partitions),
-                order: vec![0; clusters],
-                fates: vec![0; clusters],
+                offsets: vec![0; clusters],
+                sizes: vec![0; clusters],
+                picked: Vec::with_capacity(clusters),
             }),
         })
     }

@@ -42,6 +42,11 @@ pub trait Element: Copy + Send + Sync + 'static {
     unsafe fn store_left<S: Simd>(s: S, to: *mut Self::Left, v: S::V);
     /// What [`Element::store_left`] keeps of a value.
     fn round_left<S: Simd>(s: S, v: S::V) -> S::V;
+    /// 16 elements of the right operand that lie side by side, widened.
+    ///
+    /// # Safety
+    /// They are readable.
+    unsafe fn widen<S: Simd>(s: S, from: *const u8) -> S::V;
     /// Writes 16 values as elements of the right operand.
     ///
     /// # Safety
@@ -97,6 +102,12 @@ impl Element for Bf16 {
     }
 
     #[inline(always)]
+    unsafe fn widen<S: Simd>(s: S, from: *const u8) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { s.load_bf16(from.cast()) }
+    }
+
+    #[inline(always)]
     unsafe fn store_right<S: Simd>(s: S, to: *mut u8, v: S::V) {
         // SAFETY: the caller's promise.
         unsafe { s.store_bf16(to.cast(), v) }
@@ -139,6 +150,12 @@ impl Element for F16 {
     }
 
     #[inline(always)]
+    unsafe fn widen<S: Simd>(s: S, from: *const u8) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { s.load_f16(from.cast()) }
+    }
+
+    #[inline(always)]
     unsafe fn store_right<S: Simd>(s: S, to: *mut u8, v: S::V) {
         // SAFETY: the caller's promise.
         unsafe { s.store_f16(to.cast(), v) }
@@ -178,6 +195,12 @@ impl Element for F32 {
     #[inline(always)]
     fn round_left<S: Simd>(_: S, v: S::V) -> S::V {
         v
+    }
+
+    #[inline(always)]
+    unsafe fn widen<S: Simd>(s: S, from: *const u8) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { s.load(from.cast()) }
     }
 
     #[inline(always)]

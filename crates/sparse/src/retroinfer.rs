@@ -13,7 +13,7 @@ pub const RETROINFER: Policy = Policy {
     options: &[
         OptionDoc {
             name: "span",
-            default: "1024",
+            default: "256",
             help: "tokens that are clustered together, a multiple of 64; prefixes are shared in whole spans",
         },
         OptionDoc { name: "partition", default: "16", help: "tokens per cluster on average" },
@@ -42,7 +42,7 @@ const SPAN_UNIT: usize = 64;
 
 fn build(options: &mut Options) -> Result<Setup, Error> {
     let partition_tokens = options.number("partition", 16, 1, CLUSTER_TOKENS_MAX)?;
-    let span_tokens: usize = options.number("span", 1024, SPAN_UNIT, CLUSTERS_MAX * CLUSTER_TOKENS_MAX)?;
+    let span_tokens: usize = options.number("span", 256, SPAN_UNIT, CLUSTERS_MAX * CLUSTER_TOKENS_MAX)?;
     let most = CLUSTERS_MAX * partition_tokens;
     let unit = SPAN_UNIT.max(partition_tokens);
     if !span_tokens.is_multiple_of(SPAN_UNIT)

@@ -255,6 +255,16 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn equal(self, a: Self::V, b: Self::V) -> u16 {
+        // SAFETY: features as above.
+        unsafe {
+            let low = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_EQ_OQ>(a.0, b.0));
+            let high = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_EQ_OQ>(a.1, b.1));
+            (low | high << 8) as u16
+        }
+    }
+
+    #[inline(always)]
     fn reduce_max(self, v: Self::V) -> f32 {
         // SAFETY: features as above.
         unsafe {
@@ -329,6 +339,15 @@ impl Simd for Avx2 {
         unsafe {
             _mm_storeu_si128(to.cast(), _mm256_cvtps_ph(v.0, _MM_FROUND_TO_NEAREST_INT));
             _mm_storeu_si128(to.add(8).cast(), _mm256_cvtps_ph(v.1, _MM_FROUND_TO_NEAREST_INT));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const u16) -> Self::V {
+        // SAFETY: as for `load_f16`.
+        unsafe {
+            let wide = |at: *const u16| low(_mm256_cvtepu16_epi32(_mm_loadu_si128(at.cast())));
+            Two(wide(from), wide(from.add(8)))
         }
     }
 

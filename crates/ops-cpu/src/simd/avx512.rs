@@ -167,6 +167,12 @@ macro_rules! common {
         }
 
         #[inline(always)]
+        fn equal(self, a: __m512, b: __m512) -> u16 {
+            // SAFETY: features as above.
+            unsafe { _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(a, b) }
+        }
+
+        #[inline(always)]
         fn reduce_max(self, v: __m512) -> f32 {
             // SAFETY: features as above.
             unsafe { _mm512_reduce_max_ps(v) }
@@ -209,6 +215,12 @@ macro_rules! common {
                 let wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(from.cast())), 7);
                 _mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16(0xbfff_u16 as i16)))
             }
+        }
+
+        #[inline(always)]
+        unsafe fn load_bf16(self, from: *const u16) -> __m512 {
+            // SAFETY: as for `load`.
+            unsafe { low(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()))) }
         }
 
         #[inline(always)]

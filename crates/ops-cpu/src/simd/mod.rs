@@ -77,6 +77,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// Lanes whose bit in `mask` is 0 become `-inf`.
     fn keep(self, v: Self::V, mask: u16) -> Self::V;
+    /// A bit for each lane in which both are equal, the lowest for the first.
+    fn equal(self, a: Self::V, b: Self::V) -> u16;
     /// Largest lane.
     fn reduce_max(self, v: Self::V) -> f32;
     /// Sum of the lanes, always in the same order.
@@ -103,6 +105,11 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// 16 values are writable.
     unsafe fn store_f16(self, to: *mut u16, v: Self::V);
+    /// 16 bf16 values.
+    ///
+    /// # Safety
+    /// They are readable.
+    unsafe fn load_bf16(self, from: *const u16) -> Self::V;
     /// Rounds to bf16 (nearest even) and writes.
     ///
     /// # Safety
@@ -169,7 +176,9 @@ mod tests {
         bf16: [u16; LANES],
         bf16_rounded: [f32; LANES],
         f16: [f32; LANES],
+        bf16_loaded: [f32; LANES],
         kept: [f32; LANES],
+        equal: u16,
         part: [f32; LANES],
         sum: f32,
         sums: [f32; 4],
@@ -189,7 +198,9 @@ mod tests {
                 bf16: [0; LANES],
                 bf16_rounded: zeros,
                 f16: zeros,
+                bf16_loaded: zeros,
                 kept: zeros,
+                equal: 0,
                 part: [9.0; LANES],
                 sum: 0.0,
                 sums: [0.0; 4],
@@ -207,6 +218,8 @@ mod tests {
                 s.store(made.bf16_rounded.as_mut_ptr(), s.round_bf16(v));
                 s.store_f16(f16.as_mut_ptr(), v);
                 s.store(made.f16.as_mut_ptr(), s.load_f16(f16.as_ptr()));
+                s.store(made.bf16_loaded.as_mut_ptr(), s.load_bf16(made.bf16.as_ptr()));
+                made.equal = s.equal(v, s.keep(v, 0b0100_0000_1010_0011));
                 s.store(made.kept.as_mut_ptr(), s.keep(v, 0b1000_0000_0111_0001));
                 s.store_part(made.part.as_mut_ptr(), s.load_part(self.0.as_ptr(), 11), 13);
                 (made.sum, made.max) = (s.reduce_sum(v), s.reduce_max(v));
@@ -239,6 +252,7 @@ mod tests {
                     close(made.silu[i], exact / (1.0 + (-exact).exp()), 4e-6);
                     assert_eq!(made.bf16[i], half::bf16::from_f32(x[i]).to_bits(), "{what}");
                     assert_eq!(made.bf16_rounded[i], DType::Bf16.round(x[i]), "{what}");
+                    assert_eq!(made.bf16_loaded[i], made.bf16_rounded[i], "{what}");
                     assert_eq!(made.f16[i], DType::F16.round(x[i]), "{what}");
                     let kept = 0b1000_0000_0111_0001 >> i & 1 == 1;
                     assert_eq!(made.kept[i], if kept { x[i] } else { f32::NEG_INFINITY }, "{what}");
@@ -251,6 +265,7 @@ mod tests {
                     let dot = exact + 3.0 * high + 4.0;
                     assert!((f64::from(made.dot[i]) - dot).abs() < 1e-4 * f64::from(scale), "{dot} {what}");
                 }
+                assert_eq!(made.equal, 0b0100_0000_1010_0011, "{what}");
                 let sum = x.iter().map(|&x| f64::from(x)).sum::<f64>();
                 assert!((f64::from(made.sum) - sum).abs() < 1e-4 * f64::from(scale), "{what}");
                 assert_eq!(made.sums[0].to_bits(), made.sum.to_bits(), "{what}");

@@ -111,6 +111,11 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn equal(self, a: Self::V, b: Self::V) -> u16 {
+        (0..LANES).fold(0, |mask, i| mask | u16::from(a[i] == b[i]) << i)
+    }
+
+    #[inline(always)]
     fn reduce_max(self, v: Self::V) -> f32 {
         v.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
@@ -165,6 +170,12 @@ impl Simd for Scalar {
             // SAFETY: the caller's promise.
             unsafe { *to.add(i) = f16::from_f32(v[i]).to_bits() };
         }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const u16) -> Self::V {
+        // SAFETY: the caller's promise.
+        lanes(|i| bf16::from_bits(unsafe { *from.add(i) }).to_f32())
     }
 
     #[inline(always)]

@@ -154,9 +154,15 @@ impl Tier {
                     for head in 0..heads.kv_heads {
                         let (bits, pages) = selection.get(place, head).expect("all heads select or none");
                         let start = self.entries.len();
-                        pages_of(bits, page_tokens, |page| {
+                        let local = self.local[s.seat.at()].pages.0 as usize;
+                        let (mut cold, mut slots) = (0, 0);
+                        pages_of(bits, page_tokens, |page, count| {
                             self.entries.push(Entry { page: page as u32, block: table[page], frame: NONE });
+                            if page < local {
+                                (cold, slots) = (cold + 1, slots + count);
+                            }
                         });
+                        self.residency.counters_mut(s.seat).select(cold, slots, page_tokens);
                         self.ranges.push(start as u32..self.entries.len() as u32);
                         longest = longest.max(pages);
                     }
@@ -381,15 +387,16 @@ impl Tier {
 }
 
 /// Calls `visit` with every page of `page_tokens` slots that has a bit in `bits`.
-fn pages_of(bits: &[u64], page_tokens: usize, mut visit: impl FnMut(usize)) {
+fn pages_of(bits: &[u64], page_tokens: usize, mut visit: impl FnMut(usize, usize)) {
     let of_page = u64::MAX >> (64 - page_tokens);
     for (i, &word) in bits.iter().enumerate() {
         if word == 0 {
             continue;
         }
         for shift in (0..64).step_by(page_tokens) {
-            if word >> shift & of_page != 0 {
-                visit((i * 64 + shift) / page_tokens);
+            let of_page = word >> shift & of_page;
+            if of_page != 0 {
+                visit((i * 64 + shift) / page_tokens, of_page.count_ones() as usize);
             }
         }
     }

@@ -180,16 +180,20 @@ impl NaiveTier {
         self.missing.clear();
         self.passing.clear();
         let items = items(batch, selection.is_some());
+        let selected = |item: &Item, head: usize| {
+            item.place.zip(selection).and_then(|(p, s)| s.bits[s.at(p, head)].as_ref())
+        };
+        let is_set =
+            |bits: &[u64], slot: usize| bits.get(slot / 64).is_some_and(|word| word >> (slot % 64) & 1 == 1);
         let needed = |tier: &Self, item: &Item, head: usize| -> Vec<usize> {
             let first = window.map_or(0, |w| (item.positions.start + 1).saturating_sub(w));
             // Whole vectors are read.
             let run = page_tokens.max(16);
             let first = first / run * run / page_tokens;
-            let bits = item.place.zip(selection).and_then(|(p, s)| s.bits[s.at(p, head)].as_ref());
+            let bits = selected(item, head);
             let touched = |page: &usize| {
                 bits.is_none_or(|bits| {
-                    (page * page_tokens..(page + 1) * page_tokens)
-                        .any(|slot| bits.get(slot / 64).is_some_and(|word| word >> (slot % 64) & 1 == 1))
+                    (page * page_tokens..(page + 1) * page_tokens).any(|slot| is_set(bits, slot))
                 })
             };
             let local = tier.local[&item.sequence.seat];
@@ -198,15 +202,24 @@ impl NaiveTier {
         let mut pools: Vec<_> = items.iter().map(|i| self.pool_of(i.sequence.seat, layer)).collect();
         pools.dedup();
         for key in pools {
-            let mut wanted = Vec::new();
+            let (mut wanted, mut selections) = (Vec::new(), Vec::new());
             for item in items.iter().filter(|i| self.pool_of(i.sequence.seat, layer) == key) {
                 let (seat, table) = (item.sequence.seat, batch.block_table(item.sequence));
                 for head in 0..heads.kv_heads {
+                    if let Some(bits) = selected(item, head) {
+                        let pages = needed(self, item, head);
+                        let slots = pages.iter().flat_map(|p| p * page_tokens..(p + 1) * page_tokens);
+                        let slots = slots.filter(|&slot| is_set(bits, slot)).count();
+                        selections.push((seat, pages.len(), slots));
+                    }
                     wanted.extend(needed(self, item, head).into_iter().map(|p| (seat, head, p, table[p])));
                 }
             }
             let pool = self.pools.entry(key).or_default();
             let counters = &mut self.counters;
+            for (seat, pages, slots) in selections {
+                counters.entry(seat).or_default().select(pages, slots, page_tokens);
+            }
             pool.step += 1;
             let hits = wanted.iter().filter(|(seat, head, page, _)| {
                 pool.need(*seat, *head, *page, counters.entry(*seat).or_default())

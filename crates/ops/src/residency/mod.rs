@@ -124,6 +124,10 @@ pub struct SeatCounters {
     pub evictions: u64,
     /// Pages that were saved to DRAM.
     pub saved: u64,
+    /// Pages that selections named and that are not local, and as many as the slots selected in them would fill.
+    pub selected: u64,
+    /// See there.
+    pub selected_packed: u64,
     /// Hits by the age of the page: steps since it was last needed, clamped.
     pub hits_by_age: [u64; STAMPS],
 }
@@ -136,6 +140,8 @@ impl SeatCounters {
         self.streamed += other.streamed;
         self.evictions += other.evictions;
         self.saved += other.saved;
+        self.selected += other.selected;
+        self.selected_packed += other.selected_packed;
         self.hits_by_age.iter_mut().zip(other.hits_by_age).for_each(|(sum, n)| *sum += n);
     }
 
@@ -149,8 +155,16 @@ impl SeatCounters {
             streamed: self.streamed - before.streamed,
             evictions: self.evictions - before.evictions,
             saved: self.saved - before.saved,
+            selected: self.selected - before.selected,
+            selected_packed: self.selected_packed - before.selected_packed,
             hits_by_age,
         }
+    }
+
+    /// Counts a selection of `slots` slots in `pages` pages.
+    pub fn select(&mut self, pages: usize, slots: usize, page_tokens: usize) {
+        self.selected += pages as u64;
+        self.selected_packed += slots.div_ceil(page_tokens) as u64;
     }
 
     /// Pages that were needed and are not local.
@@ -161,7 +175,16 @@ impl SeatCounters {
 
 impl Default for SeatCounters {
     fn default() -> Self {
-        SeatCounters { hits: 0, misses: 0, streamed: 0, evictions: 0, saved: 0, hits_by_age: [0; STAMPS] }
+        SeatCounters {
+            hits: 0,
+            misses: 0,
+            streamed: 0,
+            evictions: 0,
+            saved: 0,
+            selected: 0,
+            selected_packed: 0,
+            hits_by_age: [0; STAMPS],
+        }
     }
 }
 

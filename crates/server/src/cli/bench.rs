@@ -215,12 +215,19 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
 fn write_pages(out: &mut dyn Write, pages: &SeatCounters, steps: usize) -> std::io::Result<()> {
     writeln!(
         out,
-        "pages: {:.1} % hit; a step fetches {:.1} to stay and {:.1} to pass through, and evicts {:.1}",
+        "pages: {:.1} % hit; a step fetches {:.1} to stay and {:.1} to pass through, and evicts {:.1}; selections name {:.2} times \
+         as many as their tokens would fill",
         100.0 * pages.hits as f64 / pages.needed().max(1) as f64,
         pages.misses as f64 / steps as f64,
         pages.streamed as f64 / steps as f64,
         pages.evictions as f64 / steps as f64,
+        amplification(pages),
     )
+}
+
+/// Pages that selections named, over as many as their tokens would fill.
+fn amplification(pages: &SeatCounters) -> f64 {
+    pages.selected as f64 / pages.selected_packed.max(1) as f64
 }
 
 fn pages_json(pages: &SeatCounters, steps: usize) -> Value {
@@ -231,6 +238,7 @@ fn pages_json(pages: &SeatCounters, steps: usize) -> Value {
         "misses_per_step": per_step(pages.misses),
         "streamed_per_step": per_step(pages.streamed),
         "evictions_per_step": per_step(pages.evictions),
+        "page_amplification": amplification(pages),
     })
 }
 

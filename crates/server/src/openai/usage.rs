@@ -28,6 +28,9 @@ struct Receipt {
     /// Generated tokens that were run.
     steps: u32,
     attended_tokens_per_step: f64,
+    /// Clusters that were attended to as one token each, where there are any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    estimated_clusters_per_step: Option<f64>,
     context_tokens_per_step: f64,
     /// Steps for which the budget was raised to what the policy attends to at least.
     raised_steps: u32,
@@ -69,10 +72,15 @@ struct TierReceipt {
     pages_missed: u64,
     /// Bytes of those.
     fetched_bytes: u64,
+    /// Pages that selections named, over as many as their tokens would fill; none without a selection.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    page_amplification: Option<f64>,
     /// Seconds that its steps waited for pages, whoever's they were.
     stall_seconds: f64,
     /// Bytes of cache frames held at once, at most.
     resident_peak_bytes: u64,
+    #[serde(skip)]
+    selected: [u64; 2],
 }
 
 #[derive(Clone, Copy, Debug, Default, Serialize)]
@@ -113,9 +121,12 @@ impl Receipt {
         sum.tokens += attended.tokens;
         sum.context_tokens += attended.context_tokens;
         sum.raised_steps += attended.raised_steps;
+        sum.estimated_clusters += attended.estimated_clusters;
         let per_step = |count: u64| count as f64 / f64::from(sum.steps.max(1));
         self.attended_tokens_per_step = per_step(sum.tokens);
         self.context_tokens_per_step = per_step(sum.context_tokens);
+        self.estimated_clusters_per_step =
+            (sum.estimated_clusters > 0).then(|| per_step(sum.estimated_clusters));
         (self.steps, self.raised_steps) = (sum.steps, sum.raised_steps);
     }
 }
@@ -147,6 +158,10 @@ impl TierReceipt {
         self.pages_hit += pages.hits;
         self.pages_missed += missed;
         self.fetched_bytes += missed * page_bytes;
+        let [selected, packed] = &mut self.selected;
+        *selected += pages.selected;
+        *packed += pages.selected_packed;
+        self.page_amplification = (*packed > 0).then(|| *selected as f64 / *packed as f64);
         self.stall_seconds += pages.stall_nanos as f64 * 1e-9;
         self.resident_peak_bytes = self.resident_peak_bytes.max(pages.resident_peak * page_bytes);
     }

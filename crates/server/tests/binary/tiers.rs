@@ -1,5 +1,7 @@
 //! A bounded HBM tier, through the whole program: the same answers to the last bit of their log-probabilities.
 
+use std::time::Instant;
+
 use serde_json::{Value, json};
 
 use super::process::{SOON, Serving, client, output_within, repository, sparseserve, text};
@@ -12,10 +14,11 @@ fn requests() -> Vec<Value> {
     let context: String = case["context"].as_str().unwrap().chars().take(9000).collect();
     let questions = case["questions"].as_array().unwrap();
     let sparse = [
-        json!({"budget": 64, "receipt": true}),
-        json!({"budget": 200, "receipt": true}),
+        json!({"policy": "arkvale", "budget": 64, "receipt": true}),
+        json!({"policy": "arkvale", "budget": 200, "receipt": true}),
         json!({"policy": "quest", "budget": 128, "receipt": true}),
         json!({"dense": true, "receipt": true}),
+        json!({"budget": 300, "receipt": true}),
     ];
     let request = |(question, sparse): (&Value, &Value)| {
         let prompt = format!("{context}\n{}", question["question"].as_str().unwrap());
@@ -27,13 +30,15 @@ fn requests() -> Vec<Value> {
     questions.iter().cycle().zip(&sparse).map(request).collect()
 }
 
-const FLAGS: [&str; 10] = [
+const FLAGS: [&str; 12] = [
     "--policy",
-    "arkvale",
+    "retroinfer",
+    "--policy-opt",
+    "span=64",
     "--policies",
-    "quest",
+    "arkvale,quest",
     "--max-num-seqs",
-    "4",
+    "5",
     "--max-context",
     "2560",
     "--max-inject-tokens",
@@ -51,7 +56,20 @@ fn answers(flags: &[&str]) -> (Vec<Value>, Vec<Value>, String) {
         let threads: Vec<_> = asked.iter().map(ask).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
-    let metrics = server.get("/metrics").text().unwrap();
+    // A step tells its metrics after its tokens.
+    let start = Instant::now();
+    let metrics = loop {
+        let metrics = server.get("/metrics").text().unwrap();
+        if metric(&metrics, "sparseserve_requests_running") == 0 {
+            break metrics;
+        }
+        assert!(start.elapsed() < SOON, "{metrics}");
+    };
+    // The clusters of a cached prompt are those that it was cached with. Prefixes are shared in whole spans.
+    let again: Value = client().post(url).json(asked.last().unwrap()).send().unwrap().json().unwrap();
+    assert_eq!(again["choices"], answers.last().unwrap()["choices"], "{flags:?}: from the prefix cache");
+    let cached = again["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
+    assert!(cached >= 64 && cached.is_multiple_of(64), "{flags:?}: {cached} tokens were cached");
     let receipts = answers.iter().map(|a| a["usage"]["sparse"].clone()).collect();
     (answers.into_iter().map(|a| a["choices"].clone()).collect(), receipts, metrics)
 }
@@ -68,7 +86,7 @@ fn answers_do_not_depend_on_preemptions_under_tiers() {
     let (unified, _, metrics) = answers(&[]);
     assert_eq!(metric(&metrics, "sparseserve_preemptions_total"), 0);
     for hbm in ["60%", "8MiB"] {
-        let (tiered, _, metrics) = answers(&["--dram", "12MiB", "--hbm", hbm]);
+        let (tiered, _, metrics) = answers(&["--dram", "13MiB", "--hbm", hbm]);
         assert_eq!(tiered, unified, "--hbm {hbm}");
         assert!(metric(&metrics, "sparseserve_preemptions_total") > 0, "{metrics}");
     }

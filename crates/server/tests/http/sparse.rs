@@ -49,6 +49,31 @@ async fn receipts_tell_what_was_attended() {
 }
 
 #[tokio::test]
+async fn receipts_tell_what_was_estimated_apart() {
+    let server = start(offering(&["quest", "retroinfer"])).await;
+    let ask = |sparse: Value| {
+        let mut asked = asked(sparse);
+        asked["prompt"] = json!(vec![100; 330]);
+        asked["max_tokens"] = json!(20);
+        asked
+    };
+    let estimating = ask(json!({"policy": "retroinfer", "budget": 200, "receipt": true}));
+    let answer = server.ok("/v1/completions", &estimating).await;
+    // One span of 256 tokens and 16 clusters, of which 23.2 % are 3.
+    let receipt = &answer["usage"]["sparse"];
+    assert_eq!(receipt["estimated_clusters_per_step"], json!(3.0), "{answer}");
+    assert_eq!(receipt["attended_tokens_per_step"], json!(200.0), "{answer}");
+    for sparse in [
+        json!({"policy": "retroinfer", "budget": 200, "options": {"estimate": "0%"}, "receipt": true}),
+        json!({"policy": "quest", "budget": 200, "receipt": true}),
+    ] {
+        let answer = server.ok("/v1/completions", &ask(sparse)).await;
+        let receipt = answer["usage"]["sparse"].as_object().unwrap();
+        assert!(receipt["steps"] == 19 && !receipt.contains_key("estimated_clusters_per_step"), "{answer}");
+    }
+}
+
+#[tokio::test]
 async fn streams_and_chats_carry_receipts() {
     let server = start(offering(&["dense", "quest"])).await;
     let sparse = json!({"policy": "quest", "options": {"group": "max", "dense-layers": 1}, "receipt": true});
