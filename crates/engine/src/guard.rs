@@ -49,8 +49,8 @@ pub(crate) struct Guard {
 impl Guard {
     /// The budget of the token at `position`, `first` being that of the request.
     pub(crate) fn budget(&self, first: u32, position: usize) -> u32 {
-        let holds = self.changes.iter().flatten().filter(|(from, _)| *from <= position);
-        holds.last().map_or(first, |(_, budget)| *budget)
+        let last = self.changes.iter().flatten().rev().find(|(from, _)| *from <= position);
+        last.map_or(first, |(_, budget)| *budget)
     }
 
     /// The end of the run of positions from `from` on that have one budget, `end` at most.

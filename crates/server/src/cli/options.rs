@@ -439,6 +439,9 @@ mod tests {
             policies = ["dense"]
             budget = 9
             policy-opt = "x"
+            guard-rate = 1
+            guard-mass = 0.25
+            guard-bytes = "2MiB"
             record-selection = "trace"
             log-level = "debug"
             log-format = "json"
@@ -458,6 +461,8 @@ mod tests {
         assert_eq!(file.engine.no_prefix_cache, Some(true));
         assert_eq!(file.engine.sparse.policy.as_deref(), Some("quest"));
         assert_eq!(file.engine.sparse.budget.as_deref(), Some("9"));
+        assert_eq!((file.engine.sparse.guard_rate, file.engine.sparse.guard_mass), (Some(1.0), Some(0.25)));
+        assert_eq!(file.engine.sparse.guard_bytes, Some(Size::Bytes(2 << 20)));
         assert_eq!(file.common.log_format, Some(LogFormat::Json));
         assert!(!format!("{file:?}").contains("\"k\""), "keys are never printed");
     }

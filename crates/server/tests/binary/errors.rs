@@ -75,7 +75,7 @@ fn memory_that_does_not_suffice_is_told_with_the_arithmetic() {
     let serve = ["serve", "--port", "0", "--policy", "dense"];
     says(&[&serve[..], &["--dram", "1MiB"]].concat(), &["1 MiB", "128 MiB", "--max-context"]);
     let quest = ["--policy", "quest", "--max-context", "4096", "--dram", "64MiB"];
-    let parts = ["--hbm is too small", "digests 3.76 MiB", "64 requests", "--max-num-seqs"];
+    let parts = ["--hbm is too small", "digests 1.01 MiB", "64 requests", "--max-num-seqs"];
     says(&[&["serve", "--port", "0", "--hbm", "4MiB"][..], &quest].concat(), &parts);
 }
 

@@ -163,18 +163,19 @@ fn what_a_guard_does_depends_on_the_request_alone() {
     let guards = |receipts: &[Value]| receipts.iter().map(|r| r["guard"].clone()).collect::<Vec<_>>();
     let expected = guards(&receipts);
     assert!(expected[3].is_null(), "dense attention needs no guard: {expected:?}");
-    let sum = |field: &str| expected[..3].iter().map(|g| g[field].as_u64().unwrap()).sum::<u64>();
+    let sum = |field: &str| expected.iter().filter_map(|g| g[field].as_u64()).sum::<u64>();
     assert!(sum("checks") > 20 && sum("doubled") > 0, "{expected:?}");
     assert_eq!(metric(&metrics, "sparseserve_guard_recall_count"), sum("checks"));
     assert_eq!(metric(&metrics, "sparseserve_guard_actions_total{action=\"doubled\"}"), sum("doubled"));
     assert_eq!(metric(&metrics, "sparseserve_guard_actions_total{action=\"dense\"}"), sum("dense"));
     for hbm in ["8MiB", "60%"] {
-        let (tiered, receipts, metrics) = run(&["--dram", "12MiB", "--hbm", hbm]);
+        let (tiered, receipts, metrics) = run(&["--dram", "13MiB", "--hbm", hbm]);
         assert_eq!(tiered, unified, "--hbm {hbm}");
         assert_eq!(guards(&receipts), expected, "--hbm {hbm}");
         assert!(metric(&metrics, "sparseserve_preemptions_total") > 0, "{metrics}");
     }
     // Checks that may read nothing do not take place.
     let (unread, receipts, _) = answers(&["--guard-rate", "1", "--guard-bytes", "1"]);
-    assert_eq!((unread, guards(&receipts)), (free, vec![Value::Null; 4]));
+    assert!(guards(&receipts).iter().all(Value::is_null), "{receipts:?}");
+    assert_eq!(unread, free);
 }
