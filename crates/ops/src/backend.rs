@@ -258,10 +258,9 @@ pub trait Backend {
     ///
     /// Pages before the local ones of a seat are looked up, row by row, head by head, page by page in ascending order. If
     /// no more than the quota of (seat, layer) are named, all of them become resident, and the oldest others give way.
-    /// Else what is resident is used, the first missing ones take free frames, and the rest passes through the frames of a
-    /// wave, whole splits at a time; nothing gives way. Where requests share frames
-    /// ([`EvictionRule::Global`](crate::residency::EvictionRule)), the batch as a whole is looked up, in the frames of its
-    /// layer; then, if more are named than there are frames, all that is not named gives way.
+    /// Else all that is not named gives way, the first missing ones take the free frames, and the rest passes through the frames
+    /// of a wave, whole splits at a time. Where requests share frames ([`EvictionRule::Global`](crate::residency::EvictionRule)),
+    /// the batch as a whole is looked up, in the frames of its layer.
     fn resolve(
         &mut self,
         kv: &mut Self::Kv,

@@ -227,13 +227,7 @@ impl NaiveTier {
             let misses = wanted.len() - hits.count();
             let held = pool.frames.iter().flatten().count();
             let spill = (held + misses).saturating_sub(pool.frames.len());
-            let spill = match self.spec.eviction {
-                _ if wanted.len() <= pool.frames.len() => spill,
-                EvictionRule::Bucketed | EvictionRule::Exact => 0,
-                EvictionRule::Global => {
-                    spill.min(pool.frames.iter().flatten().filter(|r| r.needed < pool.step).count())
-                }
-            };
+            let spill = spill.min(pool.frames.iter().flatten().filter(|r| r.needed < pool.step).count());
             pool.evict(self.spec.eviction, spill, counters);
             for (seat, head, page, block) in wanted {
                 if pool.frames.iter().flatten().any(|r| (r.seat, r.head, r.page) == (seat, head, page)) {

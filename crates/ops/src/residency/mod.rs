@@ -376,8 +376,7 @@ impl Residency {
     /// Makes room in the pool of (seat, layer) for the `misses` of a step that needs `wanted` pages of it: the oldest that it
     /// does not need go. Calls `evicted` with each frame.
     ///
-    /// When more are wanted than the pool holds, nothing of a quota goes, since such a step would lose what it needs next.
-    /// Where frames are shared, all goes that is not needed now, as in any LRU.
+    /// When more are wanted than the pool holds, all goes that is not needed now.
     ///
     /// # Panics
     /// When more misses are named than pages are wanted beside hits.
@@ -393,12 +392,9 @@ impl Residency {
         let Pool { extents, held, now, .. } = self.pools[pool];
         let frames = extents as usize * EXTENT_FRAMES;
         let spill = (held as usize + misses).saturating_sub(frames);
-        let spill = if wanted <= frames {
-            spill
-        } else if self.shape.eviction.shares_frames() {
-            spill.min(self.frames(pool).filter(|&frame| self.stamps.age(frame, now) > 0).count())
-        } else {
-            0
+        let spill = match wanted <= frames {
+            true => spill,
+            false => spill.min(self.frames(pool).filter(|&frame| self.stamps.age(frame, now) > 0).count()),
         };
         self.evict(pool, spill, evicted);
     }

@@ -134,13 +134,8 @@ impl Bench {
             }
         }
         let held = self.naive.pool(seat, layer).0.iter().flatten().count();
-        let mut spill = (held + missed.len()).saturating_sub(quota);
-        if wanted.len() > quota {
-            spill = match self.naive.rule {
-                EvictionRule::Global => spill.min(held - (wanted.len() - missed.len())),
-                _ => 0,
-            };
-        }
+        // What is needed stays, even if there is more of it than frames.
+        let spill = (held + missed.len()).saturating_sub(quota).min(held - (wanted.len() - missed.len()));
         let mut expected = self.naive.evict(seat, layer, spill);
         let mut evicted = Vec::new();
         let bytes = &mut self.naive.bytes;
