@@ -28,19 +28,30 @@ impl DigestRoom {
         self.left = self.places;
     }
 
-    /// Takes places for those of `blocks`, a block table, that have none yet, if there are so many and `ahead` more. Else takes none
-    /// and says how many would do.
-    pub(crate) fn take(&mut self, blocks: &[BlockIndex], ahead: usize) -> Result<(), usize> {
-        if self.taken.is_empty() {
-            return Ok(());
+    /// Places that those of `blocks`, a block table, would take: as many of them as have none yet.
+    pub(crate) fn wanted(&self, blocks: &[BlockIndex]) -> usize {
+        match self.taken.is_empty() {
+            true => 0,
+            false => blocks.iter().filter(|block| self.taken[block.at()] != self.step).count(),
         }
-        let new = blocks.iter().filter(|b| self.taken[b.at()] != self.step).count();
-        if new + ahead > self.left {
-            return Err(new + ahead);
+    }
+
+    /// Takes them, if there are so many; returns whether there are.
+    pub(crate) fn take(&mut self, blocks: &[BlockIndex]) -> bool {
+        let wanted = self.wanted(blocks);
+        if wanted > self.left {
+            return false;
         }
-        blocks.iter().for_each(|b| self.taken[b.at()] = self.step);
-        self.left -= new;
-        Ok(())
+        if wanted > 0 {
+            blocks.iter().for_each(|block| self.taken[block.at()] = self.step);
+            self.left -= wanted;
+        }
+        true
+    }
+
+    /// Whether nobody has taken a place in this step.
+    pub(crate) fn is_untouched(&self) -> bool {
+        self.left == self.places
     }
 
     /// Places that are left.
@@ -60,14 +71,14 @@ mod tests {
         for step in [1, u32::MAX, 2] {
             room.step = step - 1;
             room.begin();
-            assert_eq!(room.take(&blocks(0..6), 0), Ok(()));
-            assert_eq!(room.take(&blocks(0..9), 2), Err(5));
-            assert_eq!((room.take(&blocks(0..9), 1), room.left()), (Ok(()), 1));
-            assert_eq!(room.take(&blocks(50..52), 0), Err(2));
-            assert_eq!((room.take(&blocks(3..10), 0), room.left()), (Ok(()), 0));
+            assert!(room.is_untouched() && room.take(&blocks(0..6)));
+            assert_eq!((room.wanted(&blocks(0..9)), room.left()), (3, 4));
+            assert!(room.take(&blocks(0..9)) && !room.take(&blocks(50..52)));
+            assert!(room.take(&blocks(3..10)));
+            assert_eq!((room.left(), room.is_untouched()), (0, false));
         }
         let mut unified = DigestRoom::new(None, 100);
         unified.begin();
-        assert_eq!(unified.take(&blocks(0..90), 4), Ok(()));
+        assert!(unified.take(&blocks(0..90)) && unified.wanted(&blocks(0..90)) == 0);
     }
 }

@@ -82,7 +82,7 @@ impl StepRows {
         self.positions.extend(positions.clone().map(|p| p as u32));
         let num_blocks = positions.end.div_ceil(self.page_tokens);
         self.block_tables.extend_from_slice(&sequence.kv.blocks()[..num_blocks]);
-        let attention = match sequence.sparse_at(first.max(sequence.prompt_len)) {
+        let attention = match sequence.next_attention() {
             None => Attention::Dense,
             Some(Sparse { method, budget }) => {
                 self.methods.push(method);

@@ -11,8 +11,8 @@ use crate::run::Runner;
 /// again. Each needs memory for its selection.
 pub const REPLAY_ROWS: usize = 32;
 
-/// Blocks whose digests must find a place beyond those of a request that is admitted beside others.
-const PLACES_AHEAD: usize = 4;
+/// Blocks of each running request whose digests must find a place when another one is admitted beside them.
+const PLACES_AHEAD: usize = 2;
 
 /// What a step may still take.
 struct StepBudget {
@@ -36,10 +36,12 @@ impl<R: Runner> Engine<R> {
             }
             next += 1;
         }
-        while budget.tokens > 0 && self.admit_next(now) {
+        while (budget.tokens > 0 || self.next_needs_no_budget()) && self.admit_next(now) {
             self.push_rows(self.running.len() - 1, &mut budget);
         }
         assert!(self.rows.num_rows() > 0, "whenever there is work, some of it proceeds");
+        // Before quotas: a seat that was left may have been taken again.
+        self.leave_seats();
         self.shares.divide(&mut self.running);
         self.rows.set_quotas(&self.running);
     }
@@ -52,10 +54,10 @@ impl<R: Runner> Engine<R> {
             let prompt_left = sequence.prompt_len.saturating_sub(sequence.kv.num_tokens());
             let replayed = num_tokens.saturating_sub(prompt_left + 1).min(budget.replay_rows);
             num_tokens = num_tokens.min(prompt_left + 1 + replayed);
-            budget.replay_rows -= replayed;
             let first = sequence.kv.num_tokens();
             let of_answer = first.max(sequence.prompt_len);
             num_tokens = sequence.guard.same_until(of_answer, first + num_tokens) - first;
+            budget.replay_rows -= num_tokens.saturating_sub(prompt_left + 1);
         }
         if left > 1 {
             budget.tokens -= num_tokens;
@@ -103,7 +105,7 @@ impl<R: Runner> Engine<R> {
     /// what they need, DRAM has. The oldest always finds enough. Returns whether it still runs.
     fn take_places(&mut self, at: usize) -> bool {
         let sequence = &self.running[at];
-        if sequence.sparse.is_none() || self.digest_room.take(sequence.kv.blocks(), 0).is_ok() {
+        if !sequence.reads_digests() || self.digest_room.take(sequence.kv.blocks()) {
             return true;
         }
         assert!(at > 0, "a lone request has places for its digests, that was checked at the start");
@@ -143,6 +145,11 @@ impl<R: Runner> Engine<R> {
         self.waiting.push_front(youngest);
     }
 
+    /// Whether the head of the queue has a single token to run: an answer that was parked does not wait for prompts.
+    fn next_needs_no_budget(&self) -> bool {
+        self.waiting.front().is_some_and(|sequence| sequence.parked && sequence.num_uncomputed() == 1)
+    }
+
     /// Admits the head of the queue if there is a seat, blocks for all its known tokens and the next one, and room for their digests.
     fn admit_next(&mut self, now: Duration) -> bool {
         if self.running.len() == self.config.max_num_seqs {
@@ -151,7 +158,7 @@ impl<R: Runner> Engine<R> {
         let Some(sequence) = self.waiting.front_mut() else { return false };
         let num_tokens = sequence.admission_tokens();
         let (available, left) = (self.kv.num_available(), self.digest_room.left());
-        let (is_parked, alone) = (sequence.parked, self.running.is_empty());
+        let (is_parked, alone) = (sequence.parked, self.digest_room.is_untouched());
         let too_early =
             available < sequence.admit_when_available || (left < sequence.admit_when_places && !alone);
         if too_early && !is_parked {
@@ -162,6 +169,20 @@ impl<R: Runner> Engine<R> {
             None if !is_parked => self.kv.match_prefix(&mut sequence.kv, &sequence.tokens),
             _ => 0,
         };
+        if sequence.reads_digests() {
+            let blocks = sequence.kv.blocks();
+            let more = num_tokens.div_ceil(self.config.page_tokens).saturating_sub(blocks.len());
+            // So that who begins beside others goes on for a while, and they do.
+            let ahead = if alone { 0 } else { PLACES_AHEAD * (self.running.len() + 1) };
+            let wanted = self.digest_room.wanted(blocks) + more + ahead;
+            if wanted > left {
+                if !is_parked {
+                    sequence.admit_when_places = wanted;
+                    self.kv.suspend(&mut sequence.kv);
+                }
+                return false;
+            }
+        }
         if let Err(short) = self.reserve_first(num_tokens) {
             if !is_parked {
                 // Matching a long prompt costs time; it is worth another try only when this many could be had.
@@ -172,22 +193,12 @@ impl<R: Runner> Engine<R> {
             }
             return false;
         }
-        let sequence = &mut self.waiting[0];
-        // So that who begins beside others goes on for a while.
-        let ahead = if alone { 0 } else { PLACES_AHEAD };
-        if sequence.sparse.is_some()
-            && let Err(wanted) = self.digest_room.take(sequence.kv.blocks(), ahead)
-        {
-            if !is_parked {
-                sequence.admit_when_places = wanted;
-                self.kv.suspend(&mut sequence.kv);
-            }
-            return false;
-        }
+        let mut sequence = self.waiting.pop_front().expect("the head of the queue");
+        let has_places = !sequence.reads_digests() || self.digest_room.take(sequence.kv.blocks());
+        assert!(has_places, "places were counted before blocks were reserved");
         self.kv.take_seat(&mut sequence.kv);
         sequence.parked = false;
         sequence.admit(cached_tokens, now, &self.metrics);
-        let sequence = self.waiting.pop_front().expect("the head of the queue");
         self.running.push(sequence);
         true
     }

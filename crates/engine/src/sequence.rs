@@ -167,9 +167,20 @@ impl Sequence {
         self.tokens.len() - self.kv.num_tokens()
     }
 
-    /// How the token at `position` attends, if it is one of the answer; `None` to everything.
+    /// The method of the token at `position`, if it is one of the answer, with the budget that the guard leaves it.
     pub(crate) fn sparse_at(&self, position: usize) -> Option<Sparse> {
         self.sparse.map(|sparse| Sparse { budget: self.guard.budget(sparse.budget, position), ..sparse })
+    }
+
+    /// How the next tokens that it runs attend, which all have one budget.
+    pub(crate) fn next_attention(&self) -> Option<Sparse> {
+        // What attends to everything for good is dense, and needs neither digests nor memory for selections.
+        self.sparse_at(self.kv.num_tokens().max(self.prompt_len)).filter(|sparse| sparse.budget != u32::MAX)
+    }
+
+    /// Whether the next tokens that it runs select by digests.
+    pub(crate) fn reads_digests(&self) -> bool {
+        self.next_attention().is_some_and(|sparse| sparse.method.reads_digests())
     }
 
     /// Tokens to reserve KV for at admission: all that are known, and the next one if there will be one to run.

@@ -7,7 +7,7 @@
 use half::{bf16, f16};
 use ops::cluster::{CLUSTER_TOKENS_MAX, Clustering};
 use ops::places::{DigestState, Places};
-use ops::sparse::{Attention, DigestKind, DigestSpec, padded_width};
+use ops::sparse::{DigestKind, DigestSpec, padded_width};
 use ops::{Batch, BlockIndex, DType, Error, KvGeometry, SequenceRows};
 
 use crate::fp8;
@@ -212,8 +212,8 @@ impl Digests {
             (self.geometry.kv_heads * self.head_bytes(), self.geometry.page_tokens);
         let Some(Hbm { layers, places, loads, loaded_bytes }) = &mut self.hbm else { return };
         loads.clear();
-        let sparse = batch.sequences.iter().filter(|s| s.attention != Attention::Dense);
-        let blocks = sparse.flat_map(|s| &batch.block_table(s)[..s.context_tokens().div_ceil(page_tokens)]);
+        let readers = batch.sequences.iter().filter(|s| batch.reads_digests(s));
+        let blocks = readers.flat_map(|s| &batch.block_table(s)[..s.context_tokens().div_ceil(page_tokens)]);
         places.hold(blocks.copied(), |block, place| loads.push((block, place)));
         let loads = &*loads;
         for (from, to) in self.layers.iter().zip(layers) {

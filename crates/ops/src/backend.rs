@@ -202,8 +202,8 @@ pub trait Backend {
     /// first. In unified memory nothing.
     fn balance(&mut self, kv: &mut Self::Kv, batch: &Batch);
 
-    /// Before the first layer of a step: brings the digests of the blocks of its sparse sequences to HBM, where there are places;
-    /// see [`crate::places`]. Those blocks must not be more than the places.
+    /// Before the first layer of a step: brings the digests of the blocks of those that [read
+    /// them](Batch::reads_digests) to HBM, where there are places; see [`crate::places`]. Those blocks must not be more than the places.
     fn place_digests(&mut self, digests: &mut Self::Digests, batch: &Batch);
 
     /// For each row `[q | k | v]` of `qkv`: normalises every head of q and k by `qk_norm` (weights `[head_dim]`, eps)

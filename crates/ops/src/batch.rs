@@ -87,6 +87,14 @@ impl<'a> Batch<'a> {
         &self.block_tables[sequence.blocks.start as usize..sequence.blocks.end as usize]
     }
 
+    /// Whether rows of `sequence` select by digests, once its prompt has ended.
+    pub fn reads_digests(&self, sequence: &SequenceRows) -> bool {
+        match sequence.attention {
+            Attention::Dense => false,
+            Attention::Sparse { method, .. } => self.methods[method as usize].reads_digests(),
+        }
+    }
+
     /// The rows at positions from `prompt_len` on of sequences that attend sparsely, in order. Their places in this
     /// order are what selections are addressed by.
     pub fn sparse_rows(self) -> impl Iterator<Item = SparseRow<'a>> {

@@ -2,12 +2,15 @@
 //!
 //! DRAM holds the digests of every block. A step needs those of the blocks of its sparse sequences in HBM; what others left there
 //! gives way, the longest unused first, for DRAM has it, too. Tables are flat arrays of integers, and every choice is
-//! deterministic: blocks are placed in order, in the lowest free place, and of equally old places the lowest goes first.
+//! deterministic: blocks are placed as they are named, in the lowest free place, and of equally old places the lowest goes first.
 
 use crate::BlockIndex;
 
 /// No place, no block: tables start as zeros, so everything else is stored plus one.
 const NONE: u32 = 0;
+
+/// A block that gets a place in this step.
+const PENDING: u32 = u32::MAX;
 
 /// How much of its digests a device has in HBM; zeros in unified memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,9 +62,9 @@ impl Places {
         (self.blocks.len(), self.used)
     }
 
-    /// Bytes of the tables.
+    /// Bytes of the tables, and of a list of what a step loads.
     pub fn bytes(num_blocks: usize, places: usize) -> u64 {
-        4 * (num_blocks + 4 * places) as u64
+        (4 * (num_blocks + 4 * places) + size_of::<(BlockIndex, usize)>() * places) as u64
     }
 
     /// Where the digests of a block are, if they are in HBM.
@@ -86,25 +89,20 @@ impl Places {
         self.begin();
         self.missing.clear();
         for block in blocks {
-            match self.of(block) {
-                Some(place) => self.stamps[place] = self.now,
-                None => {
-                    // Others that are named twice are placed once, below.
-                    if self.missing.len() == self.missing.capacity() {
-                        self.missing.sort_unstable();
-                        self.missing.dedup();
-                    }
+            match self.of_block[block.at()] {
+                NONE => {
                     assert!(
                         self.missing.len() < self.blocks.len(),
                         "a step has no more blocks than there are places: {}",
                         self.blocks.len()
                     );
                     self.missing.push(block);
+                    self.of_block[block.at()] = PENDING;
                 }
+                PENDING => {}
+                place => self.stamps[place as usize - 1] = self.now,
             }
         }
-        self.missing.sort_unstable();
-        self.missing.dedup();
         if self.missing.is_empty() {
             return;
         }
@@ -206,8 +204,7 @@ mod tests {
                 places.hold(twice.into_iter(), |block, place| loaded.push((block, place)));
                 places.check();
                 let expected = blocks.iter().filter(|b| naive.0.iter().all(|(held, _)| held != *b));
-                let mut expected: Vec<BlockIndex> = expected.copied().collect();
-                expected.sort_unstable();
+                let expected: Vec<BlockIndex> = expected.copied().collect();
                 assert_eq!(
                     loaded.iter().map(|l| l.0).collect::<Vec<_>>(),
                     expected,
@@ -233,6 +230,16 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn a_block_that_is_named_twice_takes_one_place() {
+        let mut places = Places::new(9, 3);
+        let mut loaded = 0;
+        places.hold([4, 1, 2, 4, 1, 2].into_iter().map(BlockIndex), |_, _| loaded += 1);
+        places.check();
+        assert_eq!((loaded, places.counts()), (3, (3, 3)));
+        assert_eq!([4, 1, 2].map(|block| places.of(BlockIndex(block))), [Some(0), Some(1), Some(2)]);
     }
 
     #[test]

@@ -386,6 +386,11 @@ impl RowPlan {
 }
 
 impl Method {
+    /// Whether its scores are made of digests.
+    pub const fn reads_digests(&self) -> bool {
+        matches!(self.score, Score::Digest { .. } | Score::Gate { .. })
+    }
+
     /// What a row attends to whose context, itself included, has `context` tokens, the first `prompt_tokens` of them its
     /// prompt, with `budget` tokens at most.
     ///

@@ -375,7 +375,7 @@ fn pages_are_counted_once() {
 /// HBM with the digests of one long request: the others wait with their blocks, and lose them only where DRAM is short, too.
 #[test]
 fn who_has_no_place_for_its_digests_is_parked() {
-    for (num_blocks, preempts) in [(100, false), (34, true)] {
+    for (num_blocks, preempts) in [(100, false), (36, true)] {
         let config = config(num_blocks);
         let tier = TierShare {
             extents: 12,
@@ -386,11 +386,11 @@ fn who_has_no_place_for_its_digests_is_parked() {
         };
         let mut bench = Bench::new(Config { tier: Some(tier), ..config });
         // Dense ones need no digests, and go on.
-        let dense = bench.start(request(prompt(9, 20), 60)).1;
+        let dense = bench.start(request(prompt(9, 20), 150)).1;
         let sparse = |i: u32| Request { sparse: Some(sparse(8, 16)), ..request(prompt(i, 50), 90) };
         let listeners: Vec<Listener> = (0..3).map(|i| bench.start(sparse(i)).1).collect();
         bench.finish();
-        assert_eq!(dense.tokens(), expected_answer(&request(prompt(9, 20), 60), 200).0);
+        assert_eq!(dense.tokens(), expected_answer(&request(prompt(9, 20), 150), 200).0);
         for (i, listener) in listeners.iter().enumerate() {
             assert_eq!(
                 listener.tokens(),

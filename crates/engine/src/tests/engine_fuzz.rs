@@ -90,7 +90,9 @@ fn random_request(random: &mut Random, config: &Config, live: &[Live]) -> Reques
         tokens = [before.prompt.as_slice(), &answer, &tokens].concat();
         tokens.truncate(config.max_context);
     }
-    let mut request = request(tokens, random.below(50) as u32);
+    // Where digests need room, answers are longer: requests are admitted with some to spare.
+    let longest = if config.tier.is_some() { 150 } else { 50 };
+    let mut request = request(tokens, random.below(longest) as u32);
     request.sampling.seed = random.below(3) as u64;
     request.stopping.end_tokens = (0..random.below(3)).map(|_| random.below(48) as u32).collect();
     request.stopping.min_tokens = random.below(8) as u32;

@@ -39,6 +39,8 @@ fn tag(attention: Attention, sparse: Option<Sparse>, prompt_len: usize, position
 fn tag_of(request: &Request, budget: Option<u32>, position: usize) -> u64 {
     let attention = match request.sparse {
         None => Attention::Dense,
+        // What a guard lets attend to everything is dense.
+        Some(_) if budget == Some(u32::MAX) => Attention::Dense,
         Some(sparse) => Attention::Sparse { method: 0, budget: budget.unwrap_or(sparse.budget) },
     };
     tag(attention, request.sparse, request.prompt.len(), position)

@@ -5,7 +5,6 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use kv::QuotaRule;
 use ops::residency::SeatCounters;
-use ops::sparse::Attention;
 use ops::tier::TierState;
 use ops::{Batch, BlockIndex, Random, SeatIndex, SequenceRows};
 
@@ -51,7 +50,7 @@ impl FakeTier {
 
     /// Before a step: quotas and digests fit.
     pub fn check(&self, batch: &Batch) {
-        let sparse = batch.sequences.iter().filter(|s| s.attention != Attention::Dense);
+        let sparse = batch.sequences.iter().filter(|s| batch.reads_digests(s));
         let blocks: BTreeSet<BlockIndex> = sparse.flat_map(|s| batch.block_table(s)).copied().collect();
         let blocks = blocks.len();
         assert!(blocks <= self.digest_places, "digests of {blocks} blocks in {} places", self.digest_places);

@@ -55,7 +55,7 @@ pub fn sparse(partition_tokens: usize, budget: u32) -> Sparse {
     let method = Method {
         dense_layers: 0,
         partition_tokens,
-        score: Score::Random { seed: 1 },
+        score: Score::Digest { digests: 0 },
         reduce: Reduce::Mean,
         softmax: false,
         scope: Scope::KvHead,

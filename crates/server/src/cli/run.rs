@@ -97,14 +97,20 @@ fn check_sampling(args: &RunArgs) -> Result<(), Failure> {
 /// What the user says, else what the model says, else the distribution as it is.
 fn sampling(args: &RunArgs, text: &TextSide) -> Result<SamplingParams, Failure> {
     let (own, neutral) = (&text.defaults, SamplingParams::default());
-    let random = || getrandom::u64().map_err(|e| Failure::runtime(format!("no random numbers: {e}")));
+    let temperature = args.temperature.or(own.temperature).unwrap_or(neutral.temperature);
+    let seed = match args.seed {
+        Some(seed) => seed,
+        // Nothing is drawn by lot, and nothing else that goes by the seed should differ from run to run.
+        None if temperature == 0.0 => 0,
+        None => getrandom::u64().map_err(|e| Failure::runtime(format!("no random numbers: {e}")))?,
+    };
     Ok(SamplingParams {
-        temperature: args.temperature.or(own.temperature).unwrap_or(neutral.temperature),
+        temperature,
         top_p: args.top_p.or(own.top_p).unwrap_or(neutral.top_p),
         top_k: args.top_k.or(own.top_k).unwrap_or(neutral.top_k),
         min_p: own.min_p.unwrap_or(neutral.min_p),
         repetition_penalty: own.repetition_penalty.unwrap_or(neutral.repetition_penalty),
-        seed: args.seed.map_or_else(random, Ok)?,
+        seed,
         ..neutral
     })
 }
