@@ -97,7 +97,7 @@ pub struct EngineOptions {
 #[command(next_help_heading = "Sparse attention")]
 pub struct SparseOptions {
     /// What generated tokens attend to unless a request says otherwise: dense, streaming, random, quest, arkvale,
-    /// shadowkv, seerattention, replay (for benches of caches), or auto: dense for prompts below 8192 tokens, else arkvale
+    /// shadowkv, retroinfer, seerattention, replay (for benches of caches), or auto: dense for prompts below 8192 tokens, else arkvale
     /// [default: auto; bench, eval: dense]
     #[arg(long, value_name = "NAME", env = "SPARSESERVE_POLICY")]
     pub policy: Option<String>,
