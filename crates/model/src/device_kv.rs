@@ -75,7 +75,8 @@ impl<B: Backend> DeviceKv<B> {
             None => None,
             Some(limits) => Some(backend.selection(limits)?.0),
         };
-        let pages = backend.kv(geometry, num_blocks, tier)?;
+        let copies = DigestSpec::copies(&spec.digests);
+        let pages = backend.kv(geometry, num_blocks, copies, tier)?;
         Ok(DeviceKv {
             pages,
             digests,
@@ -147,7 +148,7 @@ impl<B: Backend> DeviceKv<B> {
     /// Makes the digests of the contexts of `batch`, whose pages were filled: for benches.
     pub fn digest(&mut self, backend: &mut B, layer: usize, batch: &ops::Batch) {
         for digests in &mut self.digests {
-            backend.digest(digests, &self.pages, layer, batch);
+            backend.digest(digests, &mut self.pages, layer, batch);
         }
     }
 }

@@ -18,6 +18,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use ops::cluster::OrderedSlots;
 use ops::coverage::HeadCoverage;
 use ops::sparse::Attention;
 use ops::{Batch, DType, HeadShape, KvGeometry, SPLIT_TOKENS, SequenceRows, Tensor};
@@ -430,6 +431,11 @@ impl Unit<'_> {
                 let selected = self.selection.and_then(|selection| selection.get(place, head));
                 selected.map_or(&[][..], |(bits, _)| bits)
             }),
+            ordered: self
+                .plan
+                .place
+                .zip(self.selection)
+                .map_or(OrderedSlots::NONE, |(place, s)| s.ordered(place)),
             frames: self.tier.map(|tier| {
                 let (entries, first_page) = tier.entries(self.plan.item, head);
                 Frames { tier, entries, first_page }

@@ -284,7 +284,7 @@ impl Sequences {
 
 /// A pool with random pages.
 fn pages(backend: &mut CpuBackend, geometry: KvGeometry, blocks: usize) -> Result<Kv, Error> {
-    let mut kv = backend.kv(geometry, blocks, None)?;
+    let mut kv = backend.kv(geometry, blocks, 0, None)?;
     let mut random = Random::new(5);
     let len = geometry.page_tokens * geometry.head_dim;
     let values: Vec<f32> = (0..len + 64).map(|_| random.normal()).collect();
@@ -371,7 +371,7 @@ fn row_wise(
         _ => {
             let geometry = KvGeometry { num_layers: 1, kv_heads: 8, head_dim: 128, page_tokens: 16, dtype };
             let work = Sequences::new(1, rows, rows, 16);
-            let mut kv = backend.kv(geometry, geometry.blocks(rows), None)?;
+            let mut kv = backend.kv(geometry, geometry.blocks(rows), 0, None)?;
             let mut qkv = normals(backend, rows, heads.qkv_cols())?;
             let weight = ones(backend, 128)?;
             let mut angles = backend.tensor(rows, 128)?;

@@ -3,13 +3,13 @@
 //! A pseudo-token's score was computed already, by `score`; so all that attention lacks are weighted sums of mean values. They are
 //! made here, and `attention` merges the result like that of one more split.
 //!
-//! Digests lie far apart, so what costs is to fetch them: their places are computed once, sizes, members and mean values are read
+//! Digests lie far apart, so what costs is to fetch them: their places are computed once, sizes and mean values are read
 //! by whole vectors, and the next ones are fetched while these are worked on.
 
 use ops::BlockIndex;
 use ops::DType;
 use ops::cluster::ClusterLayout;
-use ops::sparse::RowPlan;
+use ops::sparse::{RowPlan, mark};
 
 use crate::digest::Digests;
 use crate::memory::LINE_BYTES;
@@ -31,7 +31,6 @@ pub(crate) struct Clusters<'a> {
     /// Block table of the sequence.
     pub(crate) table: &'a [BlockIndex],
     pub(crate) head: usize,
-    pub(crate) span_tokens: usize,
     /// Where attention to pseudo-tokens goes: a line of [`carry_stride`] floats per query head of the group.
     pub(crate) to: &'a mut [f32],
 }
@@ -72,7 +71,7 @@ impl Clusters<'_> {
     fn read_sizes_as<S: Simd, E: Element>(&self, s: S, offsets: &[usize], sizes: &mut [u32]) {
         let at = self.layout().size_at() * self.digests.dtype().bytes();
         for (i, (&offset, size)) in offsets.iter().zip(sizes).enumerate() {
-            self.fetch(s, offsets, i + AHEAD, at, 2 + self.digests.spec().partition_tokens);
+            self.fetch(s, offsets, i + AHEAD, at, 2);
             let mut values = [0.0; LANES];
             // SAFETY: the array holds a vector.
             unsafe { s.store(values.as_mut_ptr(), self.vector::<S, E>(s, offset, at)) };
@@ -134,10 +133,15 @@ impl Clusters<'_> {
         }
         picked.clear();
         each_fitting(keys, sizes, plan.room, |i| picked.push(i as u32));
-        if !picked.is_empty() {
-            self.mark::<S, E>(s, offsets, picked, bits);
+        // Behind the sinks clusters lie one after the other, and a span is as long as its clusters together.
+        let (mut slot, mut cluster) = (plan.sink_end, 0);
+        for taken in picked.iter().map(|&taken| taken as usize) {
+            slot += sizes[cluster..taken].iter().sum::<u32>() as usize;
+            let end = slot + sizes[taken] as usize;
+            mark(bits, slot..end);
+            (slot, cluster) = (end, taken + 1);
+            keys[taken] = 0;
         }
-        picked.iter().for_each(|&taken| keys[taken as usize] = 0);
         let estimated = plan.estimated.min(left - picked.len());
         picked.clear();
         if estimated > 0 {
@@ -145,35 +149,6 @@ impl Clusters<'_> {
             self.estimate::<S, E>(s, offsets, sizes, picked, weights, line);
         }
         estimated
-    }
-
-    /// Marks the slots of the clusters `taken`, which ascend.
-    #[inline(always)]
-    fn mark<S: Simd, E: Element>(&self, s: S, offsets: &[usize], taken: &[u32], bits: &mut [u64]) {
-        let at = self.layout().size_at() * self.digests.dtype().bytes();
-        let length = self.digests.spec().partition_tokens;
-        let per_span = self.span_tokens / length;
-        let span_of = |cluster: u32| cluster as usize / per_span;
-        for taken in taken.chunk_by(|&a, &b| span_of(a) == span_of(b)) {
-            let first = span_of(taken[0]) * per_span;
-            for partition in first..first + per_span {
-                // Two values are the size; those of the tokens follow.
-                let mut members = 0u128;
-                for i in 0..(2 + length).div_ceil(LANES) {
-                    let clusters = self.vector::<S, E>(s, offsets[partition], at + i * vector_bytes::<E>());
-                    for &cluster in taken {
-                        let cluster = s.splat((cluster as usize - first) as f32);
-                        members |= u128::from(s.equal(clusters, cluster)) << (i * LANES);
-                    }
-                }
-                let members = (members >> 2) as u64 & u64::MAX >> (64 - length);
-                let (word, shift) = (partition * length / 64, partition * length % 64);
-                bits[word] |= members << shift;
-                if shift + length > 64 {
-                    bits[word + 1] |= members >> (64 - shift);
-                }
-            }
-        }
     }
 
     /// Weighted mean values, maximum and sum for each query head: with `x = q . c log2(e) / sqrt(head_dim)` the weight of a cluster

@@ -72,7 +72,7 @@ fn of_row(
     let whole = 0..(row.position + 1).div_ceil(SPLIT_TOKENS);
     let waves = match &mut kv.tier {
         None => 1,
-        Some(tier) => tier.look(layer, heads, row.sequence, batch),
+        Some(tier) => tier.look(layer, heads, row.sequence, selection.ordered(place), batch),
     };
     for wave in 0..waves {
         let splits = match &mut kv.tier {
@@ -105,6 +105,7 @@ fn of_row(
                 first_position: row.position,
                 num_rows: 1,
                 selected: None,
+                ordered: selection.ordered(place),
                 frames: tier.map(|tier| {
                     let (entries, first_page) = tier.entries(0, head);
                     Frames { tier, entries, first_page }

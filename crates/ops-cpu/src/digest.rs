@@ -5,7 +5,7 @@
 //! hundredth of prefill, so that is plain code.
 
 use half::{bf16, f16};
-use ops::cluster::{CLUSTER_TOKENS_MAX, Clustering};
+use ops::cluster::{CLUSTER_TOKENS_MAX, Clustering, OrderedCopy};
 use ops::places::{DigestState, Places};
 use ops::sparse::{DigestKind, DigestSpec, padded_width};
 use ops::{Batch, BlockIndex, DType, Error, KvGeometry, SequenceRows};
@@ -296,12 +296,13 @@ fn completed(sequence: &SequenceRows, partition_tokens: usize) -> std::ops::Rang
 }
 
 /// Makes the digests of the partitions that the rows of `batch` complete.
-pub fn digest(pool: &mut Pool, digests: &mut Digests, kv: &Kv, layer: usize, batch: &Batch) {
+pub fn digest(pool: &mut Pool, digests: &mut Digests, kv: &mut Kv, layer: usize, batch: &Batch) {
     assert_eq!(*kv.geometry(), digests.geometry, "digests of this pool");
     batch.check(kv.geometry().page_tokens);
-    if let DigestKind::Cluster { span_tokens, sink_tokens } = digests.spec.kind {
-        return cluster_spans(pool, digests, kv, layer, batch, (span_tokens, sink_tokens));
+    if let DigestKind::Cluster { span_tokens, sink_tokens, copy } = digests.spec.kind {
+        return cluster_spans(pool, digests, kv, layer, batch, (span_tokens, sink_tokens, OrderedCopy(copy)));
     }
+    let kv = &*kv;
     let length = digests.spec.partition_tokens;
     let num_tasks = batch.sequences.iter().map(|s| completed(s, length).len()).sum();
     if num_tasks == 0 {
@@ -343,14 +344,14 @@ pub fn digest(pool: &mut Pool, digests: &mut Digests, kv: &Kv, layer: usize, bat
     });
 }
 
-/// Clusters the spans that the rows of `batch` complete.
+/// Clusters the spans that the rows of `batch` complete, and copies their pages in the order of clusters.
 fn cluster_spans(
     pool: &mut Pool,
     digests: &mut Digests,
-    kv: &Kv,
+    kv: &mut Kv,
     layer: usize,
     batch: &Batch,
-    (span_tokens, sink_tokens): (usize, usize),
+    (span_tokens, sink_tokens, copy): (usize, usize, OrderedCopy),
 ) {
     let kv_heads = digests.geometry.kv_heads;
     let num_tasks: usize = batch.sequences.iter().map(|s| completed(s, span_tokens).len() * kv_heads).sum();
@@ -359,6 +360,8 @@ fn cluster_spans(
     }
     let to = digests.targets(layer);
     let digests = &*digests;
+    let pages_to = kv.dram.shared(layer);
+    let kv = &*kv;
     let (isa, memory) = digests.clusters.as_ref().expect("clusters have memory");
     pool.run(num_tasks, &|task, thread| {
         let mut task = task;
@@ -389,6 +392,21 @@ fn cluster_spans(
                 // SAFETY: the digest belongs to this span and head alone: blocks are shared by whole spans, and rows of one batch
                 // complete a span once.
                 unsafe { digests.write(to, pages.table, first + partition, head, bytes, encode) };
+            }
+            let KvGeometry { page_tokens, .. } = digests.geometry;
+            for (page, tokens) in clustering.order().chunks_exact(page_tokens).enumerate() {
+                let block = kv.dram.block_in(Some(copy), pages.table[start / page_tokens + page]);
+                // SAFETY: `offset` checked that the page exists. It belongs to this span and head alone, as digests do, and nobody reads
+                // copies while digests are made.
+                let ordered = unsafe {
+                    let page = pages_to.at(kv.dram.offset(block, head));
+                    std::slice::from_raw_parts_mut(page, digests.geometry.page_bytes())
+                };
+                for (slot, &token) in tokens.iter().enumerate() {
+                    let position = start + usize::from(token);
+                    let from = kv.digest_page(layer, pages, position / page_tokens, head);
+                    kv.dram.copy_slot(from, position % page_tokens, ordered, slot);
+                }
             }
             return;
         }

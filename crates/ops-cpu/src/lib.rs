@@ -149,8 +149,14 @@ impl Backend for CpuBackend {
         Vector::new(view)
     }
 
-    fn kv(&mut self, geometry: KvGeometry, num_blocks: usize, tier: Option<TierSpec>) -> Result<Kv, Error> {
-        Kv::new(geometry, num_blocks, tier)
+    fn kv(
+        &mut self,
+        geometry: KvGeometry,
+        num_blocks: usize,
+        copies: usize,
+        tier: Option<TierSpec>,
+    ) -> Result<Kv, Error> {
+        Kv::new(geometry, num_blocks, copies, tier)
     }
 
     fn digests(
@@ -243,7 +249,7 @@ impl Backend for CpuBackend {
         digests.place(&mut self.pool, batch);
     }
 
-    fn digest(&mut self, digests: &mut Digests, kv: &Kv, layer: usize, batch: &Batch) {
+    fn digest(&mut self, digests: &mut Digests, kv: &mut Kv, layer: usize, batch: &Batch) {
         digest::digest(&mut self.pool, digests, kv, layer, batch);
     }
 

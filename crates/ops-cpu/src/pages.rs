@@ -8,6 +8,7 @@
 use std::marker::PhantomData;
 
 use half::{bf16, f16};
+use ops::cluster::OrderedCopy;
 use ops::tier::TierSpec;
 use ops::{
     Batch, BlockIndex, DType, Error, HeadShape, KvGeometry, PAGE_TOKENS_ALLOWED, SeatIndex, SequenceRows,
@@ -35,22 +36,31 @@ pub struct Kv {
     pub(crate) dram: Layers,
 }
 
-/// The pages of all layers in DRAM: one allocation per layer, then block, then head.
+/// The pages of all layers in DRAM: one allocation per layer, then block, then head. Copies in the order of clusters lie behind those
+/// of the pool.
 #[derive(Debug)]
 pub struct Layers {
     geometry: KvGeometry,
+    /// With those of copies.
     num_blocks: usize,
+    pool_blocks: usize,
     layers: Vec<Buffer<u8>>,
 }
 
 impl Kv {
-    /// A pool of `num_blocks` blocks, all zero, with an HBM tier if `tier` says so.
+    /// A pool of `num_blocks` blocks, all zero, and as many in each of the `copies`, with an HBM tier if `tier` says so.
     ///
     /// # Errors
     /// Pages or heads that are not supported; too small a tier; memory.
-    pub fn new(geometry: KvGeometry, num_blocks: usize, tier: Option<TierSpec>) -> Result<Self, Error> {
-        let dram = Layers::new(geometry, num_blocks)?;
-        let tier = tier.map(|spec| Tier::new(spec, geometry).map(Box::new)).transpose()?;
+    pub fn new(
+        geometry: KvGeometry,
+        num_blocks: usize,
+        copies: usize,
+        tier: Option<TierSpec>,
+    ) -> Result<Self, Error> {
+        let dram = Layers::new(geometry, num_blocks, copies)?;
+        assert!(tier.is_none_or(|spec| spec.copies == copies), "a tier for the copies of the pool");
+        let tier = tier.map(|spec| Tier::new(spec, geometry, num_blocks).map(Box::new)).transpose()?;
         Ok(Kv { tier, dram })
     }
 
@@ -82,7 +92,7 @@ impl Kv {
     fn shared(&mut self, layer: usize) -> Shared<u8> {
         match &mut self.tier {
             Some(tier) => tier.shared(),
-            None => Shared(self.dram.layers[layer].as_mut_ptr()),
+            None => self.dram.shared(layer),
         }
     }
 }
@@ -104,7 +114,7 @@ impl<'a> Pages<'a> {
 }
 
 impl Layers {
-    fn new(geometry: KvGeometry, num_blocks: usize) -> Result<Self, Error> {
+    fn new(geometry: KvGeometry, pool_blocks: usize, copies: usize) -> Result<Self, Error> {
         let KvGeometry { head_dim, page_tokens, .. } = geometry;
         if !PAGE_TOKENS_ALLOWED.contains(&page_tokens) {
             return Err(Error::Unsupported(format!(
@@ -116,9 +126,13 @@ impl Layers {
                 "a head of {head_dim} channels; even numbers up to {HEAD_DIM_MAX} are possible"
             )));
         }
+        let num_blocks = pool_blocks.saturating_mul(1 + copies);
+        if num_blocks > u32::MAX as usize {
+            return Err(Error::Unsupported(format!("{num_blocks} blocks; a --dram of fewer is possible")));
+        }
         let layer_bytes = num_blocks.saturating_mul(geometry.kv_heads * geometry.page_bytes());
         let layers = (0..geometry.num_layers).map(|_| Buffer::zeroed(layer_bytes, "KV cache"));
-        Ok(Layers { geometry, num_blocks, layers: layers.collect::<Result<_, _>>()? })
+        Ok(Layers { geometry, num_blocks, pool_blocks, layers: layers.collect::<Result<_, _>>()? })
     }
 
     /// Offset of a page in its layer.
@@ -126,13 +140,19 @@ impl Layers {
     /// # Panics
     /// When there is no such page.
     #[inline]
-    fn offset(&self, block: BlockIndex, head: usize) -> usize {
+    pub fn offset(&self, block: BlockIndex, head: usize) -> usize {
         assert!(
             block.at() < self.num_blocks && head < self.geometry.kv_heads,
             "{block:?} of {}",
             self.num_blocks
         );
         (block.at() * self.geometry.kv_heads + head) * self.geometry.page_bytes()
+    }
+
+    /// `block`, or its place in `copy`.
+    #[inline(always)]
+    pub fn block_in(&self, copy: Option<OrderedCopy>, block: BlockIndex) -> BlockIndex {
+        copy.map_or(block, |copy| copy.block(block, self.pool_blocks))
     }
 
     /// Start of a page.
@@ -143,6 +163,11 @@ impl Layers {
     pub fn page(&self, layer: usize, block: BlockIndex, head: usize) -> *const u8 {
         // SAFETY: `offset` checked that the page lies in the layer.
         unsafe { self.layers[layer].as_ptr().add(self.offset(block, head)) }
+    }
+
+    /// The start of a layer, for the tasks of a fork.
+    pub fn shared(&mut self, layer: usize) -> Shared<u8> {
+        Shared(self.layers[layer].as_mut_ptr())
     }
 
     /// The bytes of a page.
@@ -187,6 +212,24 @@ impl Layers {
         let per_step = k_per_step(self.geometry.dtype);
         let half = self.geometry.page_tokens * self.geometry.head_dim;
         half + (slot / per_step * self.geometry.head_dim + c) * per_step + slot % per_step
+    }
+
+    /// Copies what a slot of a page holds to a slot of another one.
+    pub fn copy_slot(&self, from: &[u8], from_slot: usize, to: &mut [u8], to_slot: usize) {
+        let KvGeometry { head_dim, dtype, .. } = self.geometry;
+        let bytes = dtype.bytes();
+        let run = k_per_step(dtype) * bytes;
+        // Channels of K lie side by side as far as one step of a product goes.
+        for c in (0..head_dim).step_by(k_per_step(dtype)) {
+            let (from_at, to_at) =
+                (self.key_element(from_slot, c) * bytes, self.key_element(to_slot, c) * bytes);
+            to[to_at..to_at + run].copy_from_slice(&from[from_at..from_at + run]);
+        }
+        for c in 0..head_dim {
+            let (from_at, to_at) =
+                (self.value_element(from_slot, c) * bytes, self.value_element(to_slot, c) * bytes);
+            to[to_at..to_at + bytes].copy_from_slice(&from[from_at..from_at + bytes]);
+        }
     }
 
     /// Writes K and V (`[page_tokens, head_dim]`) of a page.
@@ -255,7 +298,7 @@ pub fn append(
     };
     for s in batch.sequences {
         let blocks = &batch.block_table(s)[..blocks_of(s).1];
-        assert!(blocks.iter().all(|b| b.at() < kv.dram.num_blocks), "blocks of the pool");
+        assert!(blocks.iter().all(|b| b.at() < kv.dram.pool_blocks), "blocks of the pool");
     }
     if let Some(tier) = &mut kv.tier {
         tier.localize(&kv.dram, layer, batch);

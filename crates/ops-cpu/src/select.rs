@@ -56,7 +56,7 @@ pub fn select(
         };
         let first = bitmap(head);
         let clusters = match (method.rule, method.score) {
-            (Rule::Clusters { span_tokens, .. }, Score::Digest { digests: index }) => {
+            (Rule::Clusters { .. }, Score::Digest { digests: index }) => {
                 let line = carry_stride(heads.head_dim);
                 let first = (place * heads.q_heads + head * heads.group()) * line;
                 // SAFETY: the lines of this row and head are this task's; there is memory for them where a method selects
@@ -64,7 +64,7 @@ pub fn select(
                 let to = unsafe { std::slice::from_raw_parts_mut(estimates.at(first), heads.group() * line) };
                 let table = batch.block_table(&batch.sequences[row.sequence]);
                 let digests = &digests[index as usize];
-                Some(Clusters { digests, layer, table, head, span_tokens, to })
+                Some(Clusters { digests, layer, table, head, to })
             }
             _ => None,
         };

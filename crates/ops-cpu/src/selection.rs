@@ -1,5 +1,6 @@
 //! The memory of scores and selections, and which rows they are for.
 
+use ops::cluster::OrderedSlots;
 use ops::sparse::{Method, RowPlan, SelectionLimits, bitmap_words};
 use ops::{Batch, Error, HeadShape, SparseRow};
 
@@ -142,6 +143,11 @@ impl Selections {
         let group = self.limits.heads.group();
         let line = carry_stride(head_dim);
         Some(&self.estimates.as_slice()[(place * q_heads + head * group) * line..][..group * line])
+    }
+
+    /// Which slots of a sparse row are in the order of clusters.
+    pub(crate) fn ordered(&self, place: usize) -> OrderedSlots {
+        self.rows[place].plan.as_ref().map_or(OrderedSlots::NONE, |plan| plan.ordered)
     }
 
     /// Number of sparse rows, and whether the one at `place` is row `row` of the batch.

@@ -184,7 +184,7 @@ impl Split {
         let first_page = split * (SPLIT_TOKENS / page_tokens);
         for page in self.first / page_tokens..num_pages {
             self.pages[page] = match view.frames {
-                None => view.kv.page(view.layer, view.blocks[first_page + page], view.head),
+                None => view.page(first_page + page),
                 Some(Frames { tier, entries, first_page: first_entry }) => {
                     let entry = entries[first_page + page - first_entry];
                     debug_assert_eq!(entry.page as usize, first_page + page, "pages are consecutive");
@@ -237,7 +237,7 @@ impl Split {
                     self.end = round_to_lanes(num_pages * page_tokens);
                     return num_pages;
                 }
-                self.keep(num_pages, view.kv.page(view.layer, view.blocks[page], view.head), slots);
+                self.keep(num_pages, view.page(page), slots);
                 num_pages += 1;
             }
         }

@@ -1,5 +1,6 @@
 //! What a unit of attention looks at.
 
+use ops::cluster::OrderedSlots;
 use ops::{BlockIndex, SPLIT_TOKENS};
 
 use crate::pages::Layers;
@@ -40,6 +41,8 @@ pub struct HeadView<'a> {
     pub num_rows: usize,
     /// The slots that its only row attends to; `None` for all up to its position, within the window.
     pub selected: Option<&'a [u64]>,
+    /// Which of them are in the order of clusters.
+    pub ordered: OrderedSlots,
     /// Where the pages are, if not in the pool.
     pub frames: Option<Frames<'a>>,
 }
@@ -56,6 +59,13 @@ pub struct Frames<'a> {
 }
 
 impl HeadView<'_> {
+    /// Page `page` in the pool.
+    #[inline(always)]
+    pub(crate) fn page(&self, page: usize) -> *const u8 {
+        let copy = self.ordered.of(page * self.page_tokens);
+        self.kv.page(self.layer, self.kv.block_in(copy, self.blocks[page]), self.head)
+    }
+
     /// Rows times query heads.
     pub fn height(&self) -> usize {
         self.num_rows * self.group

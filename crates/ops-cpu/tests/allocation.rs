@@ -79,7 +79,7 @@ fn a_mixed_step_allocates_nothing() {
 
     let held = |backend: &mut CpuBackend| backend.reserve(HEADS, rows, 2, 1600, 1024).expect("memory");
     let reserved = held(&mut backend);
-    let mut kv = backend.kv(geometry, tables.len(), None).expect("memory");
+    let mut kv = backend.kv(geometry, tables.len(), 0, None).expect("memory");
     let embedding = linear(&mut backend, VOCAB, HIDDEN);
     let qkv_weights = linear(&mut backend, HEADS.qkv_cols(), HIDDEN);
     let output_weights = linear(&mut backend, HIDDEN, HEADS.q_cols());

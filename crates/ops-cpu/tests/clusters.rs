@@ -1,6 +1,6 @@
 //! Clusters of keys: what must be true of them whatever the formula.
 
-use ops::cluster::{ClusterLayout, NO_CLUSTER};
+use ops::cluster::{ClusterLayout, NO_CLUSTER, OrderedCopy};
 use ops::conformance::{assert_close, rows_of};
 use ops::sparse::{
     Always, Attention, DigestKind, DigestSpec, Method, Reduce, Rule, Scope, Score, SelectionLimits,
@@ -43,7 +43,7 @@ impl World {
             CpuBackend::new(CpuOptions { threads: Some(threads), isa: Some(isa) }).expect("a backend");
         let geometry = KvGeometry { num_layers: 1, kv_heads, head_dim, page_tokens: PAGE, dtype };
         let table: Vec<BlockIndex> = (0..CONTEXT.div_ceil(PAGE) as u32).rev().map(BlockIndex).collect();
-        let mut kv = backend.kv(geometry, table.len(), None).expect("memory");
+        let mut kv = backend.kv(geometry, table.len(), 1, None).expect("memory");
         let mut random = Random::new(SEED);
         let mut page = || (0..PAGE * head_dim).map(|_| random.normal()).collect::<Vec<f32>>();
         for &block in &table {
@@ -51,7 +51,7 @@ impl World {
                 backend.write_page(&mut kv, 0, block, head, &page(), &page());
             }
         }
-        let kind = DigestKind::Cluster { span_tokens: span, sink_tokens: 4 };
+        let kind = DigestKind::Cluster { span_tokens: span, sink_tokens: 4, copy: 0 };
         let spec = DigestSpec { kind, partition_tokens: partition };
         let mut digests = backend.digests(spec, geometry, table.len(), None, None).expect("memory");
         let positions: Vec<u32> = (0..CONTEXT as u32).collect();
@@ -65,7 +65,7 @@ impl World {
                 block_tables: &table,
                 methods: &[],
             };
-            backend.digest(&mut digests, &kv, 0, &batch);
+            backend.digest(&mut digests, &mut kv, 0, &batch);
         }
         backend.reserve(HEADS, 1, 1, CONTEXT, HEADS.qkv_cols()).expect("scratch");
         let mut qkv = backend.tensor(1, HEADS.qkv_cols()).expect("memory");
@@ -85,7 +85,7 @@ impl World {
             always: Always { sink_tokens: 4, recent_tokens: 64, generated_tokens: 0, outliers: 0 },
             open_competes: false,
             take_min: 0,
-            rule: Rule::Clusters { span_tokens: self.span, estimate_permille },
+            rule: Rule::Clusters { span_tokens: self.span, estimate_permille, copy: 0 },
         }
     }
 
@@ -115,6 +115,18 @@ impl World {
         backend.attend(&mut out, None, kv, 0, qkv, HEADS, None, &batch, Some(&selection), 0);
         let bits = (0..HEADS.kv_heads).map(|head| backend.read_selection(&selection, 0, head)).collect();
         (rows_of(backend, &out), bits)
+    }
+
+    /// K and V of a head slot by slot, of the pool or of the copy in the order of clusters.
+    fn slots(&mut self, head: usize, copy: Option<OrderedCopy>) -> Vec<(Vec<f32>, Vec<f32>)> {
+        let mut slots = Vec::new();
+        for &block in &self.table {
+            let block = copy.map_or(block, |copy| copy.block(block, self.table.len()));
+            let (k, v) = self.backend.read_page(&self.kv, 0, block, head);
+            let rows = k.chunks(HEADS.head_dim).zip(v.chunks(HEADS.head_dim));
+            slots.extend(rows.map(|(k, v)| (k.to_vec(), v.to_vec())));
+        }
+        slots
     }
 
     /// Digests of a head, those of all partitions one after the other.
@@ -183,11 +195,18 @@ fn whole_clusters_are_selected_within_the_budget() {
             assert_eq!(digests[layout.ids_at()] as u16, NO_CLUSTER);
             let mut members = vec![Vec::new(); end / partition];
             (0..end).filter_map(|p| Some((p, cluster(p)?))).for_each(|(p, of)| members[of].push(p));
+            let (pool, ordered) = (world.slots(head, None), world.slots(head, Some(OrderedCopy(0))));
+            assert!(pool[..4] == ordered[..4], "{what}: sinks come first");
+            let mut slot = 4;
             for (i, members) in members.iter().enumerate() {
+                let slots = slot..slot + members.len();
+                slot = slots.end;
+                let tokens: Vec<_> = members.iter().map(|&p| &pool[p]).collect();
+                assert!(ordered[slots.clone()].iter().eq(tokens), "{what} cluster {i}: its tokens in order");
                 let digest = &digests[i * width..(i + 1) * width];
                 let size = ClusterLayout::size(digest[layout.size_at()], digest[layout.size_at() + 1]);
                 assert_eq!(size, members.len(), "{what} cluster {i}");
-                let taken = members.iter().filter(|&&p| selected(p)).count();
+                let taken = slots.filter(|&slot| selected(slot)).count();
                 assert!(taken == 0 || taken == size, "{what} cluster {i}: {taken} of {size}");
             }
             // Nothing smaller than what is left of the budget was better than what was taken: at least one more was wanted.

@@ -34,7 +34,7 @@ fn run(isa: Isa, dtype: DType, reduce: Reduce, (most, least): (i32, i32), seed: 
     let mut backend = CpuBackend::new(CpuOptions { threads: Some(2), isa: Some(isa) }).expect("a backend");
     let geometry = KvGeometry { num_layers: 1, kv_heads, head_dim, page_tokens: PAGE, dtype };
     let table: Vec<BlockIndex> = (0..CONTEXT.div_ceil(PAGE) as u32).rev().map(BlockIndex).collect();
-    let mut kv = backend.kv(geometry, table.len(), None).expect("memory");
+    let mut kv = backend.kv(geometry, table.len(), 0, None).expect("memory");
     let mut random = Random::new(seed);
     // Some channels lie on one side of zero, some values on numbers of fp8.
     let mut key = |i: usize| {
@@ -73,7 +73,7 @@ fn run(isa: Isa, dtype: DType, reduce: Reduce, (most, least): (i32, i32), seed: 
         block_tables: &table,
         methods: &[],
     };
-    digests.iter_mut().for_each(|d| backend.digest(d, &kv, 0, &batch));
+    digests.iter_mut().for_each(|d| backend.digest(d, &mut kv, 0, &batch));
     backend.reserve(HEADS, 1, 1, CONTEXT, HEADS.qkv_cols()).expect("scratch");
     let mut qkv = backend.tensor(1, HEADS.qkv_cols()).expect("memory");
     let mut random = Random::new(seed + 1);

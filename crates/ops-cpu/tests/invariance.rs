@@ -107,7 +107,7 @@ fn decode(isa: Isa, threads: usize, dtype: DType, context_reserved: usize) -> Ve
             quota: 0,
         });
     }
-    let mut kv = backend.kv(geometry, tables.len(), None).expect("memory");
+    let mut kv = backend.kv(geometry, tables.len(), 0, None).expect("memory");
     for &block in &tables {
         for head in 0..2 {
             let (k, v) = (normals(&mut random, 16 * 64), normals(&mut random, 16 * 64));
@@ -149,7 +149,7 @@ fn a_reused_page_is_cleared() {
             let mut backend = backend(isa, 1);
             let heads = HeadShape { q_heads: 1, kv_heads: 1, head_dim: 32 };
             let geometry = KvGeometry { num_layers: 1, kv_heads: 1, head_dim: 32, page_tokens: 16, dtype };
-            let mut kv = backend.kv(geometry, 1, None).expect("memory");
+            let mut kv = backend.kv(geometry, 1, 0, None).expect("memory");
             let stale = vec![f32::NAN; 16 * 32];
             backend.write_page(&mut kv, 0, BlockIndex(0), 0, &stale, &stale);
             let mut qkv = tensor(&mut backend, heads.qkv_cols(), &[0.5; 96]);

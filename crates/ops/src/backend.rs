@@ -126,7 +126,8 @@ pub trait Backend {
     fn vector(&mut self, view: WeightView) -> Result<Self::Vector, Error>;
 
     /// A pool of `num_blocks` blocks in DRAM. Memory may be committed lazily, but never more than
-    /// `num_blocks * geometry.block_bytes()`.
+    /// `num_blocks * geometry.block_bytes()`, and as much for each of the `copies` in the order of clusters, which
+    /// [`Backend::digest`] makes: [`OrderedCopy`](crate::cluster::OrderedCopy) says where they are.
     ///
     /// Without a `tier` attention reads pages where they are: *unified memory*. With one, only the frames of an HBM tier
     /// of that size are read from, and pages move between the two.
@@ -134,6 +135,7 @@ pub trait Backend {
         &mut self,
         geometry: KvGeometry,
         num_blocks: usize,
+        copies: usize,
         tier: Option<TierSpec>,
     ) -> Result<Self::Kv, Error>;
 
@@ -221,8 +223,9 @@ pub trait Backend {
         batch: &Batch,
     );
 
-    /// Makes the digests of the partitions that the rows of `batch` complete, from the keys in `kv`.
-    fn digest(&mut self, digests: &mut Self::Digests, kv: &Self::Kv, layer: usize, batch: &Batch);
+    /// Makes the digests of the partitions that the rows of `batch` complete, from the keys in `kv`; where these are clusters, also
+    /// the copy of their spans that is in their order, which is clean at once.
+    fn digest(&mut self, digests: &mut Self::Digests, kv: &mut Self::Kv, layer: usize, batch: &Batch);
 
     /// Saves the pages that the rows of `batch` fill to DRAM: they are *saving* until a copy is complete, which may be after
     /// this returns, and *clean* from then on. Comes after the digests are made. In unified memory nothing.
@@ -242,7 +245,7 @@ pub trait Backend {
     );
 
     /// Turns scores into selections: the always-set and the `take` best candidates, ties to the earlier one. Where
-    /// partitions are clusters, `digests` say which slots those have, and the selection also keeps what
+    /// partitions are clusters, `digests` say how many slots those have, and the selection also keeps what
     /// [`Backend::attend`] needs of pseudo-tokens.
     fn select(
         &mut self,
@@ -398,7 +401,7 @@ pub trait Backend {
     );
 
     /// The selection of the sparse row at `place` and a KV head, one bit per slot; `None` if the row attends to
-    /// everything.
+    /// everything. The first may be those of a copy in the order of clusters: [`RowPlan::ordered`](crate::sparse::RowPlan).
     fn read_selection(&mut self, selection: &Self::Selection, place: usize, head: usize) -> Option<Vec<u64>>;
 
     /// Puts such a bitmap in the place of the one that was made, which then attends to no pseudo-tokens.

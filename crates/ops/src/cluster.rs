@@ -14,7 +14,11 @@
 //! the order that is written here.
 //!
 //! Clusters lie with the blocks of their span, as many as there are partitions: cluster `i` where partition `i` has its digest.
+//!
+//! The tokens of a cluster are scattered over its span, so every block has a second copy of its pages *in the order of clusters*:
+//! [`order`] says which token is in which slot. What a row selects of spans it reads from there, in few pages.
 
+use crate::BlockIndex;
 use crate::sparse::padded_width;
 
 /// Assignments of keys to clusters.
@@ -64,6 +68,65 @@ impl ClusterLayout {
     }
 }
 
+/// A copy of the pages of all blocks in the order of clusters ([`order`]), beside those in the order of positions. A
+/// device has one for each way in which it clusters keys, numbered from 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OrderedCopy(pub usize);
+
+impl OrderedCopy {
+    /// Where this copy of `block` is, behind a pool of `num_blocks` blocks and the copies before it.
+    pub const fn block(self, block: BlockIndex, num_blocks: usize) -> BlockIndex {
+        BlockIndex(block.0 + ((self.0 + 1) * num_blocks) as u32)
+    }
+
+    /// The same of a page of a sequence that has `pages` pages at most: how residency tables know it.
+    pub const fn page(self, page: usize, pages: usize) -> usize {
+        page + (self.0 + 1) * pages
+    }
+}
+
+/// The first slots of a row may be those of a copy in the order of clusters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OrderedSlots {
+    /// Slots below this one are.
+    pub end: usize,
+    /// Of this copy.
+    pub copy: OrderedCopy,
+}
+
+impl OrderedSlots {
+    /// No slots.
+    pub const NONE: Self = OrderedSlots { end: 0, copy: OrderedCopy(0) };
+
+    /// The copy in which `slot` is, if it is not that of a position.
+    #[inline(always)]
+    pub fn of(self, slot: usize) -> Option<OrderedCopy> {
+        (slot < self.end).then_some(self.copy)
+    }
+}
+
+/// Which token of a span is in each slot of the copy in the order of clusters: first those of no cluster, then cluster by cluster,
+/// each by position. `ids` are the clusters of the tokens, below `clusters` or [`NO_CLUSTER`].
+///
+/// # Panics
+/// When `tokens` has another length.
+pub fn order(ids: &[u16], clusters: usize, tokens: &mut [u16]) {
+    let mut next = [0u16; CLUSTERS_MAX + 2];
+    let class = |id: u16| if usize::from(id) < clusters { 1 + usize::from(id) } else { 0 };
+    for &id in ids {
+        next[class(id) + 1] += 1;
+    }
+    for class in 1..next.len() {
+        next[class] += next[class - 1];
+    }
+    assert_eq!(tokens.len(), ids.len(), "a slot for each token");
+    for (token, &id) in ids.iter().enumerate() {
+        let slot = &mut next[class(id)];
+        tokens[usize::from(*slot)] = token as u16;
+        *slot += 1;
+    }
+}
+
 /// Memory to cluster the keys of one span and head.
 #[derive(Debug)]
 pub struct Clustering {
@@ -81,6 +144,8 @@ pub struct Clustering {
     values: Vec<f32>,
     sizes: Vec<u32>,
     ids: Vec<u16>,
+    /// Tokens in the order of clusters.
+    order: Vec<u16>,
 }
 
 impl Clustering {
@@ -101,13 +166,14 @@ impl Clustering {
             values: vec![0.0; clusters * head_dim],
             sizes: vec![0; clusters],
             ids: vec![NO_CLUSTER; span_tokens],
+            order: vec![0; span_tokens],
         }
     }
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         let floats = self.keys.len() + self.mean.len() + self.directions.len() + 2 * self.values.len();
-        4 * (floats + self.sizes.len()) + 2 * self.ids.len()
+        4 * (floats + self.sizes.len()) + 2 * (self.ids.len() + self.order.len())
     }
 
     /// The keys, `[token][channel]`, to be written before [`Clustering::run`].
@@ -149,6 +215,12 @@ impl Clustering {
             }
         }
         self.values.fill(0.0);
+        order(&self.ids, k, &mut self.order);
+    }
+
+    /// The tokens of the span, from 0, in the order of clusters; after [`Clustering::run`].
+    pub fn order(&self) -> &[u16] {
+        &self.order
     }
 
     /// Centroids become directions.
@@ -329,6 +401,18 @@ mod tests {
         }
         assert_eq!(all, 123);
         assert_eq!(ClusterLayout::size(3.0, 2.0), 770);
+    }
+
+    #[test]
+    fn tokens_are_ordered_by_cluster_then_position() {
+        let mut tokens = [9; 8];
+        order(&[1, NO_CLUSTER, 0, 1, 0, NO_CLUSTER, 2, 1], 3, &mut tokens);
+        assert_eq!(tokens, [1, 5, 2, 4, 0, 3, 7, 6]);
+        let (_, found) = clustered(9, 128, 8, 5);
+        assert!(found.order().is_sorted_by_key(|&t| ((found.ids[t as usize] + 1) % (NO_CLUSTER + 1), t)));
+        let mut all = found.order().to_vec();
+        all.sort_unstable();
+        assert!(all.into_iter().eq(0..128), "seed {SEED}: each token once");
     }
 
     #[test]

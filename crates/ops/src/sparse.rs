@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use crate::cluster::{CLUSTER_TOKENS_MAX, CLUSTERS_MAX, ClusterLayout};
+use crate::cluster::{CLUSTER_TOKENS_MAX, CLUSTERS_MAX, ClusterLayout, OrderedCopy, OrderedSlots};
 use crate::{DType, Error, Gate, HeadShape, KvGeometry, Random, fp8};
 
 /// How a sequence attends. Rows of its prompt always attend to everything before them.
@@ -53,6 +53,8 @@ pub enum DigestKind {
         span_tokens: usize,
         /// The first tokens of a sequence belong to no cluster.
         sink_tokens: usize,
+        /// Which of the [copies](OrderedCopy) of the pages is in their order.
+        copy: usize,
     },
 }
 
@@ -148,6 +150,29 @@ impl DigestSpec {
         }
     }
 
+    /// The copy of the pages that comes with them, if any does.
+    pub const fn copy(&self) -> Option<OrderedCopy> {
+        match self.kind {
+            DigestKind::Cluster { copy, .. } => Some(OrderedCopy(copy)),
+            _ => None,
+        }
+    }
+
+    /// The same with the copy of this number, if any comes with them.
+    pub const fn with_copy(self, number: usize) -> Self {
+        match self.kind {
+            DigestKind::Cluster { span_tokens, sink_tokens, .. } => {
+                DigestSpec { kind: DigestKind::Cluster { span_tokens, sink_tokens, copy: number }, ..self }
+            }
+            _ => self,
+        }
+    }
+
+    /// Copies that come with all of `specs`.
+    pub fn copies(specs: &[DigestSpec]) -> usize {
+        specs.iter().filter_map(DigestSpec::copy).map(|copy| copy.0 + 1).max().unwrap_or(0)
+    }
+
     /// Whether such digests can lie with pages of `page_tokens` tokens.
     ///
     /// # Errors
@@ -169,6 +194,11 @@ impl DigestSpec {
             )));
         }
         Ok(())
+    }
+
+    /// Bytes that a block of `geometry` takes in DRAM because of them: digests, and a copy of its pages where one comes with them.
+    pub const fn dram_block_bytes(&self, geometry: &KvGeometry) -> usize {
+        self.block_bytes(geometry) + if self.copy().is_some() { geometry.block_bytes() } else { 0 }
     }
 
     /// Bytes that digests add to a block of `geometry`, over all layers and heads.
@@ -232,6 +262,18 @@ pub enum Score {
     },
 }
 
+impl Rule {
+    /// The same with this copy of the pages, where partitions are clusters.
+    pub const fn with_copy(self, copy: OrderedCopy) -> Self {
+        match self {
+            Rule::Clusters { span_tokens, estimate_permille, .. } => {
+                Rule::Clusters { span_tokens, estimate_permille, copy: copy.0 }
+            }
+            other => other,
+        }
+    }
+}
+
 impl Score {
     /// The same with the digests of this index, where it reads digests.
     pub const fn with_digests(self, digests: u16) -> Self {
@@ -260,6 +302,8 @@ pub enum Rule {
         span_tokens: usize,
         /// Clusters that become pseudo-tokens, in thousandths of all those that the row may select.
         estimate_permille: u32,
+        /// Which of the [copies](OrderedCopy) of the pages is in their order.
+        copy: usize,
     },
 }
 
@@ -342,13 +386,24 @@ pub struct RowPlan {
     pub estimated: usize,
     /// Those among which outliers are, and how many; the others are what `take` counts.
     pub outliers: (Range<usize>, usize),
+    /// Which slots are not those of positions.
+    pub ordered: OrderedSlots,
 }
 
 impl RowPlan {
     /// Everything.
     fn all() -> Self {
         let outliers = (0..0, 0);
-        RowPlan { sink_end: 0, tail_start: 0, candidates: 0..0, take: 0, room: 0, estimated: 0, outliers }
+        RowPlan {
+            sink_end: 0,
+            tail_start: 0,
+            candidates: 0..0,
+            take: 0,
+            room: 0,
+            estimated: 0,
+            outliers,
+            ordered: OrderedSlots::NONE,
+        }
     }
 
     /// Whether the row attends to everything.
@@ -357,7 +412,7 @@ impl RowPlan {
     }
 
     /// Pages of `page_tokens` slots that the row attends to per KV head, at most, if its context has `context` tokens and its
-    /// partitions `partition_tokens`.
+    /// partitions `partition_tokens`; clusters, of any number of tokens, are counted as if they had as many.
     pub fn pages_max(&self, context: usize, partition_tokens: usize, page_tokens: usize) -> usize {
         let all = context.div_ceil(page_tokens);
         if self.is_dense() {
@@ -365,10 +420,10 @@ impl RowPlan {
         }
         let first_of_tail = self.tail_start.max(self.sink_end) / page_tokens;
         let per_partition = partition_tokens.div_ceil(page_tokens);
-        // The tokens of a cluster may lie in as many pages.
+        // Clusters follow one another, so most begin within a page.
         let selected = match self.room {
             0 => (self.take + self.outliers.1) * per_partition,
-            room => room,
+            room => room.div_ceil(partition_tokens) + room.div_ceil(page_tokens),
         };
         (self.sink_end.div_ceil(page_tokens) + selected + all - first_of_tail).min(all)
     }
@@ -409,7 +464,7 @@ impl Method {
         let Always { sink_tokens, recent_tokens, generated_tokens, outliers } = self.always;
         let generated = context.saturating_sub(prompt_tokens).min(generated_tokens as usize);
         let recent_tokens = recent_tokens as usize + generated;
-        if let Rule::Clusters { span_tokens, estimate_permille } = self.rule {
+        if let Rule::Clusters { span_tokens, estimate_permille, copy } = self.rule {
             let tail_start = context.saturating_sub(recent_tokens) / span_tokens * span_tokens;
             if tail_start == 0 {
                 return all;
@@ -419,7 +474,8 @@ impl Method {
             let room = budget.saturating_sub(sink_end + context - tail_start);
             let take = room.min(candidates.len());
             let estimated = candidates.len() * estimate_permille as usize / 1000;
-            return RowPlan { sink_end, tail_start, candidates, take, room, estimated, ..all };
+            let ordered = OrderedSlots { end: tail_start, copy: OrderedCopy(copy) };
+            return RowPlan { sink_end, tail_start, candidates, take, room, estimated, ordered, ..all };
         }
         let complete = context / length;
         let sinks = (sink_tokens as usize).div_ceil(length).min(complete);

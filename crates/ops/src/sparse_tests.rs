@@ -191,13 +191,15 @@ fn digests_are_a_sixteenth_of_kv_for_a_page() {
 #[test]
 fn whole_clusters_fill_what_the_always_set_leaves() {
     let always = Always { sink_tokens: 4, recent_tokens: 64, ..method().always };
-    let rule = Rule::Clusters { span_tokens: 256, estimate_permille: 232 };
+    let rule = Rule::Clusters { span_tokens: 256, estimate_permille: 232, copy: 0 };
     let retro = Method { softmax: true, always, take_min: 0, rule, ..method() };
     let plan = |context, budget| retro.plan(context, context, budget);
     assert!(plan(319, 10).is_dense(), "no span ends before the window");
     assert!(plan(700, 700).is_dense());
     // One span; 4 sinks and what follows the span are attended.
-    let tail = RowPlan { sink_end: 4, tail_start: 256, candidates: 0..16, estimated: 3, ..RowPlan::all() };
+    let ordered = OrderedSlots { end: 256, copy: OrderedCopy(0) };
+    let tail =
+        RowPlan { sink_end: 4, tail_start: 256, candidates: 0..16, estimated: 3, ordered, ..RowPlan::all() };
     assert_eq!(plan(320, 68), tail);
     assert_eq!(
         (plan(320, 68).attended(320, 16), plan(320, 1).attended(320, 16)),
@@ -205,19 +207,19 @@ fn whole_clusters_fill_what_the_always_set_leaves() {
         "raised to the always-set"
     );
     assert_eq!(plan(320, 78), RowPlan { take: 10, room: 10, ..tail.clone() });
-    // Each token may lie in a page of its own: that of the sinks, 5 of the tail, and 10.
-    assert_eq!((plan(320, 78).pages_max(320, 16, 16), plan(320, 78).attended(320, 16)), (1 + 4 + 10, 78));
+    // That of the sinks, those of the tail, and one cluster that begins within a page.
+    assert_eq!((plan(320, 78).pages_max(320, 16, 16), plan(320, 78).attended(320, 16)), (1 + 4 + 2, 78));
     assert_eq!(plan(320, 300), RowPlan { take: 16, room: 232, ..tail });
     assert_eq!(plan(320, 300).pages_max(320, 16, 16), 20, "never more than there are");
     assert_eq!((plan(575, 500).tail_start, plan(576, 500).tail_start), (256, 512));
-    let none = Method { rule: Rule::Clusters { span_tokens: 256, estimate_permille: 0 }, ..retro };
+    let none = Method { rule: Rule::Clusters { span_tokens: 256, estimate_permille: 0, copy: 0 }, ..retro };
     assert_eq!(none.plan(600, 600, 100).estimated, 0);
 }
 
 #[test]
 fn digests_of_clusters_need_whole_spans() {
     let spec = |partition_tokens, span_tokens| DigestSpec {
-        kind: DigestKind::Cluster { span_tokens, sink_tokens: 4 },
+        kind: DigestKind::Cluster { span_tokens, sink_tokens: 4, copy: 0 },
         partition_tokens,
     };
     assert_eq!(spec(16, 1024).width(128), 128 + 128 + 2 + 16);

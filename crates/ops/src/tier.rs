@@ -10,8 +10,9 @@
 //! A page is *open* while tokens are written to it, *saving* from the step in which it fills until its copy in DRAM is
 //! complete, then *clean*. Only clean pages are ever in the cache, so an eviction writes nothing back.
 
+use crate::cluster::OrderedCopy;
 use crate::residency::{EXTENT_FRAMES, EvictionRule, ResidencyShape, SeatCounters};
-use crate::{KvGeometry, SPLIT_TOKENS};
+use crate::{BlockIndex, KvGeometry, SPLIT_TOKENS};
 
 /// What an HBM tier is asked to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +27,8 @@ pub struct TierSpec {
     pub inject_tokens_max: usize,
     /// Tokens of the longest partition of any method.
     pub partition_tokens_max: usize,
+    /// Copies of the pages in the order of clusters: see [`OrderedCopy`].
+    pub copies: usize,
     /// Which pages give way in the cache.
     pub eviction: EvictionRule,
     /// Whether frames that hold nothing are filled with NaN, so that reading one shows, and saves take their time: for tests.
@@ -85,7 +88,7 @@ impl TierSpec {
             seats: self.seats,
             layers: num_layers,
             kv_heads,
-            pages_max: self.context_max.div_ceil(page_tokens),
+            pages_max: self.known_pages(page_tokens),
             extents,
             eviction: self.eviction,
         };
@@ -110,6 +113,35 @@ impl TierSpec {
             frame_bytes: frames as u64 * page_bytes,
             table_bytes: shape(extents).bytes(),
         })
+    }
+
+    /// Page `page` of a sequence, or its place in a copy, as the residency tables know it.
+    pub const fn known_page(&self, page: usize, copy: Option<OrderedCopy>, page_tokens: usize) -> usize {
+        match copy {
+            None => page,
+            Some(copy) => copy.page(page, self.context_max.div_ceil(page_tokens)),
+        }
+    }
+
+    /// The block of the pool or its copies in which a page of a sequence is that the residency tables know as `known`.
+    pub fn block_of(
+        &self,
+        known: usize,
+        table: &[BlockIndex],
+        num_blocks: usize,
+        page_tokens: usize,
+    ) -> BlockIndex {
+        let pages = self.context_max.div_ceil(page_tokens);
+        let block = table[known % pages];
+        match known / pages {
+            0 => block,
+            copy => OrderedCopy(copy - 1).block(block, num_blocks),
+        }
+    }
+
+    /// Pages of a sequence that the residency tables may know.
+    const fn known_pages(&self, page_tokens: usize) -> usize {
+        (1 + self.copies) * self.context_max.div_ceil(page_tokens)
     }
 
     /// Tokens of the longest partition or page that can be open.
@@ -146,7 +178,7 @@ impl TierSpec {
             seats: self.seats,
             layers: geometry.num_layers,
             kv_heads: geometry.kv_heads,
-            pages_max: self.context_max.div_ceil(geometry.page_tokens),
+            pages_max: self.known_pages(geometry.page_tokens),
             extents: layout.extents,
             eviction: self.eviction,
         }
@@ -195,6 +227,7 @@ mod tests {
             context_max: 4096,
             inject_tokens_max: 128,
             partition_tokens_max: 32,
+            copies: 0,
             eviction: EvictionRule::Bucketed,
             poison: false,
         }

@@ -8,7 +8,7 @@ use model::{DeviceKv, KvSpec, Limits, Model, ModelConfig, Rope, Source, Workspac
 use ops::coverage::{Coverage, Inspection, Inspections};
 use ops::residency::EvictionRule;
 use ops::sample::{SampleOutput, SampleRow, SamplingParams};
-use ops::sparse::{Attention, Method, SelectionLimits};
+use ops::sparse::{Attention, DigestSpec, Method, SelectionLimits};
 use ops::tier::{TierSpec, TooSmall};
 use ops::{Batch, BlockIndex, DType, Gate, Random, SeatIndex, SequenceRows};
 use ops_cpu::{CpuBackend, CpuOptions};
@@ -81,6 +81,7 @@ fn load_tiered(folder: &str, dtype: DType, threads: usize, hbm: Option<(u64, Evi
             context_max: CONTEXT,
             inject_tokens_max: ROWS_MAX,
             partition_tokens_max: if windowed { 32 } else { 64 },
+            copies: DigestSpec::copies(served.digests()),
             eviction,
             poison: true,
         };

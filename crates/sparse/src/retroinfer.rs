@@ -71,8 +71,8 @@ fn build(options: &mut Options) -> Result<Setup, Error> {
         },
         open_competes: false,
         take_min: 0,
-        rule: Rule::Clusters { span_tokens, estimate_permille },
+        rule: Rule::Clusters { span_tokens, estimate_permille, copy: 0 },
     };
-    let kind = DigestKind::Cluster { span_tokens, sink_tokens: sink_tokens as usize };
+    let kind = DigestKind::Cluster { span_tokens, sink_tokens: sink_tokens as usize, copy: 0 };
     Ok(Setup { digest: Some(DigestSpec { kind, partition_tokens }), method: Some(method) })
 }

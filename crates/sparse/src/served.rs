@@ -135,8 +135,8 @@ impl Served {
                     return Err(Error::TwoGates { one: other, other: file });
                 }
             }
-            if !self.digests.contains(&digest) {
-                self.digests.push(digest);
+            if self.index_of(digest).is_none() {
+                self.digests.push(digest.with_copy(DigestSpec::copies(&self.digests)));
             }
         }
         self.policies.push(offer);
@@ -221,15 +221,20 @@ impl Served {
     fn place(&self, setup: Setup) -> Result<Option<Method>, Error> {
         let Setup { digest, method } = setup;
         let (Some(digest), Some(method)) = (digest, method) else { return Ok(method) };
-        let index = self.digests.iter().position(|d| *d == digest);
         let what = match digest.kind {
             DigestKind::Cluster { .. } => {
                 "an option that says how keys are clustered (span, partition, sinks)"
             }
             _ => "the option partition",
         };
-        let index = index.ok_or(Error::Fixed { what })?;
-        Ok(Some(Method { score: method.score.with_digests(index as u16), ..method }))
+        let index = self.index_of(digest).ok_or(Error::Fixed { what })?;
+        let rule = self.digests[index].copy().map_or(method.rule, |copy| method.rule.with_copy(copy));
+        Ok(Some(Method { score: method.score.with_digests(index as u16), rule, ..method }))
+    }
+
+    /// Which of the digests `digest` is, as a policy asks for it: it does not number copies of pages.
+    fn index_of(&self, digest: DigestSpec) -> Option<usize> {
+        self.digests.iter().position(|d| d.with_copy(0) == digest)
     }
 }
 
@@ -294,7 +299,7 @@ mod tests {
         assert_eq!(served.shared_together(16), 256);
         let method = |pairs: &[(&str, &str)]| served.method(None, &options(pairs));
         let rule = method(&[("estimate", "0%")]).unwrap().method.unwrap().rule;
-        assert_eq!(rule, Rule::Clusters { span_tokens: 256, estimate_permille: 0 });
+        assert_eq!(rule, Rule::Clusters { span_tokens: 256, estimate_permille: 0, copy: 0 });
         assert_eq!(method(&[("window", "100")]).unwrap().method.unwrap().always.recent_tokens, 100);
         for pairs in [[("span", "512")], [("sinks", "8")], [("partition", "32")]] {
             let error = method(&pairs).unwrap_err().to_string();

@@ -23,6 +23,8 @@ use waves::{Fetch, Item, Wave};
 #[derive(Debug)]
 pub struct Tier {
     geometry: KvGeometry,
+    /// Blocks of the pool in DRAM, without those of copies.
+    pool_blocks: usize,
     spec: TierSpec,
     layout: TierLayout,
     /// Cache frames, then local, fresh and wave frames.
@@ -73,16 +75,17 @@ struct Local {
 }
 
 impl Tier {
-    /// Frames as `spec` says.
+    /// Frames as `spec` says, before a pool of `pool_blocks` blocks.
     ///
     /// # Errors
     /// Too small a bound; memory.
-    pub fn new(spec: TierSpec, geometry: KvGeometry) -> Result<Self, Error> {
+    pub fn new(spec: TierSpec, geometry: KvGeometry, pool_blocks: usize) -> Result<Self, Error> {
         let layout = spec.layout(&geometry)?;
         let arena = Buffer::zeroed(layout.frame_bytes as usize, "HBM tier")?;
         let listed = spec.pages_listed(&geometry);
         let mut tier = Tier {
             geometry,
+            pool_blocks,
             spec,
             layout,
             arena,
@@ -436,7 +439,8 @@ impl Tier {
         for s in batch.sequences {
             for layer in 0..self.geometry.num_layers {
                 for (head, page, frame) in self.residency.resident(s.seat, layer) {
-                    let block = batch.block_table(s)[page];
+                    let (table, page_tokens) = (batch.block_table(s), self.geometry.page_tokens);
+                    let block = self.spec.block_of(page, table, self.pool_blocks, page_tokens);
                     assert!(
                         self.frame(frame.at()) == dram.page_bytes(layer, block, head),
                         "{:?} layer {layer} head {head} page {page}: a clean page equals its copy in DRAM",

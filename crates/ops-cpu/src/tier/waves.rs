@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::time::Instant;
 
+use ops::cluster::OrderedSlots;
 use ops::sparse::Attention;
 use ops::{Batch, BlockIndex, HeadShape, SPLIT_TOKENS, SeatIndex, SequenceRows};
 
@@ -36,6 +37,8 @@ pub(super) struct Item {
 pub struct Entry {
     /// Page of the sequence.
     pub page: u32,
+    /// How the residency tables know it: it may be of a copy.
+    known: u32,
     /// Where it lies in DRAM, once it is full.
     block: BlockIndex,
     /// Frame of the arena.
@@ -66,7 +69,7 @@ pub struct WavePart {
 pub(super) struct Fetch {
     seat: SeatIndex,
     head: u32,
-    page: u32,
+    known: u32,
     block: BlockIndex,
     frame: u32,
 }
@@ -81,13 +84,7 @@ impl Tier {
         batch: &Batch,
         selection: Option<&Selections>,
     ) -> usize {
-        self.items.clear();
-        self.ranges.clear();
-        self.entries.clear();
-        self.fetches.clear();
-        self.waves.clear();
-        self.layer = layer;
-        self.fetched_part = self.geometry.page_bytes();
+        self.begin(layer, self.geometry.page_bytes());
         self.list(heads, window, batch, selection);
         let mut first = 0;
         while first < self.items.len() {
@@ -102,22 +99,33 @@ impl Tier {
         waves
     }
 
-    /// Finds the keys of everything up to the last row of `s`, as item 0, without changing what is resident; returns the number
-    /// of waves, which [`Tier::gather`] fetches.
-    pub fn look(&mut self, layer: usize, heads: HeadShape, s: &SequenceRows, batch: &Batch) -> usize {
+    /// Forgets what the last layer attended to.
+    fn begin(&mut self, layer: usize, fetched_part: usize) {
         self.items.clear();
         self.ranges.clear();
         self.entries.clear();
         self.fetches.clear();
         self.waves.clear();
-        self.layer = layer;
+        (self.layer, self.fetched_part) = (layer, fetched_part);
+    }
+
+    /// Finds the keys of everything up to the last row of `s`, the first slots `ordered`, as item 0, without changing what is resident; returns the number
+    /// of waves, which [`Tier::gather`] fetches.
+    pub fn look(
+        &mut self,
+        layer: usize,
+        heads: HeadShape,
+        s: &SequenceRows,
+        ordered: OrderedSlots,
+        batch: &Batch,
+    ) -> usize {
         // Keys come first in a page.
-        self.fetched_part = self.geometry.page_bytes() / 2;
+        self.begin(layer, self.geometry.page_bytes() / 2);
         let end = s.context_tokens();
-        self.list_all(s, heads, end - 1..end, None, batch);
+        self.list_all(s, heads, end - 1..end, None, ordered, batch);
         let mut streams = false;
         self.each_cold(0..heads.kv_heads, |tier, at, _, head| {
-            match tier.residency.find(s.seat, layer, head, tier.entries[at].page as usize) {
+            match tier.residency.find(s.seat, layer, head, tier.entries[at].known as usize) {
                 Some(frame) => tier.entries[at].frame = frame.0,
                 None => streams = true,
             }
@@ -143,22 +151,23 @@ impl Tier {
             let sparse = selection.is_some() && s.attention != Attention::Dense;
             let sparse_from = if sparse { (s.prompt_len as usize).clamp(first, end) } else { end };
             if sparse_from > first {
-                self.list_all(s, heads, first..sparse_from, window, batch);
+                self.list_all(s, heads, first..sparse_from, window, OrderedSlots::NONE, batch);
             }
             for position in sparse_from..end {
                 let selection = selection.expect("sparse rows are counted where there is one");
                 if selection.get(place, 0).is_none() {
-                    self.list_all(s, heads, position..position + 1, window, batch);
+                    self.list_all(s, heads, position..position + 1, window, OrderedSlots::NONE, batch);
                 } else {
-                    let mut longest = 0;
+                    let (mut longest, ordered) = (0, selection.ordered(place));
                     for head in 0..heads.kv_heads {
                         let (bits, pages) = selection.get(place, head).expect("all heads select or none");
                         let start = self.entries.len();
                         let local = self.local[s.seat.at()].pages.0 as usize;
                         let (mut cold, mut slots) = (0, 0);
                         pages_of(bits, page_tokens, |page, count| {
-                            self.entries.push(Entry { page: page as u32, block: table[page], frame: NONE });
-                            if page < local {
+                            let entry = self.entry(page, ordered, table);
+                            self.entries.push(entry);
+                            if entry.known != page as u32 || page < local {
                                 (cold, slots) = (cold + 1, slots + count);
                             }
                         });
@@ -174,6 +183,15 @@ impl Tier {
         }
     }
 
+    /// Page `page` of a sequence, in no frame yet.
+    fn entry(&self, page: usize, ordered: OrderedSlots, table: &[BlockIndex]) -> Entry {
+        let page_tokens = self.geometry.page_tokens;
+        let copy = ordered.of(page * page_tokens);
+        let known = self.spec.known_page(page, copy, page_tokens) as u32;
+        let block = copy.map_or(table[page], |copy| copy.block(table[page], self.pool_blocks));
+        Entry { page: page as u32, known, block, frame: NONE }
+    }
+
     /// Lists an item whose rows, at `positions`, attend to everything within the window.
     fn list_all(
         &mut self,
@@ -181,6 +199,7 @@ impl Tier {
         heads: HeadShape,
         positions: Range<usize>,
         window: Option<usize>,
+        ordered: OrderedSlots,
         batch: &Batch,
     ) {
         let table = batch.block_table(s);
@@ -191,8 +210,9 @@ impl Tier {
         let pages = first / run * run / page_tokens..positions.end.div_ceil(page_tokens);
         for _ in 0..heads.kv_heads {
             let start = self.entries.len() as u32;
-            let entry = |page: usize| Entry { page: page as u32, block: table[page], frame: NONE };
-            self.entries.extend(pages.clone().map(entry));
+            for page in pages.clone() {
+                self.entries.push(self.entry(page, ordered, table));
+            }
             self.ranges.push(start..self.entries.len() as u32);
         }
         let splits = ((first / SPLIT_TOKENS) as u32, positions.end.div_ceil(SPLIT_TOKENS) as u32);
@@ -208,7 +228,7 @@ impl Tier {
         let (mut wanted, mut misses) = (0, 0);
         self.each_cold(ranges.clone(), |tier, at, item, head| {
             wanted += 1;
-            let page = tier.entries[at].page as usize;
+            let page = tier.entries[at].known as usize;
             match tier.residency.need(tier.items[item].seat, layer, head, page) {
                 Some(frame) => tier.entries[at].frame = frame.0,
                 None => misses += 1,
@@ -222,7 +242,7 @@ impl Tier {
             }
         });
         self.each_cold(ranges, |tier, at, item, head| {
-            let Entry { page, block, frame } = tier.entries[at];
+            let Entry { known: page, block, frame, .. } = tier.entries[at];
             if frame != NONE {
                 return;
             }
@@ -233,7 +253,7 @@ impl Tier {
                 frame.0
             } else if tier.residency.has_room(seat, layer) {
                 let frame = tier.residency.insert(seat, layer, head, page as usize).0;
-                tier.fetches.push(Fetch { seat, head: head as u32, page, block, frame });
+                tier.fetches.push(Fetch { seat, head: head as u32, known: page, block, frame });
                 frame
             } else {
                 tier.residency.counters_mut(seat).streamed += 1;
@@ -250,8 +270,8 @@ impl Tier {
             let seat = self.items[i / kv_heads].seat;
             let (local_start, _) = self.local[seat.at()].pages;
             for at in self.ranges[i].start as usize..self.ranges[i].end as usize {
-                let page = self.entries[at].page;
-                if page < local_start {
+                let Entry { page, known, .. } = self.entries[at];
+                if known != page || page < local_start {
                     visit(self, at, i / kv_heads, i % kv_heads);
                 } else if self.entries[at].frame == NONE {
                     let frame = self.local_frame(seat, self.layer, page as usize).expect("a local page");
@@ -339,8 +359,9 @@ impl Tier {
         let start = Instant::now();
         let layer = self.layer;
         for i in 0..self.fetches.len() {
-            let Fetch { seat, page, .. } = self.fetches[i];
-            self.wait_for(seat, layer, page as usize);
+            // Copies are clean at once, and no page that was sent has such a number.
+            let Fetch { seat, known, .. } = self.fetches[i];
+            self.wait_for(seat, layer, known as usize);
         }
         let (page_bytes, bytes) = (self.geometry.page_bytes(), self.fetched_part);
         let arena = Shared(self.arena.as_mut_ptr());
@@ -372,10 +393,10 @@ impl Tier {
             for split in splits.0..splits.1 {
                 for head in 0..self.geometry.kv_heads {
                     for at in self.split_entries(item as usize, head, split as usize) {
-                        let Entry { page, block, frame } = self.entries[at];
+                        let Entry { known, block, frame, .. } = self.entries[at];
                         if frame == NONE {
                             self.entries[at].frame = next;
-                            self.fetches.push(Fetch { seat, head: head as u32, page, block, frame: next });
+                            self.fetches.push(Fetch { seat, head: head as u32, known, block, frame: next });
                             next += 1;
                         }
                     }

@@ -259,7 +259,7 @@ pub fn check_pages<B: Backend>(backend: &mut B, dtype: DType, seed: u64) {
     for page_tokens in PAGE_TOKENS_ALLOWED {
         for head_dim in [32, 80, 128] {
             let geometry = KvGeometry { num_layers: 2, kv_heads: 3, head_dim, page_tokens, dtype };
-            let mut kv = backend.kv(geometry, 4, None).expect("memory");
+            let mut kv = backend.kv(geometry, 4, 0, None).expect("memory");
             let mut written = Vec::new();
             for layer in 0..2 {
                 for block in 0..4 {
@@ -417,8 +417,8 @@ pub fn check_attention<B: Backend>(backend: &mut B, dtype: DType, seed: u64) {
 
         let mut oracle = Reference::default();
         let (kv, kv_oracle) = (
-            backend.kv(geometry, blocks.len(), None).expect("memory"),
-            oracle.kv(geometry, blocks.len(), None).expect("memory"),
+            backend.kv(geometry, blocks.len(), 0, None).expect("memory"),
+            oracle.kv(geometry, blocks.len(), 0, None).expect("memory"),
         );
         let q_norm = normed.then(|| (backend.vector(view(0)).unwrap(), backend.vector(view(1)).unwrap()));
         let oracle_norm = normed.then(|| (oracle.vector(view(0)).unwrap(), oracle.vector(view(1)).unwrap()));

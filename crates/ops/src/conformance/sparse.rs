@@ -60,12 +60,12 @@ fn cases() -> Vec<Case> {
     let gate = |dim| DigestKind::Gate { dim };
     let (min_max, cuboid) = (DigestKind::Fp8(TwoSided::MinMax), DigestKind::Fp8(TwoSided::CuboidMean));
     let gated = |digests| Score::Gate { digests };
-    let clusters = |span_tokens, sink_tokens| DigestKind::Cluster { span_tokens, sink_tokens };
-    let whole = |partition_tokens, digests, span_tokens, sink_tokens, estimate_permille| Method {
+    let clusters = |copy, span_tokens, sink_tokens| DigestKind::Cluster { span_tokens, sink_tokens, copy };
+    let whole = |partition_tokens, (digests, copy), span_tokens, sink_tokens, estimate_permille| Method {
         softmax: true,
         always: Always { sink_tokens, recent_tokens: 64, generated_tokens: 0, outliers: 0 },
         take_min: 0,
-        rule: Rule::Clusters { span_tokens, estimate_permille },
+        rule: Rule::Clusters { span_tokens, estimate_permille, copy },
         ..method(partition_tokens, by(digests))
     };
     let shadow = Always { sink_tokens: 0, recent_tokens: 32, generated_tokens: 20, outliers: 9 };
@@ -122,25 +122,29 @@ fn cases() -> Vec<Case> {
         Case {
             heads: heads_of(8, 2, 64),
             page_tokens: 16,
-            digests: vec![spec(clusters(256, 4), 16), spec(DigestKind::Mean, 16), spec(clusters(64, 0), 1)],
+            digests: vec![
+                spec(clusters(0, 256, 4), 16),
+                spec(DigestKind::Mean, 16),
+                spec(clusters(1, 64, 0), 1),
+            ],
             methods: vec![
-                whole(16, 0, 256, 4, 232),
+                whole(16, (0, 0), 256, 4, 232),
                 method(16, by(1)),
                 // Every token is its own cluster.
-                whole(1, 2, 64, 0, 1000),
+                whole(1, (2, 1), 64, 0, 1000),
             ],
         },
         Case {
             heads: heads_of(6, 1, 96),
             page_tokens: 8,
-            digests: vec![spec(clusters(512, 40), 32), spec(clusters(128, 0), 8)],
-            methods: vec![whole(32, 0, 512, 40, 300), whole(8, 1, 128, 0, 0)],
+            digests: vec![spec(clusters(0, 512, 40), 32), spec(clusters(1, 128, 0), 8)],
+            methods: vec![whole(32, (0, 0), 512, 40, 300), whole(8, (1, 1), 128, 0, 0)],
         },
         Case {
             heads: heads_of(3, 3, 80),
             page_tokens: 64,
-            digests: vec![spec(clusters(128, 4), 16)],
-            methods: vec![Method { dense_layers: LAYER, ..whole(16, 0, 128, 4, 150) }],
+            digests: vec![spec(clusters(0, 128, 4), 16)],
+            methods: vec![Method { dense_layers: LAYER, ..whole(16, (0, 0), 128, 4, 150) }],
         },
         Case {
             heads: heads_of(6, 2, 80),
@@ -237,7 +241,8 @@ impl<B: Backend> Bench<B> {
         let HeadShape { kv_heads, head_dim, .. } = heads;
         let geometry = KvGeometry { num_layers: LAYER + 1, kv_heads, head_dim, page_tokens, dtype };
         let num_blocks = tables.iter().map(Vec::len).sum();
-        let mut kv = backend.kv(geometry, num_blocks, None).expect("memory");
+        let copies = DigestSpec::copies(&case.digests);
+        let mut kv = backend.kv(geometry, num_blocks, copies, None).expect("memory");
         for (s, table) in tables.iter().enumerate() {
             for (i, &block) in table.iter().enumerate() {
                 for head in 0..kv_heads {
@@ -269,10 +274,10 @@ impl<B: Backend> Bench<B> {
                 if row.context > row.rows {
                     let before = row.context - row.rows;
                     let earlier = Work::new(&[(before, before)], std::slice::from_ref(blocks));
-                    backend.digest(table, &self.kv, LAYER, &earlier.batch());
+                    backend.digest(table, &mut self.kv, LAYER, &earlier.batch());
                 }
             }
-            backend.digest(table, &self.kv, LAYER, &work.batch());
+            backend.digest(table, &mut self.kv, LAYER, &work.batch());
         }
     }
 

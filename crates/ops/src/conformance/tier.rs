@@ -87,7 +87,7 @@ fn cases() -> Vec<Case> {
             heads: heads_of(4, 2, 32),
             page_tokens: 16,
             digests: vec![
-                spec(DigestKind::Cluster { span_tokens: 128, sink_tokens: 4 }, 16),
+                spec(DigestKind::Cluster { span_tokens: 128, sink_tokens: 4, copy: 0 }, 16),
                 spec(DigestKind::Mean, 16),
             ],
             methods: vec![
@@ -95,7 +95,7 @@ fn cases() -> Vec<Case> {
                     softmax: true,
                     always: Always { sink_tokens: 4, recent_tokens: 64, ..plain.always },
                     take_min: 0,
-                    rule: Rule::Clusters { span_tokens: 128, estimate_permille: 232 },
+                    rule: Rule::Clusters { span_tokens: 128, estimate_permille: 232, copy: 0 },
                     ..plain
                 },
                 Method { score: Score::Digest { digests: 1 }, ..plain },
@@ -144,7 +144,8 @@ impl<'a, B: Backend> World<'a, B> {
         let limits = SelectionLimits::new(&case.methods, heads, geometry.page_tokens, rows, CONTEXT);
         let (selection, _) = backend.selection(limits).expect("memory");
         backend.reserve(heads, rows, SEATS, CONTEXT, heads.qkv_cols()).expect("scratch");
-        let kv = backend.kv(geometry, num_blocks, tier).expect("memory");
+        let copies = DigestSpec::copies(&case.digests);
+        let kv = backend.kv(geometry, num_blocks, copies, tier).expect("memory");
         World { backend, kv, digests, selection }
     }
 
@@ -407,6 +408,7 @@ pub fn check_tiers<B: Backend>(make: &mut dyn FnMut() -> B, dtype: DType, seed: 
             context_max: CONTEXT,
             inject_tokens_max: INJECT,
             partition_tokens_max: partitions.max().unwrap_or(1),
+            copies: DigestSpec::copies(&case.digests),
             eviction: EvictionRule::Bucketed,
             poison: true,
         };

@@ -2,6 +2,7 @@
 
 use super::sparse::{PseudoToken, Selections};
 use super::{Matrix, Pages, dot};
+use crate::cluster::OrderedSlots;
 use crate::coverage::{Coverage, Inspections, TOP_TOKENS};
 use crate::{Batch, HeadShape, Tensor};
 
@@ -41,12 +42,13 @@ pub(super) fn attend(
                 let attended: Vec<usize> =
                     (start..end).filter(|p| bits.is_none_or(|b| b[p / 64] >> (p % 64) & 1 == 1)).collect();
                 let q = &qkv.row(row)[h * d..][..d];
+                let ordered = selection.zip(place).map_or(OrderedSlots::NONE, |(s, place)| s.ordered[place]);
                 let slot = |p: usize, part: usize| {
                     let page_tokens = kv.geometry.page_tokens;
-                    let tier = kv.tier.as_ref();
-                    match tier.and_then(|t| t.page(sequence.seat, layer, kv_head, p / page_tokens)) {
+                    let (tier, copy) = (kv.tier.as_ref(), ordered.of(p));
+                    match tier.and_then(|t| t.page(sequence.seat, layer, kv_head, p / page_tokens, copy)) {
                         Some(page) => &page[(part * page_tokens + p % page_tokens) * d..][..d],
-                        None => &kv.values[kv.slot(layer, table, p, kv_head, part)..][..d],
+                        None => kv.slot_values(layer, table, p, kv_head, part, copy),
                     }
                 };
                 // Clusters that stand for their tokens: `size * exp(score) = exp(score + ln size)`.
@@ -99,7 +101,8 @@ pub(super) fn cover(
             let kv_head = h / heads.group();
             let q = &qkv.row(sparse_row.row)[h * d..][..d];
             let score = |p: usize| {
-                dot(q, &kv.values[kv.slot(layer, table, p, kv_head, 0)..][..d]) / (d as f32).sqrt()
+                let copy = selection.ordered[place].of(p);
+                dot(q, kv.slot_values(layer, table, p, kv_head, 0, copy)) / (d as f32).sqrt()
             };
             let scores: Vec<f32> = (0..=sparse_row.position).map(score).collect();
             let bits = selection.bits[selection.at(place, kv_head)].as_ref();

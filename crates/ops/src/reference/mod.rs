@@ -9,6 +9,7 @@ mod tier;
 
 use tier::NaiveTier;
 
+use crate::cluster::OrderedCopy;
 use crate::coverage::Inspections;
 use crate::places::DigestState;
 use crate::residency::SeatCounters;
@@ -77,7 +78,10 @@ pub struct Weights {
 #[derive(Debug)]
 pub struct Pages {
     geometry: KvGeometry,
+    /// Blocks, those in the order of clusters among them.
     num_blocks: usize,
+    /// Blocks of the pool, behind which those are.
+    pool_blocks: usize,
     values: Vec<f32>,
     tier: Option<NaiveTier>,
 }
@@ -96,10 +100,30 @@ impl Pages {
         (((layer * self.num_blocks + block.at()) * g.kv_heads + head) * 2 + part) * g.page_tokens * g.head_dim
     }
 
+    /// `block`, or its copy in the order of clusters.
+    fn block(&self, block: BlockIndex, copy: Option<OrderedCopy>) -> BlockIndex {
+        copy.map_or(block, |copy| copy.block(block, self.pool_blocks))
+    }
+
     /// K or V of the slot at `position` of a sequence with this block table.
     fn slot(&self, layer: usize, table: &[BlockIndex], position: usize, head: usize, part: usize) -> usize {
         let g = &self.geometry;
         self.at(layer, table[position / g.page_tokens], head, part) + position % g.page_tokens * g.head_dim
+    }
+
+    /// K or V of a slot, of a copy in the order of clusters if one is named.
+    fn slot_values(
+        &self,
+        layer: usize,
+        table: &[BlockIndex],
+        slot: usize,
+        head: usize,
+        part: usize,
+        copy: Option<OrderedCopy>,
+    ) -> &[f32] {
+        let block = self.block(table[slot / self.geometry.page_tokens], copy);
+        let within = slot % self.geometry.page_tokens;
+        &self.values[self.slot(layer, &[block], within, head, part)..][..self.geometry.head_dim]
     }
 }
 
@@ -159,15 +183,20 @@ impl Backend for Reference {
     fn kv(
         &mut self,
         geometry: KvGeometry,
-        num_blocks: usize,
+        pool_blocks: usize,
+        copies: usize,
         tier: Option<TierSpec>,
     ) -> Result<Pages, Error> {
+        let num_blocks = (1 + copies) * pool_blocks;
         let elements = num_blocks * geometry.block_bytes() / geometry.dtype.bytes();
         let tier = match tier {
             None => None,
-            Some(spec) => Some(NaiveTier::new(spec, spec.layout(&geometry)?, geometry.num_layers)),
+            Some(spec) => {
+                let layout = spec.layout(&geometry)?;
+                Some(NaiveTier::new(spec, layout, geometry.num_layers, geometry.page_tokens))
+            }
         };
-        Ok(Pages { geometry, num_blocks, values: vec![0.0; elements], tier })
+        Ok(Pages { geometry, num_blocks, pool_blocks, values: vec![0.0; elements], tier })
     }
 
     fn digests(
@@ -319,7 +348,7 @@ impl Backend for Reference {
 
     fn place_digests(&mut self, _digests: &mut DigestTable, _batch: &Batch) {}
 
-    fn digest(&mut self, digests: &mut DigestTable, kv: &Pages, layer: usize, batch: &Batch) {
+    fn digest(&mut self, digests: &mut DigestTable, kv: &mut Pages, layer: usize, batch: &Batch) {
         batch.check(kv.geometry.page_tokens);
         digests.update(kv, layer, batch);
     }
@@ -365,7 +394,7 @@ impl Backend for Reference {
         selection: Option<&Selections>,
     ) -> usize {
         if let Some(tier) = &mut kv.tier {
-            tier.resolve((layer, kv.geometry.page_tokens), heads, window, batch, selection);
+            tier.resolve((layer, kv.pool_blocks), heads, window, batch, selection);
         }
         1
     }
@@ -567,7 +596,7 @@ mod tests {
         let heads = HeadShape { q_heads: 1, kv_heads: 1, head_dim: 2 };
         let geometry =
             KvGeometry { num_layers: 1, kv_heads: 1, head_dim: 2, page_tokens: 8, dtype: DType::F32 };
-        let mut kv = b.kv(geometry, 1, None).unwrap();
+        let mut kv = b.kv(geometry, 1, 0, None).unwrap();
         let (mut k, mut v) = (vec![0.0; 16], vec![0.0; 16]);
         k[2] = 3f32.ln() * 2f32.sqrt();
         (v[0], v[3]) = (4.0, 8.0);

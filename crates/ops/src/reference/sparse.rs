@@ -2,7 +2,7 @@
 
 use super::fp8::Outward;
 use super::{Matrix, Pages, dot};
-use crate::cluster::{ClusterLayout, Clustering, NO_CLUSTER};
+use crate::cluster::{ClusterLayout, Clustering, OrderedSlots};
 use crate::sparse::{
     DigestKind, DigestSpec, Method, Reduce, RowPlan, Rule, Scope, Score, SelectionLimits, bitmap_words, mark,
     order_key, random_score, replay_rate, replay_score,
@@ -68,11 +68,11 @@ impl DigestTable {
     }
 
     /// Makes the digests that `batch` completes.
-    pub(super) fn update(&mut self, kv: &Pages, layer: usize, batch: &Batch) {
+    pub(super) fn update(&mut self, kv: &mut Pages, layer: usize, batch: &Batch) {
         let length = self.spec.partition_tokens;
         for sequence in batch.sequences {
             let table = batch.block_table(sequence);
-            if let DigestKind::Cluster { span_tokens, sink_tokens } = self.spec.kind {
+            if let DigestKind::Cluster { span_tokens, sink_tokens, .. } = self.spec.kind {
                 let spans =
                     sequence.first_position as usize / span_tokens..sequence.context_tokens() / span_tokens;
                 for span in spans {
@@ -103,10 +103,10 @@ impl DigestTable {
 }
 
 impl DigestTable {
-    /// Clusters the keys at `positions`, of which the first `sinks` belong to no cluster.
+    /// Clusters the keys at `positions`, of which the first `sinks` belong to no cluster, and copies keys and values in their order.
     fn cluster(
         &mut self,
-        kv: &Pages,
+        kv: &mut Pages,
         layer: usize,
         table: &[BlockIndex],
         head: usize,
@@ -128,6 +128,15 @@ impl DigestTable {
             let at = self.of_partition(layer, table, kv.geometry.page_tokens, head, global);
             clustering.digest(partition, &mut self.values[at.clone()]);
             self.values[at].iter_mut().for_each(|v| *v = kv.geometry.dtype.round(*v));
+        }
+        let copy = self.spec.copy();
+        let ordered: Vec<BlockIndex> = table.iter().map(|&block| kv.block(block, copy)).collect();
+        for (slot, &token) in clustering.order().iter().enumerate() {
+            for part in [0, 1] {
+                let from = kv.slot(layer, table, positions.start + usize::from(token), head, part);
+                let to = kv.slot(layer, &ordered, positions.start + slot, head, part);
+                kv.values.copy_within(from..from + d, to);
+            }
         }
     }
 }
@@ -227,6 +236,8 @@ pub struct Selections {
     pub(super) bits: Vec<Option<Vec<u64>>>,
     /// `[place][kv head]`: clusters that enter attention as one token each.
     pub(super) pseudo: Vec<Vec<PseudoToken>>,
+    /// `[place]`.
+    pub(super) ordered: Vec<OrderedSlots>,
 }
 
 /// A cluster that enters attention as one token.
@@ -248,6 +259,7 @@ impl Selections {
             scores: vec![vec![0.0; limits.partitions_max()]; rows * limits.lines_max],
             bits: vec![None; rows],
             pseudo: vec![Vec::new(); rows],
+            ordered: vec![OrderedSlots::NONE; limits.rows_max],
         }
     }
 
@@ -324,10 +336,11 @@ impl Selections {
         for (place, row) in batch.sparse_rows().enumerate() {
             let method = row.method;
             let plan = plan_in(layer, &row);
+            self.ordered[place] = plan.as_ref().map_or(OrderedSlots::NONE, |plan| plan.ordered);
             for head in 0..heads.kv_heads {
                 let at = self.at(place, head);
                 self.pseudo[at].clear();
-                if let (Rule::Clusters { span_tokens, .. }, Some(plan)) = (method.rule, &plan) {
+                if let (Rule::Clusters { .. }, Some(plan)) = (method.rule, &plan) {
                     let Score::Digest { digests: index } = method.score else {
                         unreachable!("clusters are digests")
                     };
@@ -338,16 +351,9 @@ impl Selections {
                         table.values[table.of_partition(layer, blocks, page_tokens, head, p)].to_vec()
                     };
                     let clusters: Vec<Vec<f32>> = plan.candidates.clone().map(digest).collect();
-                    let per_span = span_tokens / method.partition_tokens;
-                    self.bits[at] = Some(self.clusters(
-                        method,
-                        plan,
-                        heads,
-                        (place, head),
-                        row.position + 1,
-                        &clusters,
-                        per_span,
-                    ));
+                    let context = row.position + 1;
+                    self.bits[at] =
+                        Some(self.clusters(method, plan, heads, (place, head), context, &clusters));
                     continue;
                 }
                 self.bits[at] = plan.as_ref().map(|plan| {
@@ -359,7 +365,7 @@ impl Selections {
         }
     }
 
-    /// Selects whole clusters, `per_span` of which lie in a span, and notes those that become pseudo-tokens.
+    /// Selects whole clusters and notes those that become pseudo-tokens.
     fn clusters(
         &mut self,
         method: &Method,
@@ -368,7 +374,6 @@ impl Selections {
         (place, head): (usize, usize),
         context: usize,
         clusters: &[Vec<f32>],
-        per_span: usize,
     ) -> Vec<u64> {
         let layout = ClusterLayout { head_dim: heads.head_dim };
         let size =
@@ -398,14 +403,15 @@ impl Selections {
         let mut bits = vec![0; bitmap_words(context)];
         mark(&mut bits, 0..plan.sink_end);
         mark(&mut bits, plan.tail_start..context);
-        for position in 0..plan.tail_start {
-            let partition = position / method.partition_tokens;
-            let id = clusters[partition][layout.ids_at() + position % method.partition_tokens];
-            let span = partition / per_span * per_span;
-            if id as u16 != NO_CLUSTER && taken.contains(&(span + id as usize)) {
-                mark(&mut bits, position..position + 1);
+        // Behind the sinks they lie one after the other, and spans are as long as their clusters together.
+        let mut slot = plan.sink_end;
+        for p in plan.candidates.clone() {
+            if taken.contains(&p) {
+                mark(&mut bits, slot..slot + size(p));
             }
+            slot += size(p);
         }
+        assert_eq!(slot, plan.tail_start, "every token is in one cluster");
         bits
     }
 

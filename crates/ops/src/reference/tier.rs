@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::{Pages, Selections};
+use crate::cluster::{OrderedCopy, OrderedSlots};
 use crate::residency::{EXTENT_FRAMES, EvictionRule, STAMPS, SeatCounters};
 use crate::sparse::Attention;
 use crate::tier::{TierLayout, TierSpec, TierState};
@@ -32,6 +33,7 @@ struct Pool {
 pub(super) struct NaiveTier {
     spec: TierSpec,
     layout: TierLayout,
+    page_tokens: usize,
     /// By seat, where each has frames of its own, and layer.
     pools: BTreeMap<(Option<SeatIndex>, usize), Pool>,
     counters: BTreeMap<SeatIndex, SeatCounters>,
@@ -85,7 +87,7 @@ fn items<'a>(batch: &'a Batch, selection: bool) -> Vec<Item<'a>> {
 }
 
 impl NaiveTier {
-    pub(super) fn new(spec: TierSpec, layout: TierLayout, layers: usize) -> Self {
+    pub(super) fn new(spec: TierSpec, layout: TierLayout, layers: usize, page_tokens: usize) -> Self {
         let mut pools = BTreeMap::new();
         if spec.eviction == EvictionRule::Global {
             let frames = vec![None; layout.extents / layers * EXTENT_FRAMES];
@@ -94,6 +96,7 @@ impl NaiveTier {
         NaiveTier {
             spec,
             layout,
+            page_tokens,
             pools,
             counters: BTreeMap::new(),
             local: BTreeMap::new(),
@@ -170,13 +173,13 @@ impl NaiveTier {
     /// Decides what becomes of every page that the rows of `batch` will read.
     pub(super) fn resolve(
         &mut self,
-        pages: (usize, usize),
+        (layer, pool_blocks): (usize, usize),
         heads: HeadShape,
         window: Option<usize>,
         batch: &Batch,
         selection: Option<&Selections>,
     ) {
-        let (layer, page_tokens) = pages;
+        let page_tokens = self.page_tokens;
         self.missing.clear();
         self.passing.clear();
         let items = items(batch, selection.is_some());
@@ -185,7 +188,9 @@ impl NaiveTier {
         };
         let is_set =
             |bits: &[u64], slot: usize| bits.get(slot / 64).is_some_and(|word| word >> (slot % 64) & 1 == 1);
-        let needed = |tier: &Self, item: &Item, head: usize| -> Vec<usize> {
+        // A page, and where it is among those that the tables know.
+        let spec = self.spec;
+        let needed = |tier: &Self, item: &Item, head: usize| -> Vec<(usize, usize)> {
             let first = window.map_or(0, |w| (item.positions.start + 1).saturating_sub(w));
             // Whole vectors are read.
             let run = page_tokens.max(16);
@@ -197,7 +202,12 @@ impl NaiveTier {
                 })
             };
             let local = tier.local[&item.sequence.seat];
-            (first..item.positions.end.div_ceil(page_tokens)).filter(|&p| p < local).filter(touched).collect()
+            let ordered = item.place.zip(selection).map_or(OrderedSlots::NONE, |(place, s)| s.ordered[place]);
+            let known = |page: usize| match ordered.of(page * page_tokens) {
+                copy @ Some(_) => Some((page, spec.known_page(page, copy, page_tokens))),
+                None => (page < local).then_some((page, page)),
+            };
+            (first..item.positions.end.div_ceil(page_tokens)).filter(touched).filter_map(known).collect()
         };
         let mut pools: Vec<_> = items.iter().map(|i| self.pool_of(i.sequence.seat, layer)).collect();
         pools.dedup();
@@ -208,11 +218,14 @@ impl NaiveTier {
                 for head in 0..heads.kv_heads {
                     if let Some(bits) = selected(item, head) {
                         let pages = needed(self, item, head);
-                        let slots = pages.iter().flat_map(|p| p * page_tokens..(p + 1) * page_tokens);
+                        let slots = pages.iter().flat_map(|(p, _)| p * page_tokens..(p + 1) * page_tokens);
                         let slots = slots.filter(|&slot| is_set(bits, slot)).count();
                         selections.push((seat, pages.len(), slots));
                     }
-                    wanted.extend(needed(self, item, head).into_iter().map(|p| (seat, head, p, table[p])));
+                    let pages = needed(self, item, head).into_iter();
+                    wanted.extend(pages.map(|(_, known)| {
+                        (seat, head, known, spec.block_of(known, table, pool_blocks, page_tokens))
+                    }));
                 }
             }
             let pool = self.pools.entry(key).or_default();
@@ -266,14 +279,22 @@ impl NaiveTier {
         }
     }
 
-    /// The copy of a page that attention may read; `None` for local pages.
+    /// The copy of a page that attention may read, or of its place in `copy`; `None` for local pages.
     ///
     /// # Panics
     /// When it was not fetched.
-    pub(super) fn page(&self, seat: SeatIndex, layer: usize, head: usize, page: usize) -> Option<&[f32]> {
-        if page >= self.local[&seat] {
+    pub(super) fn page(
+        &self,
+        seat: SeatIndex,
+        layer: usize,
+        head: usize,
+        page: usize,
+        copy: Option<OrderedCopy>,
+    ) -> Option<&[f32]> {
+        if copy.is_none() && page >= self.local[&seat] {
             return None;
         }
+        let page = self.spec.known_page(page, copy, self.page_tokens);
         let resident = self.pools[&self.pool_of(seat, layer)].frames.iter().flatten();
         let found =
             resident.filter(|r| (r.seat, r.head, r.page) == (seat, head, page)).map(|r| &r.values).next();
@@ -325,7 +346,8 @@ impl NaiveTier {
         for s in batch.sequences {
             for ((_, layer), pool) in &self.pools {
                 for r in pool.frames.iter().flatten().filter(|r| r.seat == s.seat) {
-                    let block = batch.block_table(s)[r.page];
+                    let table = batch.block_table(s);
+                    let block = self.spec.block_of(r.page, table, kv.pool_blocks, self.page_tokens);
                     assert_eq!(r.values, kv.copy(*layer, block, r.head), "a clean page equals its copy");
                 }
             }

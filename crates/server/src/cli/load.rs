@@ -220,6 +220,7 @@ impl<B: Backend> Prepared<B> {
             context_max: max_context,
             inject_tokens_max: settings.max_inject_tokens,
             partition_tokens_max: partitions.max().unwrap_or(1),
+            copies: DigestSpec::copies(&digests),
             eviction: settings.eviction,
             poison: false,
         });
@@ -229,7 +230,7 @@ impl<B: Backend> Prepared<B> {
                 + gate.as_ref().map_or(0, Gate::bytes),
             activation_bytes: limits.activation_bytes(&config) + step_bytes,
             kv: geometry,
-            digest_block_bytes: digests.iter().map(|d| d.block_bytes(&geometry) as u64).sum(),
+            digest_block_bytes: digests.iter().map(|d| d.dram_block_bytes(&geometry) as u64).sum(),
             hbm: settings.hbm,
             max_context,
             max_num_seqs: settings.max_num_seqs,

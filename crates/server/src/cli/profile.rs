@@ -106,9 +106,10 @@ impl<B: Backend> Backend for Profiled<B> {
         &mut self,
         geometry: KvGeometry,
         num_blocks: usize,
+        copies: usize,
         tier: Option<TierSpec>,
     ) -> Result<B::Kv, Error> {
-        self.inner.kv(geometry, num_blocks, tier)
+        self.inner.kv(geometry, num_blocks, copies, tier)
     }
 
     fn digests(
@@ -189,7 +190,7 @@ impl<B: Backend> Backend for Profiled<B> {
         self.timed("place digests", (0, 0), |b| b.place_digests(digests, batch));
     }
 
-    fn digest(&mut self, digests: &mut B::Digests, kv: &B::Kv, layer: usize, batch: &Batch) {
+    fn digest(&mut self, digests: &mut B::Digests, kv: &mut B::Kv, layer: usize, batch: &Batch) {
         self.timed("digest", (0, 0), |b| b.digest(digests, kv, layer, batch));
     }
 

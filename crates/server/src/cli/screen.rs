@@ -62,7 +62,7 @@ impl Screen<'_> {
     /// What digests add to the KV of a token.
     fn digest_token_bytes(&self) -> u64 {
         let geometry = &self.prepared.geometry;
-        let per_block = self.prepared.digests.iter().map(|d| d.block_bytes(geometry)).sum::<usize>();
+        let per_block = self.prepared.digests.iter().map(|d| d.dram_block_bytes(geometry)).sum::<usize>();
         (per_block / geometry.page_tokens) as u64
     }
 }

@@ -86,7 +86,7 @@ fn answers_do_not_depend_on_preemptions_under_tiers() {
     let (unified, _, metrics) = answers(&[]);
     assert_eq!(metric(&metrics, "sparseserve_preemptions_total"), 0);
     for hbm in ["60%", "8MiB"] {
-        let (tiered, _, metrics) = answers(&["--dram", "13MiB", "--hbm", hbm]);
+        let (tiered, _, metrics) = answers(&["--dram", "24MiB", "--hbm", hbm]);
         assert_eq!(tiered, unified, "--hbm {hbm}");
         assert!(metric(&metrics, "sparseserve_preemptions_total") > 0, "{metrics}");
     }
@@ -169,7 +169,7 @@ fn what_a_guard_does_depends_on_the_request_alone() {
     assert_eq!(metric(&metrics, "sparseserve_guard_actions_total{action=\"doubled\"}"), sum("doubled"));
     assert_eq!(metric(&metrics, "sparseserve_guard_actions_total{action=\"dense\"}"), sum("dense"));
     for hbm in ["8MiB", "60%"] {
-        let (tiered, receipts, metrics) = run(&["--dram", "13MiB", "--hbm", hbm]);
+        let (tiered, receipts, metrics) = run(&["--dram", "24MiB", "--hbm", hbm]);
         assert_eq!(tiered, unified, "--hbm {hbm}");
         assert_eq!(guards(&receipts), expected, "--hbm {hbm}");
         assert!(metric(&metrics, "sparseserve_preemptions_total") > 0, "{metrics}");

@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use model::{GateModel, Rope, RopeConfig, RopeScaling};
-use ops::sparse::{Attention, Method, SelectionLimits};
+use ops::cluster::{self, ClusterLayout};
+use ops::sparse::{Attention, DigestSpec, Method, Score, SelectionLimits};
 use ops::{Backend, Batch, BlockIndex, DType, Gate, HeadShape, KvGeometry, SeatIndex, SequenceRows};
 use ops_cpu::{CpuBackend, CpuOptions};
 use safetensors::tensor::TensorView;
@@ -107,7 +108,7 @@ impl Step {
         let num_blocks = geometry.blocks(tokens);
         let mut backend = CpuBackend::new(CpuOptions::default())?;
         backend.reserve(heads, 1, 1, tokens, heads.qkv_cols())?;
-        let mut kv = backend.kv(geometry, num_blocks, None)?;
+        let mut kv = backend.kv(geometry, num_blocks, DigestSpec::copies(served.digests()), None)?;
         let table: Vec<BlockIndex> = (0..num_blocks as u32).map(BlockIndex).collect();
         for (i, &block) in table.iter().enumerate() {
             for head in 0..kv_heads {
@@ -131,7 +132,7 @@ impl Step {
             let positions: Vec<u32> = (0..=position).collect();
             let prompt = rows(0, tokens, tokens, Attention::Dense);
             let batch = batch(&positions, &positions, std::slice::from_ref(&prompt), &table, &methods);
-            backend.digest(&mut made, &kv, 0, &batch);
+            backend.digest(&mut made, &mut kv, 0, &batch);
             digests.push(made);
         }
         let mut qkv = backend.tensor(1, heads.qkv_cols())?;
@@ -156,15 +157,56 @@ impl Step {
         backend.score(&mut selection, &digests, &kv, 0, &qkv, heads, &sparse);
         backend.select(&mut selection, &digests, 0, heads, &sparse);
         backend.attend(&mut out, Some(&mut lse), &kv, 0, &qkv, heads, None, &sparse, Some(&selection), 0);
-        let indices = (0..kv_heads).map(|head| match backend.read_selection(&selection, 0, head) {
-            None => everything(),
-            Some(bits) => (0..tokens).filter(|p| bits[p / 64] >> (p % 64) & 1 == 1).collect(),
-        });
-        let indices = indices.collect();
+        let ordered = method.plan(tokens, prompt_tokens, budget as usize).ordered;
+        let mut indices = Vec::with_capacity(kv_heads);
+        for head in 0..kv_heads {
+            let Some(bits) = backend.read_selection(&selection, 0, head) else {
+                indices.push(everything());
+                continue;
+            };
+            let slots = (0..tokens).filter(|slot| bits[slot / 64] >> (slot % 64) & 1 == 1);
+            let first_tokens = match method.score {
+                Score::Digest { digests: index } if ordered.end > 0 => {
+                    let (spec, digests) = (served.digests()[index as usize], &digests[index as usize]);
+                    let read = |block| backend.read_digests(digests, 0, block, head);
+                    in_order_of_clusters(spec, head_dim, &table, ordered.end, read)
+                }
+                _ => Vec::new(),
+            };
+            let mut tokens: Vec<usize> =
+                slots.map(|slot| first_tokens.get(slot).copied().unwrap_or(slot)).collect();
+            tokens.sort_unstable();
+            indices.push(tokens);
+        }
         let sparse = Attended { out: backend.row(&out, 0).to_vec(), lse: backend.row(&lse, 0).to_vec() };
         Ok(Found { indices, sparse, dense })
     }
 }
+
+/// The token in each of the first `end` slots of the copy in the order of clusters; `digests` reads those of a block.
+fn in_order_of_clusters(
+    spec: DigestSpec,
+    head_dim: usize,
+    table: &[BlockIndex],
+    end: usize,
+    mut digests: impl FnMut(BlockIndex) -> Vec<f32>,
+) -> Vec<usize> {
+    let (length, width, span) = (spec.partition_tokens, spec.width(head_dim), spec.made_together());
+    let ids_at = ClusterLayout { head_dim }.ids_at();
+    let mut ids = Vec::with_capacity(end);
+    for last in (length - 1..end).step_by(length) {
+        let of_block = digests(table[last / PAGE_TOKENS]);
+        let within = if length < PAGE_TOKENS { last % PAGE_TOKENS / length } else { 0 };
+        ids.extend(of_block[within * width + ids_at..][..length].iter().map(|&id| id as u16));
+    }
+    let (mut tokens, mut of_span) = (Vec::with_capacity(end), vec![0; span]);
+    for (i, ids) in ids.chunks_exact(span).enumerate() {
+        cluster::order(ids, span / length, &mut of_span);
+        tokens.extend(of_span.iter().map(|&token| i * span + usize::from(token)));
+    }
+    tokens
+}
+
 fn rows(first_position: u32, count: usize, prompt_tokens: usize, attention: Attention) -> SequenceRows {
     let prompt_len = prompt_tokens as u32;
     let blocks = 0..(first_position + count as u32).div_ceil(PAGE_TOKENS as u32);
