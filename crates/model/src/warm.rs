@@ -60,6 +60,7 @@ impl WarmStart {
         backend.score(selection, &kv.digests, &kv.pages, layer, qkv, heads, &scored);
         backend.select(selection, &kv.digests, layer, heads, &scored);
         let resolved = Batch { sequences: &self.resolved, ..*rows };
+        backend.settle(&mut kv.pages, &resolved);
         backend.resolve(&mut kv.pages, layer, heads, None, &resolved, Some(selection));
         backend.gather(&mut kv.pages, 0);
     }

@@ -259,6 +259,12 @@ impl Backend for CpuBackend {
         }
     }
 
+    fn settle(&mut self, kv: &mut Kv, batch: &Batch) {
+        if let Some(tier) = &mut kv.tier {
+            tier.settle(batch);
+        }
+    }
+
     fn score(
         &mut self,
         selection: &mut Selections,

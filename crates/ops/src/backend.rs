@@ -231,6 +231,11 @@ pub trait Backend {
     /// this returns, and *clean* from then on. Comes after the digests are made. In unified memory nothing.
     fn save(&mut self, kv: &mut Self::Kv, layer: usize, batch: &Batch);
 
+    /// From here on in this layer, the pages that the sequences of `batch` have filled count as earlier ones do: [`Backend::resolve`]
+    /// looks them up, and they are fetched from DRAM, if they are not local for a row at the end of the context. Comes after their
+    /// last wave of attention. In unified memory nothing.
+    fn settle(&mut self, kv: &mut Self::Kv, batch: &Batch);
+
     /// Scores the candidates of every row of [`Batch::sparse_rows`] against the queries in `qkv`, as the row's method
     /// says. Rows that attend to everything in this layer are passed over.
     fn score(

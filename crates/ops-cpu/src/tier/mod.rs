@@ -357,6 +357,16 @@ impl Tier {
         (self.homes[at].from, self.homes[at].end) = (from, end);
     }
 
+    /// Leaves fresh frames: the last pages of the sequences of `batch` are in their local frames, and the others count as clean ones do.
+    pub fn settle(&mut self, batch: &Batch) {
+        let page_tokens = self.geometry.page_tokens;
+        for s in batch.sequences {
+            let end = s.context_tokens();
+            let pages = (self.spec.local_start(end, page_tokens) as u32, end.div_ceil(page_tokens) as u32);
+            self.local[s.seat.at()] = Local { pages, fresh: None };
+        }
+    }
+
     // ---- between steps -------------------------------------------------------------------------------------------
 
     /// Forgets `seat`.

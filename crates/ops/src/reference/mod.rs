@@ -360,6 +360,12 @@ impl Backend for Reference {
         }
     }
 
+    fn settle(&mut self, kv: &mut Pages, batch: &Batch) {
+        if let Some(tier) = &mut kv.tier {
+            tier.settle(batch);
+        }
+    }
+
     fn score(
         &mut self,
         selection: &mut Selections,

@@ -155,6 +155,13 @@ impl NaiveTier {
         }
     }
 
+    /// Has the sequences of `batch` hold locally what a row at the end of their context would.
+    pub(super) fn settle(&mut self, batch: &Batch) {
+        for s in batch.sequences {
+            self.local.insert(s.seat, self.spec.local_start(s.context_tokens(), self.page_tokens));
+        }
+    }
+
     /// Notes the pages that `batch` fills.
     pub(super) fn save(&mut self, page_tokens: usize, kv_heads: usize, layer: usize, batch: &Batch) {
         for s in batch.sequences {

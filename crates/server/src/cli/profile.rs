@@ -194,6 +194,10 @@ impl<B: Backend> Backend for Profiled<B> {
         self.timed("digest", (0, 0), |b| b.digest(digests, kv, layer, batch));
     }
 
+    fn settle(&mut self, kv: &mut B::Kv, batch: &Batch) {
+        self.inner.settle(kv, batch);
+    }
+
     fn score(
         &mut self,
         selection: &mut B::Selection,

@@ -179,3 +179,27 @@ fn what_a_guard_does_depends_on_the_request_alone() {
     assert!(guards(&receipts).iter().all(Value::is_null), "{receipts:?}");
     assert_eq!(unread, free);
 }
+
+/// With a policy that attends to the same pages in every step, the first step of an answer finds all of them but those that a
+/// token more brings along: the prompt's last chunk is among what a warm start fetched.
+#[test]
+fn the_first_step_of_an_answer_finds_its_pages() {
+    let flags = ["--policy", "streaming", "--budget", "800", "--hbm", "60%", "--max-context", "2560"];
+    let server =
+        Serving::start(&[&flags[..], &["--max-inject-tokens", "512", "--max-num-seqs", "2"]].concat());
+    let url = format!("{}/v1/completions", server.url);
+    let receipt = |first_token: u32, max_tokens: u32| -> Value {
+        // As many tokens, none of them known from before.
+        let prompt: Vec<u32> = (0..1500).map(|i| first_token + i % 40).collect();
+        let body = json!({
+            "model": "demo", "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": true, "sparse": {"receipt": true},
+        });
+        let answer: Value = client().post(&url).json(&body).send().unwrap().json().unwrap();
+        answer["usage"]["sparse"].clone()
+    };
+    let (prompt, step) = (receipt(100, 1), receipt(300, 2));
+    let more = |field: &str| step[field].as_u64().unwrap() - prompt[field].as_u64().unwrap();
+    // 4 layers of 2 heads; a window of 784 tokens has 49 pages, the last 2 of them local.
+    assert!(more("pages_hit") >= 4 * 2 * 46, "{prompt} {step}");
+    assert!(more("pages_missed") <= 4 * 2, "{prompt} {step}");
+}
