@@ -2,6 +2,7 @@
 """A Llama of 355 M parameters in bf16 with random weights, and a BPE tokenizer: speed needs no trained model.
 
     python bench/random_model.py OUT                             # writes the Hugging Face directory OUT
+    python bench/random_model.py OUT --gate                      # writes OUT/gate.safetensors, for the policy seerattention
     python bench/random_model.py OUT --gguf LLAMA_CPP_TREE       # converts OUT to OUT.gguf (bf16) for llama.cpp
 
 Needs torch, transformers and tokenizers; made with 2.13.0, 5.19.0 and 0.23.3. Random weights measure speed and memory
@@ -83,6 +84,24 @@ def write_model(out: Path) -> None:
     tokens.save_pretrained(out)
 
 
+def write_gate(out: Path) -> None:
+    """Of random weights, as wide as a head (docs/policies/seerattention.md)."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(out)
+    heads, dim = config.num_key_value_heads, config.head_dim
+    inputs = {"k_gate": 3 * dim, "q_gate": config.num_attention_heads // heads * dim}
+    torch.manual_seed(SEED)
+    tensors = {
+        f"layers.{layer}.{part}": (torch.randn(heads, dim, cols) / cols**0.5).to(torch.bfloat16)
+        for layer in range(config.num_hidden_layers)
+        for part, cols in inputs.items()
+    }
+    save_file(tensors, out / "gate.safetensors")
+
+
 def write_gguf(out: Path, tree: Path) -> None:
     """llama.cpp's own converter, told which of the splits it knows this tokenizer uses."""
     sys.path[:0] = [str(tree), str(tree / "gguf-py")]
@@ -96,9 +115,15 @@ def write_gguf(out: Path, tree: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--gate", action="store_true")
     parser.add_argument("--gguf", type=Path, metavar="LLAMA_CPP_TREE")
     args = parser.parse_args()
-    write_gguf(args.out, args.gguf) if args.gguf else write_model(args.out)
+    if args.gate:
+        write_gate(args.out)
+    elif args.gguf:
+        write_gguf(args.out, args.gguf)
+    else:
+        write_model(args.out)
 
 
 if __name__ == "__main__":

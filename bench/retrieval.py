@@ -23,7 +23,9 @@ import os
 import subprocess
 import sys
 
-POLICIES = "dense,streaming,random,quest,arkvale:partition=16:sinks=16:window=16,shadowkv"
+POLICIES = (
+    "dense,streaming,random,quest,arkvale:partition=16:sinks=16:window=16,shadowkv,shadowkv:partition=4,seerattention,retroinfer"
+)
 POOLED = ["easy", "hard", "many", "hop"]
 # Of these the depth is that of all that an answer needs.
 ONE_FACT = ["easy", "hard", "many"]
@@ -33,6 +35,8 @@ STYLES = {
     "quest": ("#1f77b4", "o"),
     "arkvale": ("#d62728", "s"),
     "shadowkv": ("#2ca02c", "^"),
+    "seerattention": ("#9467bd", "D"),
+    "retroinfer": ("#ff7f0e", "v"),
 }
 DEPTHS = 5
 

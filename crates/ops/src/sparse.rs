@@ -658,11 +658,14 @@ impl SelectionLimits {
         }
     }
 
-    /// Bytes of the scores and selections, without what a device needs beside them.
+    /// Bytes of scores, selections, queries of gates and attention to pseudo-tokens, without what threads need beside them.
     pub const fn bytes(&self) -> u64 {
+        let HeadShape { q_heads, kv_heads, head_dim } = self.heads;
         let scores = self.lines_max * self.partitions_max() * size_of::<f32>();
         let bits = bitmap_words(self.context_max) * size_of::<u64>();
-        (self.rows_max as u64).saturating_mul((self.heads.kv_heads * (scores + bits)) as u64)
+        let gated = head_dim * size_of::<f32>();
+        let estimates = if self.estimates { q_heads * (head_dim + 2) * size_of::<f32>() } else { 0 };
+        (self.rows_max as u64).saturating_mul((kv_heads * (scores + bits + gated) + estimates) as u64)
     }
 
     /// Whether there is memory for selections of `method`.

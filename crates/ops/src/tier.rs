@@ -169,7 +169,12 @@ impl TierSpec {
     /// Bytes of host memory beside the frames and the tables: staging, and lists of pages to attend to and to fetch.
     pub const fn host_bytes(&self, geometry: &KvGeometry) -> u64 {
         let staging = self.staging_chunks() * geometry.kv_heads * geometry.page_bytes();
-        (staging + self.pages_listed(geometry) * LISTED_BYTES) as u64
+        staging as u64 + self.list_bytes(geometry)
+    }
+
+    /// Bytes of the lists of pages to attend to and to fetch, of a step in a layer.
+    pub const fn list_bytes(&self, geometry: &KvGeometry) -> u64 {
+        (self.pages_listed(geometry) * LISTED_BYTES) as u64
     }
 
     /// The residency tables that go with `layout`.
@@ -196,6 +201,9 @@ pub struct TierState {
     pub pinned_frames: u64,
     /// Extents of cache frames that nobody owns.
     pub free_extents: u64,
+    /// Cache frames with a page that a frame of another sequence of the step holds, too: frames are not shared, not even those of a
+    /// prefix. Each step looks at one layer, in turn, and this is the sum of what was found last.
+    pub duplicate_frames: u64,
     /// Pages on their way to DRAM.
     pub saving_pages: u64,
     /// Bytes of residency tables in use.

@@ -42,6 +42,11 @@ pub struct Tier {
     waves: Vec<Wave>,
     /// What is to be copied before the wave at hand.
     fetches: Vec<Fetch>,
+    /// By layer, frames with a page that another sequence holds, too, and the layer that is next to be looked at.
+    duplicates: Vec<u64>,
+    turn: usize,
+    /// Bits of (block, head), all 0 between two looks.
+    seen: Vec<u64>,
     /// Of the last `resolve` or `look`.
     layer: usize,
     /// Bytes of a page that are fetched, from its start.
@@ -99,6 +104,9 @@ impl Tier {
                 (2 * spec.seats + spec.inject_tokens_max) * (1 + spec.context_max.div_ceil(SPLIT_TOKENS)),
             ),
             fetches: Vec::with_capacity(listed / 2),
+            duplicates: vec![0; geometry.num_layers],
+            turn: 0,
+            seen: vec![0; ((1 + spec.copies) * pool_blocks * geometry.kv_heads).div_ceil(64)],
             layer: 0,
             fetched_part: geometry.page_bytes(),
             saver: Saver::new(spec.staging_chunks(), geometry.kv_heads * geometry.page_bytes(), spec.poison)?,
@@ -213,6 +221,36 @@ impl Tier {
                 self.residency.grow(s.seat, layer, s.quota as usize);
             }
         }
+        self.count_duplicates(batch);
+    }
+
+    /// Counts the frames of a layer with a page that a frame before them holds. Who shares any block shares the first.
+    fn count_duplicates(&mut self, batch: &Batch) {
+        let KvGeometry { num_layers, kv_heads, page_tokens, .. } = self.geometry;
+        let layer = self.turn;
+        self.turn = (layer + 1) % num_layers;
+        let first = |s: &SequenceRows| batch.block_table(s)[0];
+        let shares =
+            |s: &SequenceRows| batch.sequences.iter().any(|o| o.seat != s.seat && first(o) == first(s));
+        let (mut any, mut count) = (false, 0);
+        for (i, s) in batch.sequences.iter().enumerate() {
+            // Rows of one sequence may be several entries.
+            let known = batch.sequences[..i].iter().any(|before| before.seat == s.seat);
+            if known || !shares(s) {
+                continue;
+            }
+            any = true;
+            for (head, known, _) in self.residency.resident(s.seat, layer) {
+                let block = self.spec.block_of(known, batch.block_table(s), self.pool_blocks, page_tokens);
+                let bit = block.at() * kv_heads + head;
+                count += self.seen[bit / 64] >> (bit % 64) & 1;
+                self.seen[bit / 64] |= 1 << (bit % 64);
+            }
+        }
+        if any {
+            self.seen.fill(0);
+        }
+        self.duplicates[layer] = count;
     }
 
     fn shrink(&mut self, seat: SeatIndex, layer: usize, extents: usize) {
@@ -420,6 +458,7 @@ impl Tier {
             cache_used: self.residency.frames_in_use() as u64,
             pinned_frames: frames - cache_frames,
             free_extents: self.residency.free_extents() as u64,
+            duplicate_frames: self.duplicates.iter().sum(),
             saving_pages: self.saver.in_flight() * self.geometry.kv_heads as u64,
             table_bytes: self.residency.bytes_in_use(),
             fetched_bytes: self.fetched_bytes,

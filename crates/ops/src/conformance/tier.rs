@@ -8,7 +8,7 @@ use crate::residency::{EXTENT_FRAMES, EvictionRule};
 use crate::sparse::{
     Always, Attention, DigestKind, DigestSpec, Method, Reduce, Rule, Scope, Score, SelectionLimits,
 };
-use crate::tier::{TierSpec, TooSmall};
+use crate::tier::{TierSpec, TierState, TooSmall};
 use crate::{
     Backend, Batch, BlockIndex, DType, HeadShape, KvGeometry, SPLIT_TOKENS, SeatIndex, SequenceRows,
 };
@@ -160,6 +160,23 @@ impl<'a, B: Backend> World<'a, B> {
     fn park(&mut self, seat: SeatIndex, table: &[BlockIndex]) {
         self.backend.park(&mut self.kv, seat, table);
         self.backend.release(&mut self.kv, seat);
+    }
+
+    /// A warm start after a layer: the last rows of all sequences look up everything before them, and attend to nothing.
+    fn warm(&mut self, case: &Case, layer: usize, batch: &Batch) {
+        let last = |s: &SequenceRows| SequenceRows {
+            first_position: s.context_tokens() as u32 - 1,
+            attention: Attention::Dense,
+            ..s.clone()
+        };
+        let mut sequences: Vec<SequenceRows> = batch.sequences.iter().map(last).collect();
+        for (row, s) in sequences.iter_mut().enumerate() {
+            s.rows = row as u32..row as u32 + 1;
+        }
+        let resolved = Batch { sequences: &sequences, ..*batch };
+        self.backend.settle(&mut self.kv, &resolved);
+        self.backend.resolve(&mut self.kv, layer, case.heads, None, &resolved, None);
+        self.backend.gather(&mut self.kv, 0);
     }
 
     /// One layer of a step; `given` selections take the place of its own.
@@ -449,12 +466,14 @@ struct Covered {
     saves: usize,
     /// Steps of sequences that begin with blocks of others.
     shared: usize,
+    /// Frames that hold what another sequence holds, too, over all steps.
+    duplicates: u64,
 }
 
 impl Covered {
     const fn everything(&self) -> bool {
-        let Covered { hits, misses, evictions, streamed, saves, shared, .. } = *self;
-        hits > 0 && misses > 0 && evictions > 0 && streamed > 0 && saves > 0 && shared > 0
+        let Covered { hits, misses, evictions, streamed, saves, shared, duplicates, .. } = *self;
+        hits > 0 && misses > 0 && evictions > 0 && streamed > 0 && saves > 0 && shared > 0 && duplicates > 0
     }
 
     fn add(&mut self, other: &Covered) {
@@ -465,6 +484,7 @@ impl Covered {
         self.extra_waves += other.extra_waves;
         self.saves += other.saves;
         self.shared += other.shared;
+        self.duplicates += other.duplicates;
     }
 
     /// Adds what happened to the pages of a seat.
@@ -546,7 +566,15 @@ fn run<B: Backend>(
             assert_eq!(got.coverage, expected.coverage, "{what} layer {layer}: coverage");
             assert_same_bits(&format!("{what} layer {layer}: tiered"), &got.out, &expected.out);
             oracle.layer(case, layer, &qkv, &batch, Some(&got.selections));
+            if number % 8 == 7 && (layer != 1 || case.window.is_none()) {
+                tiered.warm(case, layer, &batch);
+                oracle.warm(case, layer, &batch);
+            }
         }
+        let duplicates = |state: Option<TierState>| state.expect("tiers").duplicate_frames;
+        let duplicate = duplicates(tiered.backend.tier_state(&tiered.kv));
+        assert_eq!(duplicate, duplicates(oracle.backend.tier_state(&oracle.kv)), "{what}: duplicates");
+        covered.duplicates += duplicate;
         tiered.backend.check_tier(&tiered.kv, &batch);
         oracle.backend.check_tier(&oracle.kv, &batch);
         for request in &mut traffic.requests {

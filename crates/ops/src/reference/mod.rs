@@ -296,7 +296,7 @@ impl Backend for Reference {
 
     fn balance(&mut self, kv: &mut Pages, batch: &Batch) {
         if let Some(tier) = &mut kv.tier {
-            tier.balance(kv.geometry.num_layers, batch);
+            tier.balance(kv.geometry.num_layers, kv.pool_blocks, batch);
         }
     }
 

@@ -46,6 +46,9 @@ pub(super) struct NaiveTier {
     /// What `gather` has to fetch: seat, layer, head, page, DRAM block, and the frame that it is for.
     missing: Vec<Missing>,
     fetched_pages: u64,
+    /// Steps so far, and frames by layer with a page that another sequence holds, too.
+    steps: usize,
+    duplicates: BTreeMap<usize, u64>,
 }
 
 #[derive(Debug)]
@@ -104,6 +107,8 @@ impl NaiveTier {
             passing: BTreeMap::new(),
             missing: Vec::new(),
             fetched_pages: 0,
+            steps: 0,
+            duplicates: BTreeMap::new(),
         }
     }
 
@@ -115,8 +120,24 @@ impl NaiveTier {
         }
     }
 
+    /// Sets the quotas of the sequences of `batch`, and counts what they hold twice in the next layer.
+    pub(super) fn balance(&mut self, layers: usize, pool_blocks: usize, batch: &Batch) {
+        self.set_quotas(layers, batch);
+        let layer = self.steps % layers;
+        self.steps += 1;
+        let mut held = BTreeMap::new();
+        let tables: BTreeMap<_, _> = batch.sequences.iter().map(|s| (s.seat, batch.block_table(s))).collect();
+        for (seat, table) in tables {
+            for (head, page) in self.resident(seat, layer) {
+                let block = self.spec.block_of(page, table, pool_blocks, self.page_tokens);
+                *held.entry((block, head)).or_insert(0) += 1;
+            }
+        }
+        self.duplicates.insert(layer, held.values().map(|copies| copies - 1).sum());
+    }
+
     /// Sets the quotas of the sequences of `batch`, where there are any.
-    pub(super) fn balance(&mut self, layers: usize, batch: &Batch) {
+    fn set_quotas(&mut self, layers: usize, batch: &Batch) {
         if self.spec.eviction == EvictionRule::Global {
             return;
         }
@@ -327,6 +348,7 @@ impl NaiveTier {
             cache_frames: (self.layout.extents * EXTENT_FRAMES) as u64,
             cache_used: self.pools.values().map(|pool| pool.frames.iter().flatten().count() as u64).sum(),
             free_extents: (self.layout.extents - frames / EXTENT_FRAMES) as u64,
+            duplicate_frames: self.duplicates.values().sum(),
             fetched_bytes: self.fetched_pages * page_bytes as u64,
             ..TierState::default()
         }

@@ -404,7 +404,9 @@ impl Work {
         let attended = plan.attended(context, method.partition_tokens) as f64;
         let tokens = dense_layers * dense + sparse_layers * attended;
         let digests = sparse_layers * plan.candidates.len() as f64 * self.digest_bytes;
-        (tokens * self.kv_token_bytes / layers + digests, tokens)
+        // Of a cluster that is estimated the mean value is read once more, half of what a token has.
+        let estimates = sparse_layers * plan.estimated as f64 * self.kv_token_bytes / layers / 2.0;
+        (tokens * self.kv_token_bytes / layers + digests + estimates, tokens)
     }
 
     /// Decodes `steps` tokens of each sequence after `context` tokens. Also says what that did to the pages of an HBM tier.

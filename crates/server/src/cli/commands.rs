@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use super::eval::Task;
-use super::options::{CommonOptions, ComputeOptions, EngineOptions, ServerOptions};
+use super::options::{CommonOptions, ComputeOptions, EngineOptions, EvictionChoice, ServerOptions};
 use super::size::Size;
 
 /// An LLM server for long contexts.
@@ -194,6 +194,9 @@ pub struct BenchMetadataArgs {
     /// HBM for cached pages
     #[arg(long, value_name = "SIZE", value_delimiter = ',', default_value = "8GiB,24GiB,64GiB")]
     pub hbm: Vec<Size>,
+    /// Which pages give way in HBM
+    #[arg(long, value_enum, default_value = "bucketed")]
+    pub eviction: EvictionChoice,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -262,11 +265,13 @@ pub struct EvalRetrievalArgs {
 /// `sparseserve eval selection`
 #[derive(Debug, Args)]
 pub struct EvalSelectionArgs {
-    /// Tensors k and v [tokens, kv_heads, head_dim] after RoPE and q [q_heads, head_dim], f32; metadata prompt_tokens, and
-    /// policy, budget and options where no flag gives them
+    /// Tensors k and v [tokens, kv_heads, head_dim] after RoPE and q [q_heads, head_dim], f32; metadata prompt_tokens,
+    /// rope_theta where a gate needs it, and policy, budget and options where no flag gives them. k_pre and q_pre are not read:
+    /// as in serving, what was before RoPE is had by the inverse rotation
     #[arg(value_name = "IN.safetensors")]
     pub input: PathBuf,
-    /// Where indptr, indices, out, out_dense, lse and lse_dense go
+    /// Where indptr, indices, out, out_dense, lse and lse_dense go; one list of indices per KV head, or one for all of them with
+    /// scope=layer
     #[arg(long, value_name = "OUT.safetensors")]
     pub out: PathBuf,
     /// The policy
@@ -278,4 +283,7 @@ pub struct EvalSelectionArgs {
     /// An option of the policy, repeatable or separated by commas
     #[arg(long, value_name = "NAME=VALUE", value_delimiter = ',')]
     pub policy_opt: Option<Vec<String>>,
+    /// Tokens per page: 8, 16, 32 or 64
+    #[arg(long, value_name = "TOKENS", default_value_t = 16)]
+    pub page_tokens: usize,
 }

@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
+use ops::residency::EvictionRule;
 use serde::{Deserialize, Deserializer};
 
 use super::commands::ServeArgs;
@@ -202,6 +203,17 @@ pub enum EvictionChoice {
     Exact,
     /// Whoever's pages were needed longest ago: one LRU over all requests, without quotas
     Global,
+}
+
+impl EvictionChoice {
+    /// As devices know it.
+    pub fn rule(self) -> EvictionRule {
+        match self {
+            EvictionChoice::Bucketed => EvictionRule::Bucketed,
+            EvictionChoice::Exact => EvictionRule::Exact,
+            EvictionChoice::Global => EvictionRule::Global,
+        }
+    }
 }
 
 /// `--log-format`

@@ -154,11 +154,7 @@ impl EngineSettings {
         };
         let max_context =
             options.max_context.map(|tokens| within("max-context", tokens, 2..=TOKENS_MAX)).transpose()?;
-        let eviction = match options.eviction {
-            None | Some(EvictionChoice::Bucketed) => EvictionRule::Bucketed,
-            Some(EvictionChoice::Exact) => EvictionRule::Exact,
-            Some(EvictionChoice::Global) => EvictionRule::Global,
-        };
+        let eviction = options.eviction.map_or(EvictionRule::Bucketed, EvictionChoice::rule);
         Ok(EngineSettings {
             compute: ComputeSettings::resolve(options.compute)?,
             dtype,

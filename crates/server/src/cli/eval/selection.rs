@@ -5,8 +5,11 @@ use std::path::Path;
 
 use model::{GateModel, Rope, RopeConfig, RopeScaling};
 use ops::cluster::{self, ClusterLayout};
-use ops::sparse::{Attention, DigestSpec, Method, Score, SelectionLimits};
-use ops::{Backend, Batch, BlockIndex, DType, Gate, HeadShape, KvGeometry, SeatIndex, SequenceRows};
+use ops::sparse::{Attention, DigestSpec, Method, Scope, Score, SelectionLimits};
+use ops::{
+    Backend, Batch, BlockIndex, DType, Gate, HeadShape, KvGeometry, PAGE_TOKENS_ALLOWED, SeatIndex,
+    SequenceRows,
+};
 use ops_cpu::{CpuBackend, CpuOptions};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -15,13 +18,12 @@ use sparse::{Budget, Options, Served};
 use crate::cli::commands::EvalSelectionArgs;
 use crate::cli::failure::Failure;
 
-/// Slots per page.
-const PAGE_TOKENS: usize = 16;
-
 /// A decode step of one layer.
 struct Step {
     heads: HeadShape,
     tokens: usize,
+    /// Slots per page.
+    page_tokens: usize,
     /// `[tokens, kv_heads, head_dim]`.
     k: Vec<f32>,
     v: Vec<f32>,
@@ -38,7 +40,10 @@ pub fn run(args: &EvalSelectionArgs) -> Result<(), Failure> {
     let file = SafeTensors::deserialize(&bytes).map_err(|e| bad(e.to_string()))?;
     let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| bad(e.to_string()))?;
     let metadata = header.metadata().clone().unwrap_or_default();
-    let mut step = Step::read(&file).map_err(bad)?;
+    if !PAGE_TOKENS_ALLOWED.contains(&args.page_tokens) {
+        return Err(Failure::input(format!("--page-tokens is one of {PAGE_TOKENS_ALLOWED:?}")));
+    }
+    let mut step = Step::read(&file, args.page_tokens).map_err(bad)?;
     let told = |flag: &Option<String>, key: &str| flag.clone().or_else(|| metadata.get(key).cloned());
     let policy =
         told(&args.policy, "policy").ok_or_else(|| bad("no --policy, nor one in its metadata".into()))?;
@@ -74,7 +79,7 @@ pub fn run(args: &EvalSelectionArgs) -> Result<(), Failure> {
 }
 
 impl Step {
-    fn read(file: &SafeTensors) -> Result<Self, String> {
+    fn read(file: &SafeTensors, page_tokens: usize) -> Result<Self, String> {
         let tensor = |name: &str, rank: usize| {
             let tensor = file.tensor(name).map_err(|e| format!("{name}: {e}"))?;
             if tensor.dtype() != Dtype::F32 || tensor.shape().len() != rank {
@@ -90,7 +95,15 @@ impl Step {
         if !fits || q_heads == 0 || !q_heads.is_multiple_of(kv_heads) {
             return Err(format!("k {shape:?}, v {shape_v:?} and q {shape_q:?} do not fit each other"));
         }
-        Ok(Step { heads: HeadShape { q_heads, kv_heads, head_dim }, tokens, k, v, q, gate: None })
+        Ok(Step {
+            heads: HeadShape { q_heads, kv_heads, head_dim },
+            tokens,
+            page_tokens,
+            k,
+            v,
+            q,
+            gate: None,
+        })
     }
 
     /// Runs the operations of a decode step on the CPU backend in f32.
@@ -101,10 +114,9 @@ impl Step {
         budget: u32,
         prompt_tokens: usize,
     ) -> Result<Found, Failure> {
-        let Step { heads, tokens, .. } = *self;
+        let Step { heads, tokens, page_tokens, .. } = *self;
         let HeadShape { kv_heads, head_dim, .. } = heads;
-        let geometry =
-            KvGeometry { num_layers: 1, kv_heads, head_dim, page_tokens: PAGE_TOKENS, dtype: DType::F32 };
+        let geometry = KvGeometry { num_layers: 1, kv_heads, head_dim, page_tokens, dtype: DType::F32 };
         let num_blocks = geometry.blocks(tokens);
         let mut backend = CpuBackend::new(CpuOptions::default())?;
         backend.reserve(heads, 1, 1, tokens, heads.qkv_cols())?;
@@ -117,7 +129,7 @@ impl Step {
                         (p < tokens).then(|| &values[(p * kv_heads + head) * head_dim..][..head_dim])
                     };
                     let zeros = vec![0.0; head_dim];
-                    let positions = i * PAGE_TOKENS..(i + 1) * PAGE_TOKENS;
+                    let positions = i * page_tokens..(i + 1) * page_tokens;
                     positions.flat_map(|p| slot(p).unwrap_or(&zeros).to_vec()).collect()
                 };
                 backend.write_page(&mut kv, 0, block, head, &page(&self.k), &page(&self.v));
@@ -130,7 +142,7 @@ impl Step {
             let spec = spec.with_gate(self.gate.as_ref());
             let mut made = backend.digests(spec, geometry, num_blocks, None, self.gate.as_ref())?;
             let positions: Vec<u32> = (0..=position).collect();
-            let prompt = rows(0, tokens, tokens, Attention::Dense);
+            let prompt = rows(0, tokens, tokens, page_tokens, Attention::Dense);
             let batch = batch(&positions, &positions, std::slice::from_ref(&prompt), &table, &methods);
             backend.digest(&mut made, &mut kv, 0, &batch);
             digests.push(made);
@@ -141,7 +153,7 @@ impl Step {
         backend.upload(&mut qkv, &values);
         let mut out = backend.tensor(1, heads.q_cols())?;
         let mut lse = backend.tensor(1, heads.q_heads)?;
-        let dense = rows(position, 1, tokens, Attention::Dense);
+        let dense = rows(position, 1, tokens, page_tokens, Attention::Dense);
         let dense = batch(&[0], &positions, std::slice::from_ref(&dense), &table, &methods);
         backend.attend(&mut out, Some(&mut lse), &kv, 0, &qkv, heads, None, &dense, None, 0);
         let dense = Attended { out: backend.row(&out, 0).to_vec(), lse: backend.row(&lse, 0).to_vec() };
@@ -150,9 +162,9 @@ impl Step {
         let Some(method) = method else {
             return Ok(Found { indices: all, sparse: dense.clone(), dense });
         };
-        let limits = SelectionLimits::new(&[method], heads, PAGE_TOKENS, 1, tokens);
+        let limits = SelectionLimits::new(&[method], heads, page_tokens, 1, tokens);
         let (mut selection, _) = backend.selection(limits)?;
-        let sparse = rows(position, 1, prompt_tokens, Attention::Sparse { method: 0, budget });
+        let sparse = rows(position, 1, prompt_tokens, page_tokens, Attention::Sparse { method: 0, budget });
         let sparse = batch(&[0], &positions, std::slice::from_ref(&sparse), &table, &methods);
         backend.score(&mut selection, &digests, &kv, 0, &qkv, heads, &sparse);
         backend.select(&mut selection, &digests, 0, heads, &sparse);
@@ -169,7 +181,7 @@ impl Step {
                 Score::Digest { digests: index } if ordered.end > 0 => {
                     let (spec, digests) = (served.digests()[index as usize], &digests[index as usize]);
                     let read = |block| backend.read_digests(digests, 0, block, head);
-                    in_order_of_clusters(spec, head_dim, &table, ordered.end, read)
+                    in_order_of_clusters(spec, geometry, &table, ordered.end, read)
                 }
                 _ => Vec::new(),
             };
@@ -177,6 +189,9 @@ impl Step {
                 slots.map(|slot| first_tokens.get(slot).copied().unwrap_or(slot)).collect();
             tokens.sort_unstable();
             indices.push(tokens);
+            if method.scope == Scope::Layer {
+                break;
+            }
         }
         let sparse = Attended { out: backend.row(&out, 0).to_vec(), lse: backend.row(&lse, 0).to_vec() };
         Ok(Found { indices, sparse, dense })
@@ -186,17 +201,18 @@ impl Step {
 /// The token in each of the first `end` slots of the copy in the order of clusters; `digests` reads those of a block.
 fn in_order_of_clusters(
     spec: DigestSpec,
-    head_dim: usize,
+    geometry: KvGeometry,
     table: &[BlockIndex],
     end: usize,
     mut digests: impl FnMut(BlockIndex) -> Vec<f32>,
 ) -> Vec<usize> {
+    let KvGeometry { head_dim, page_tokens, .. } = geometry;
     let (length, width, span) = (spec.partition_tokens, spec.width(head_dim), spec.made_together());
     let ids_at = ClusterLayout { head_dim }.ids_at();
     let mut ids = Vec::with_capacity(end);
     for last in (length - 1..end).step_by(length) {
-        let of_block = digests(table[last / PAGE_TOKENS]);
-        let within = if length < PAGE_TOKENS { last % PAGE_TOKENS / length } else { 0 };
+        let of_block = digests(table[last / page_tokens]);
+        let within = if length < page_tokens { last % page_tokens / length } else { 0 };
         ids.extend(of_block[within * width + ids_at..][..length].iter().map(|&id| id as u16));
     }
     let (mut tokens, mut of_span) = (Vec::with_capacity(end), vec![0; span]);
@@ -207,9 +223,15 @@ fn in_order_of_clusters(
     tokens
 }
 
-fn rows(first_position: u32, count: usize, prompt_tokens: usize, attention: Attention) -> SequenceRows {
+fn rows(
+    first_position: u32,
+    count: usize,
+    prompt_tokens: usize,
+    page_tokens: usize,
+    attention: Attention,
+) -> SequenceRows {
     let prompt_len = prompt_tokens as u32;
-    let blocks = 0..(first_position + count as u32).div_ceil(PAGE_TOKENS as u32);
+    let blocks = 0..(first_position + count as u32).div_ceil(page_tokens as u32);
     SequenceRows {
         rows: 0..count as u32,
         first_position,
@@ -242,7 +264,7 @@ struct Attended {
 
 /// What came out.
 struct Found {
-    /// Attended positions of each KV head, ascending.
+    /// Attended positions of each KV head, or of all of them where they share a selection, ascending.
     indices: Vec<Vec<usize>>,
     sparse: Attended,
     dense: Attended,
