@@ -360,11 +360,13 @@ impl Tier {
                 } else {
                     let from = self.arena.as_slice()[from..from + block_bytes].as_ptr();
                     let to = dram.run_mut(layer, table[page], 1).as_mut_ptr();
-                    // Decode never waits for prompts: these leave it chunks.
+                    // Prompts leave chunks to answers.
                     let reserve = if s.num_rows() > 1 { self.spec.seats } else { 0 };
                     // SAFETY: a block of one layer each. Nobody reads the block in DRAM before its ticket is done, nor
                     // writes it while a sequence holds it; `Kv` drops the tier, and so the saver, before the pool.
-                    self.homes[at].ticket = unsafe { self.saver.send(from, to, block_bytes, reserve) };
+                    if let Some(ticket) = unsafe { self.saver.send(from, to, block_bytes, reserve) } {
+                        self.homes[at].ticket = ticket;
+                    }
                 }
                 page += run;
             }
