@@ -47,6 +47,7 @@ pub fn request(prompt: Vec<u32>, max_tokens: u32) -> Request {
         logprobs: None,
         prompt_logprobs: None,
         sparse: None,
+        reuse: None,
     }
 }
 
