@@ -213,6 +213,21 @@ fn nobody_overtakes_the_head_of_the_queue() {
 }
 
 #[test]
+fn blocks_are_told_in_bytes_too() {
+    let mut bench = Bench::new(config(40));
+    let bytes = |bench: &Bench| {
+        let of = |state| bench.metric("sparseserve_dram_bytes", Some(state));
+        [bench.metric("sparseserve_dram_capacity_bytes", None), of("used"), of("cached")]
+    };
+    assert_eq!(bytes(&bench), [40e3, 0.0, 0.0]);
+    bench.start(request(prompt(0, 20), 5));
+    bench.step();
+    assert_eq!(bytes(&bench), [40e3, 3e3, 0.0]);
+    bench.finish();
+    assert_eq!(bytes(&bench), [40e3, 0.0, 3e3], "24 tokens were run");
+}
+
+#[test]
 fn an_aborted_request_leaves_within_one_step() {
     let mut bench = Bench::new(config(40));
     let (running, first) = bench.start(request(prompt(0, 20), 50));
