@@ -10,6 +10,7 @@ use ops::sample::{SampleOutput, SampleRow, Sampled};
 
 use crate::config::Config;
 use crate::digest_room::DigestRoom;
+use crate::kinds::Kinds;
 use crate::metrics::Metrics;
 use crate::request::{FinishReason, RequestId};
 use crate::rows::StepRows;
@@ -51,6 +52,8 @@ pub struct Engine<R> {
     pub(crate) shares: Shares,
     /// What digests take of it.
     pub(crate) digest_room: DigestRoom,
+    /// Who may go on from whose answers.
+    kinds: Kinds,
     /// What this step runs.
     pub(crate) rows: StepRows,
     /// Empty between steps; only its memory stays.
@@ -83,6 +86,7 @@ impl<R: Runner> Engine<R> {
             ),
             shares: Shares::new(&config),
             digest_room: DigestRoom::new(config.tier.map(|tier| tier.digest_places), config.num_blocks),
+            kinds: Kinds::new(),
             waiting: VecDeque::with_capacity(config.max_waiting + config.max_num_seqs),
             running: Vec::with_capacity(config.max_num_seqs),
             rows: StepRows::new(&config),
@@ -112,6 +116,8 @@ impl<R: Runner> Engine<R> {
             Event::Drain => self.draining = true,
             Event::Shutdown => self.shut_down(now),
         }
+        // Perhaps no step comes for long.
+        self.leave_seats();
         self.observe();
     }
 
@@ -131,10 +137,6 @@ impl<R: Runner> Engine<R> {
         let committed = clock();
         self.emit(committed);
         self.leave_seats();
-        if let Some(state) = self.runner.tier_state() {
-            let (lent, reclaimed) = self.shares.lent();
-            self.metrics.tier(&state, &self.runner.digest_state(), lent, reclaimed);
-        }
         let phases = [scheduled - start, ran - scheduled, committed - ran, clock() - committed];
         self.metrics.stepped(phases, self.rows.num_rows());
         self.observe();
@@ -152,7 +154,7 @@ impl<R: Runner> Engine<R> {
 
     fn submit(&mut self, submission: Submission, now: Duration) {
         self.num_arrived += 1;
-        let mut sequence = Sequence::new(submission, self.num_arrived, &self.config);
+        let mut sequence = Sequence::new(submission, self.num_arrived, &self.config, &mut self.kinds);
         if self.stopped {
             sequence.close(
                 Outcome::Failed("the engine has stopped".into()),
@@ -189,6 +191,10 @@ impl<R: Runner> Engine<R> {
     fn observe(&self) {
         let (waiting, running) = (self.waiting.len(), self.running.len());
         self.metrics.observe(waiting, running, self.kv.counts(), self.kv.num_evictions());
+        if let Some(state) = self.runner.tier_state() {
+            let (lent, reclaimed) = self.shares.lent();
+            self.metrics.tier(&state, &self.runner.digest_state(), lent, reclaimed);
+        }
     }
 
     /// Blocks by state.

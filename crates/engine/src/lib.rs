@@ -10,10 +10,11 @@
 //! * `schedule.rs`, `run.rs`, `commit.rs`, `emit.rs`: the four verbs of a step. `rows.rs`: what they pass on.
 //! * `shares.rs`: who may hold how much of the HBM tier. `digest_room.rs`: for whose digests it has room.
 //! * `guard.rs`: whether selections cover enough, and what follows.
+//! * `kinds.rs`: which answers may go on from each other's KV.
 //! * `model_runner.rs`: the runner of a server, a model on a device. `metrics.rs`: what is counted.
 //!
 //! Invariant: the answer to a request depends on the request alone, never on what else runs, on preemption, or on how
-//! its prompt was cut.
+//! its prompt was cut. One that asks for it ([`Request::reuse`]) goes on from KV of earlier answers, and depends on that, too.
 //!
 //! Invariant: from schedule to commit nothing is allocated.
 //!
@@ -28,6 +29,7 @@ mod emit;
 mod engine;
 mod guard;
 mod handle;
+mod kinds;
 mod metrics;
 mod model_runner;
 mod request;

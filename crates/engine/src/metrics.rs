@@ -1,5 +1,6 @@
 //! What the engine counts and times, for Prometheus.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use kv::Counts;
@@ -72,6 +73,7 @@ const PAGE_EVENTS: [&str; 5] = ["hit", "miss", "streamed", "evicted", "saved"];
 const DIRECTIONS: [&str; 2] = ["fetched", "saved"];
 const FRAME_STATES: [&str; 3] = ["empty", "resident", "pinned"];
 const GUARD_ACTION_NAMES: [&str; 2] = ["doubled", "dense"];
+const DRAM_STATES: [&str; 2] = ["used", "cached"];
 const DIGEST_STATES: [&str; 2] = ["empty", "held"];
 const PHASES: [&str; 4] = ["schedule", "run", "commit", "emit"];
 
@@ -158,6 +160,18 @@ const EVICTIONS: MetricDoc = MetricDoc {
     kind: MetricKind::Counter,
     labels: &[],
     help: "Cached KV blocks given up for new tokens.",
+};
+const DRAM_CAPACITY: MetricDoc = MetricDoc {
+    name: "sparseserve_dram_capacity_bytes",
+    kind: MetricKind::Gauge,
+    labels: &[],
+    help: "Bytes in DRAM for KV with its digests.",
+};
+const DRAM: MetricDoc = MetricDoc {
+    name: "sparseserve_dram_bytes",
+    kind: MetricKind::Gauge,
+    labels: &[("state", &DRAM_STATES)],
+    help: "Those of them that blocks in use and cached ones take.",
 };
 const STEP: MetricDoc = MetricDoc {
     name: "sparseserve_step_seconds",
@@ -266,7 +280,7 @@ const SAVING: MetricDoc = MetricDoc {
 };
 
 /// Every metric of the engine: the single source of registration and documentation.
-pub const METRICS: [MetricDoc; 31] = [
+pub const METRICS: [MetricDoc; 33] = [
     REQUESTS,
     WAITING,
     RUNNING,
@@ -281,6 +295,8 @@ pub const METRICS: [MetricDoc; 31] = [
     QUEUE,
     KV_BLOCKS,
     EVICTIONS,
+    DRAM_CAPACITY,
+    DRAM,
     STEP,
     STEP_ROWS,
     PAGES,
@@ -318,6 +334,10 @@ pub struct Metrics {
     /// By state, as in `STATES`.
     kv_blocks: [IntGauge; 3],
     evictions: IntCounter,
+    dram_capacity: IntGauge,
+    /// By state, as in `DRAM_STATES`.
+    dram: [IntGauge; 2],
+    block_bytes: AtomicU64,
     /// By phase, as in `PHASES`.
     step: [Histogram; 4],
     step_rows: Histogram,
@@ -364,6 +384,9 @@ impl Metrics {
             queue: histogram(registry, QUEUE)?,
             kv_blocks: gauges(registry, KV_BLOCKS)?,
             evictions: counter(registry, EVICTIONS)?,
+            dram_capacity: gauge(registry, DRAM_CAPACITY)?,
+            dram: gauges(registry, DRAM)?,
+            block_bytes: AtomicU64::new(0),
             step: histograms(registry, STEP)?,
             step_rows: histogram(registry, STEP_ROWS)?,
             pages: counters(registry, PAGES)?,
@@ -382,6 +405,11 @@ impl Metrics {
             guard_recall: histogram(registry, GUARD_RECALL)?,
             guard_actions: counters(registry, GUARD_ACTIONS)?,
         })
+    }
+
+    /// Says how many bytes in DRAM a block takes with its digests; 0 as long as nobody does.
+    pub fn set_block_bytes(&self, bytes: u64) {
+        self.block_bytes.store(bytes, Ordering::Relaxed);
     }
 
     pub(crate) fn refused(&self) {
@@ -450,6 +478,10 @@ impl Metrics {
             gauge.set(count as i64);
         }
         advance(&self.evictions, num_evictions);
+        let bytes = |count: usize| (count as u64 * self.block_bytes.load(Ordering::Relaxed)) as i64;
+        self.dram_capacity.set(bytes(blocks.free + blocks.in_use + blocks.cached));
+        self.dram[0].set(bytes(blocks.in_use));
+        self.dram[1].set(bytes(blocks.cached));
     }
 
     /// The HBM tier after a step, with its digests, and its lent frames: those of now, and those taken back since the start.

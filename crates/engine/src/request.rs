@@ -4,6 +4,7 @@ use ops::coverage::Coverage;
 use ops::residency::SeatCounters;
 use ops::sample::SamplingParams;
 use ops::sparse::Method;
+use sparse::Budget;
 
 use crate::guard::GuardAction;
 
@@ -27,6 +28,10 @@ pub struct Request {
     pub prompt_logprobs: Option<u32>,
     /// How generated tokens attend; `None` to everything. The prompt always does.
     pub sparse: Option<Sparse>,
+    /// The budget of `sparse` as it was asked for: its prompt goes on from KV of earlier answers of the same method and budget, and
+    /// its own answer is left to later ones. Dense answers are shared in any case. `None` computes such KV again, densely, and keeps
+    /// its own to itself.
+    pub reuse: Option<Budget>,
 }
 
 /// A sparse method with the budget of one request.

@@ -10,6 +10,7 @@ use ops::sample::{SampleRow, Sampled, SamplingParams};
 use crate::config::{Config, kv_tokens_max};
 use crate::guard::Guard;
 use crate::handle::QueuePlace;
+use crate::kinds::Kinds;
 use crate::metrics::Metrics;
 use crate::request::{
     Attended, Disconnected, FinishReason, PageUse, Refusal, Request, RequestId, Sink, Sparse, Stopping,
@@ -115,17 +116,24 @@ pub(crate) struct Sequence {
 
 impl Sequence {
     /// Allocates all that the sequence needs until it ends, except for log-probabilities.
-    pub(crate) fn new(submission: Submission, arrival: u64, config: &Config) -> Self {
+    pub(crate) fn new(submission: Submission, arrival: u64, config: &Config, kinds: &mut Kinds) -> Self {
         let Submission { id, request, outlet, submitted, place } = submission;
-        let Request { prompt: mut tokens, sampling, stopping, logprobs, prompt_logprobs, sparse } = request;
+        let Request { prompt: mut tokens, sampling, stopping, logprobs, prompt_logprobs, sparse, reuse } =
+            request;
         let prompt_len = tokens.len();
         let max_tokens = stopping.max_tokens as usize;
         tokens.reserve_exact(max_tokens);
         let blocks_max = kv_tokens_max(prompt_len, max_tokens).div_ceil(config.page_tokens);
-        // What is generated sparsely has KV that only this request would compute.
-        let shareable_tokens = match sparse {
-            None => config.shareable_tokens(prompt_len),
-            Some(_) => config.shareable_tokens(prompt_len).min(prompt_len),
+        let shareable_tokens = config.shareable_tokens(prompt_len);
+        let kv = |shareable_tokens| kv::Sequence::new(0, shareable_tokens, arrival, blocks_max);
+        let kv = match (sparse, reuse) {
+            (None, _) => kv(shareable_tokens),
+            // What is generated sparsely has KV that only this request would compute.
+            (Some(_), None) => kv(shareable_tokens.min(prompt_len)),
+            (Some(sparse), Some(budget)) => {
+                let kind = kinds.number(sparse.method, budget);
+                kv(shareable_tokens.min(prompt_len)).of_kind(kind, shareable_tokens)
+            }
         };
         Sequence {
             id,
@@ -137,7 +145,7 @@ impl Sequence {
             sparse,
             tokens,
             prompt_len,
-            kv: kv::Sequence::new(0, shareable_tokens, arrival, blocks_max),
+            kv,
             attended: Attended::default(),
             guard: Guard::default(),
             parked: false,
@@ -288,6 +296,7 @@ impl Sequence {
 
     /// Ends the sequence: its blocks are released and its client gets the last update.
     pub(crate) fn close(&mut self, outcome: Outcome, kv: &mut KvCache, now: Duration, metrics: &Metrics) {
+        kv.hand_on(&mut self.kv, &self.tokens);
         kv.free(&mut self.kv);
         self.place = None;
         tracing::debug!(

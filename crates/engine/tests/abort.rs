@@ -53,6 +53,7 @@ fn serve_with_a_broken_runner() {
         stopping: Stopping { max_tokens: 2, min_tokens: 0, end_tokens: vec![] },
         logprobs: None,
         prompt_logprobs: None,
+        reuse: None,
         sparse: None,
     };
     handle.submit(request, Box::new(Nobody)).expect("the request fits");

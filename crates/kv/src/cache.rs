@@ -3,7 +3,7 @@
 use ops::{BlockIndex, SeatIndex};
 
 use crate::pool::{Counts, Pool};
-use crate::prefix::{Parent, PrefixCache};
+use crate::prefix::{Owner, Parent, PrefixCache};
 use crate::sequence::Sequence;
 
 /// There are fewer free and cached blocks than asked for; nothing was changed.
@@ -132,24 +132,77 @@ impl KvCache {
     /// Gives an empty `sequence` the longest cached prefix of `tokens`, in whole runs, and returns its length in
     /// tokens. At least one token is left over, because only running a token yields the logits after it.
     ///
+    /// A prefix is made of what everybody may find, then of what its kind may, then of its own. Of those of one length it gets that
+    /// of which everybody may find most.
+    ///
     /// # Panics
     /// When the sequence has blocks already.
     pub fn match_prefix(&mut self, sequence: &mut Sequence, tokens: &[u32]) -> usize {
         assert!(sequence.blocks.is_empty(), "a prefix is matched before anything is reserved");
-        let limit = tokens.len().saturating_sub(1);
-        let mut parent = Parent::Start(sequence.salt);
-        for run in tokens[..limit].chunks_exact(self.shared_blocks * self.page_tokens) {
-            let owner = sequence.owner_of(sequence.blocks.len() / self.shared_blocks, run.len());
-            let Some(first) = self.tree.find(parent, run, owner) else { break };
-            for block in self.tree.blocks_of(first) {
-                self.pool.share(block);
-                push(&mut sequence.blocks, block);
-            }
-            parent = Parent::Block(first);
+        let known = &tokens[..tokens.len().saturating_sub(1)];
+        let mut common = 0;
+        while self.extend(sequence, known, true) {
+            common += 1;
         }
+        // What a kind may find can branch off anywhere. No block is in two branches, so all of them are no longer than the pool.
+        let first = if sequence.kind.is_some() { 0 } else { common };
+        let mut best = (common, 0);
+        for branch in (first..=common).rev() {
+            sequence.blocks.truncate(branch * self.shared_blocks);
+            while self.extend(sequence, known, false) {}
+            if sequence.blocks.len() > best.1 {
+                best = (branch, sequence.blocks.len());
+            }
+        }
+        if best.0 != first {
+            sequence.blocks.clear();
+            while sequence.blocks.len() < best.0 * self.shared_blocks && self.extend(sequence, known, true) {}
+            while self.extend(sequence, known, false) {}
+        }
+        for &block in &sequence.blocks {
+            self.pool.share(block);
+        }
+        let run_tokens = self.shared_blocks * self.page_tokens;
+        let others = sequence.blocks.len() > best.0 * self.shared_blocks;
+        sequence.common_tokens = if others {
+            sequence.shareable_tokens.min(best.0 * run_tokens)
+        } else {
+            sequence.shareable_tokens
+        };
         sequence.num_published = sequence.blocks.len();
         sequence.num_tokens = sequence.blocks.len() * self.page_tokens;
         sequence.num_tokens
+    }
+
+    /// Appends to the table of `sequence` the run that continues it with `tokens`: one for everybody if `common`, else one of its
+    /// kind or its own. Returns whether there is one.
+    fn extend(&self, sequence: &mut Sequence, tokens: &[u32], common: bool) -> bool {
+        let run_tokens = self.shared_blocks * self.page_tokens;
+        let start = sequence.blocks.len() * self.page_tokens;
+        let Some(run) = tokens.get(start..start + run_tokens) else { return false };
+        let shareable = start + run_tokens <= sequence.shareable_tokens;
+        let (parent, last) = match sequence.blocks.last() {
+            None => (Parent::Start(sequence.salt), Owner::All),
+            Some(&block) => {
+                let first = self.tree.first_of(block);
+                (Parent::Block(first), self.tree.owner(first))
+            }
+        };
+        let find = |owner| self.tree.find(parent, run, owner);
+        let found = if common {
+            shareable.then(|| find(Owner::All)).flatten()
+        } else {
+            let own = (last != Owner::All || !shareable).then_some(Owner::One(sequence.owner));
+            let kind = sequence.kind.map(|(kind, _)| Owner::Kind(kind));
+            let kind = kind.filter(|_| shareable && !matches!(last, Owner::One(_)));
+            // Its own first: what it computed itself, and all that follows.
+            own.and_then(find).or_else(|| kind.and_then(find))
+        };
+        let Some(first) = found else { return false };
+        for block in self.tree.blocks_of(first) {
+            push(&mut sequence.blocks, block);
+        }
+        true
     }
 
     /// Makes the block table of `sequence` long enough for `num_tokens` tokens in all, evicting cached blocks, the
@@ -200,19 +253,44 @@ impl KvCache {
         let run_tokens = self.shared_blocks * self.page_tokens;
         let num_sealed = tokens.len().min(saved_tokens) / run_tokens;
         for i in sequence.num_published / self.shared_blocks..num_sealed {
-            self.publish(sequence, i, &tokens[i * run_tokens..][..run_tokens]);
+            let owner = sequence.owner_of((i + 1) * run_tokens);
+            self.publish(sequence, i, &tokens[i * run_tokens..][..run_tokens], owner);
         }
     }
 
-    /// Run `i` of `sequence` enters the tree, or gives way to its twin there.
-    fn publish(&mut self, sequence: &mut Sequence, i: usize, tokens: &[u32]) {
+    /// Leaves to its kind what `sequence`, of these `tokens`, alone may find; comes before [`KvCache::free`]. Until then no KV of
+    /// others takes the place of its own.
+    pub fn hand_on(&mut self, sequence: &mut Sequence, tokens: &[u32]) {
+        let Some((kind, kind_tokens)) = sequence.kind else { return };
+        let run_tokens = self.shared_blocks * self.page_tokens;
+        let num_runs = sequence.num_published / self.shared_blocks;
+        let is_own = |i: usize| {
+            let first = sequence.blocks[i * self.shared_blocks];
+            matches!(self.tree.owner(first), Owner::One(_)).then_some(first)
+        };
+        let start = num_runs - (0..num_runs).rev().map_while(is_own).count();
+        let last = (start < num_runs).then(|| sequence.blocks[(num_runs - 1) * self.shared_blocks]);
+        // When it went on it may have left a last run aside, which nobody will find and which has to follow its parent.
+        if last.is_none_or(|last| self.tree.has_children(last)) {
+            return;
+        }
+        for i in (start..num_runs).rev() {
+            self.tree.remove(sequence.blocks[i * self.shared_blocks]);
+        }
+        sequence.num_published = start * self.shared_blocks;
+        for i in start..num_runs.min(kind_tokens / run_tokens) {
+            self.publish(sequence, i, &tokens[i * run_tokens..][..run_tokens], Owner::Kind(kind));
+        }
+    }
+
+    /// Run `i` of `sequence` enters the tree as `owner`'s, or gives way to its twin there.
+    fn publish(&mut self, sequence: &mut Sequence, i: usize, tokens: &[u32], owner: Owner) {
         let start = i * self.shared_blocks;
         assert_eq!(start, sequence.num_published, "blocks are published in order");
         let parent = match i {
             0 => Parent::Start(sequence.salt),
             _ => Parent::Block(sequence.blocks[start - self.shared_blocks]),
         };
-        let owner = sequence.owner_of(i, tokens.len());
         let blocks = &mut sequence.blocks[start..start + self.shared_blocks];
         match self.tree.find(parent, tokens, owner) {
             None => self.tree.insert(blocks, parent, tokens, owner),
@@ -247,7 +325,6 @@ impl KvCache {
 
     /// The last block goes first, so that in order of release children come before parents.
     fn release(&mut self, sequence: &mut Sequence, end: End) {
-        let run_tokens = self.shared_blocks * self.page_tokens;
         while let Some(block) = sequence.blocks.pop() {
             let i = sequence.blocks.len();
             if i >= sequence.num_published {
@@ -259,7 +336,7 @@ impl KvCache {
             // What it found of its own when it went on may have more behind it, which it did not take.
             let forget = !self.tree.has_children(first)
                 && match end {
-                    End::Free => sequence.owner_of(i / self.shared_blocks, run_tokens) != 0,
+                    End::Free => matches!(self.tree.owner(first), Owner::One(_)),
                     End::Suspend => false,
                     End::Discard => self.pool.owners(block) == 1,
                 };
@@ -274,6 +351,7 @@ impl KvCache {
         }
         sequence.num_published = 0;
         sequence.num_tokens = 0;
+        sequence.common_tokens = sequence.shareable_tokens;
         self.leave_seat(sequence);
     }
 

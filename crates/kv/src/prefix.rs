@@ -18,12 +18,22 @@ pub(crate) enum Parent {
     Block(BlockIndex),
 }
 
+/// Who may find a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Owner {
+    /// Everybody: its KV follows from its tokens.
+    All,
+    /// Sequences of this kind.
+    Kind(u64),
+    /// One sequence.
+    One(u64),
+}
+
 struct Entry {
     /// Hash of this run's tokens, of everything before them, and of whose it is.
     hash: u64,
     parent: Parent,
-    /// The only sequence that may find it; 0 for all.
-    owner: u64,
+    owner: Owner,
     num_children: u32,
 }
 
@@ -64,8 +74,8 @@ impl PrefixCache {
         self.hash_mask = mask;
     }
 
-    /// The run that holds `tokens` after `parent`, for everybody (`owner` 0) or for one sequence.
-    pub(crate) fn find(&self, parent: Parent, tokens: &[u32], owner: u64) -> Option<BlockIndex> {
+    /// The run that holds `tokens` after `parent` and is `owner`'s.
+    pub(crate) fn find(&self, parent: Parent, tokens: &[u32], owner: Owner) -> Option<BlockIndex> {
         assert_eq!(tokens.len(), self.run_blocks * self.page_tokens, "only sealed blocks are in the tree");
         let holds = |first: BlockIndex| {
             let mut pages = tokens.chunks_exact(self.page_tokens);
@@ -92,7 +102,7 @@ impl PrefixCache {
     }
 
     /// Adds a run of sealed blocks. Its content must not be in the tree yet.
-    pub(crate) fn insert(&mut self, blocks: &[BlockIndex], parent: Parent, tokens: &[u32], owner: u64) {
+    pub(crate) fn insert(&mut self, blocks: &[BlockIndex], parent: Parent, tokens: &[u32], owner: Owner) {
         assert_eq!(blocks.len(), self.run_blocks, "runs are whole");
         let in_tree = blocks.iter().find(|block| self.contains(**block));
         assert_eq!(in_tree, None, "a block is in the tree once");
@@ -137,6 +147,11 @@ impl PrefixCache {
         self.entry(block).num_children > 0
     }
 
+    /// Who may find the run that begins with `block`.
+    pub(crate) fn owner(&self, block: BlockIndex) -> Owner {
+        self.entry(block).owner
+    }
+
     fn entry(&self, block: BlockIndex) -> &Entry {
         self.entries[block.at()].as_ref().expect("a block of the tree")
     }
@@ -149,7 +164,7 @@ impl PrefixCache {
         &self.tokens[block.at() * self.page_tokens..][..self.page_tokens]
     }
 
-    fn hash(&self, parent: Parent, tokens: &[u32], owner: u64) -> u64 {
+    fn hash(&self, parent: Parent, tokens: &[u32], owner: Owner) -> u64 {
         let mut hasher = DefaultHasher::new();
         match parent {
             Parent::Start(salt) => salt.hash(&mut hasher),

@@ -2,13 +2,16 @@
 
 use ops::{BlockIndex, SeatIndex};
 
+use crate::prefix::Owner;
+
 /// Which blocks hold the KV of one sequence. [`crate::KvCache`] changes it; the last thing done to it must be
 /// [`crate::KvCache::free`], since a sequence that is dropped with blocks leaks them.
 ///
 /// Who owns what, as half-open ranges of the table:
 ///
 /// ```text
-/// [0, num_published)            in the prefix cache: up to shareable_tokens possibly shared with other sequences, then its own
+/// [0, num_published)            in the prefix cache: up to shareable_tokens possibly shared with other sequences, its kind's among
+///                              them, then its own
 /// [num_published, blocks.len()) this sequence's alone
 /// ```
 ///
@@ -20,7 +23,11 @@ pub struct Sequence {
     pub(crate) num_tokens: usize,
     pub(crate) salt: u64,
     pub(crate) shareable_tokens: usize,
+    /// Blocks that it makes are everybody's below this; lower than `shareable_tokens` where it goes on from KV of its kind.
+    pub(crate) common_tokens: usize,
     pub(crate) owner: u64,
+    /// Its kind, and below which position it leaves its own blocks to it.
+    pub(crate) kind: Option<(u64, usize)>,
     pub(crate) seat: Option<SeatIndex>,
 }
 
@@ -36,14 +43,22 @@ impl Sequence {
             num_tokens: 0,
             salt,
             shareable_tokens,
+            common_tokens: shareable_tokens,
             owner,
+            kind: None,
             seat: None,
         }
     }
 
-    /// Who may find run `i` of so many tokens each, once it is sealed: 0 for everybody.
-    pub(crate) fn owner_of(&self, i: usize, run_tokens: usize) -> u64 {
-        if (i + 1) * run_tokens <= self.shareable_tokens { 0 } else { self.owner }
+    /// The same, and one of a `kind`: below `shareable_tokens` it goes on from blocks that others of the kind left
+    /// ([`crate::KvCache::hand_on`]), and it leaves its own below `kind_tokens` to them. What follows from such KV is not for everybody.
+    pub fn of_kind(self, kind: u64, kind_tokens: usize) -> Self {
+        Sequence { kind: Some((kind, kind_tokens)), ..self }
+    }
+
+    /// Who may find a run that ends at `end`, once it is sealed.
+    pub(crate) fn owner_of(&self, end: usize) -> Owner {
+        if end <= self.common_tokens { Owner::All } else { Owner::One(self.owner) }
     }
 
     /// The block table, one entry per block from position 0.

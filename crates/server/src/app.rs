@@ -33,6 +33,8 @@ pub struct App {
     pub policies: sparse::Served,
     /// Budget of requests that name none.
     pub budget: sparse::Budget,
+    /// Whether requests go on from the KV of sparse answers to others of the same policy, options and budget.
+    pub reuses_answers: bool,
     /// Bytes of a page in the HBM tier; `None` in unified memory.
     pub hbm_page_bytes: Option<u64>,
     /// Bounds on single requests.

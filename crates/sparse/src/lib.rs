@@ -26,6 +26,8 @@ mod served;
 mod shadowkv;
 mod streaming;
 pub mod trace;
+#[cfg(test)]
+mod worked_example;
 
 use ops::sparse::{DigestSpec, Method};
 

@@ -2,7 +2,9 @@
 
 use kv::QuotaRule;
 
-use super::fake_runner::{NAN_TOKEN, expected_answer, expected_prompt_logprobs};
+use sparse::Budget;
+
+use super::fake_runner::{NAN_TOKEN, expected, expected_after, expected_answer, expected_prompt_logprobs};
 use super::support::{Bench, Listener, config, prompt, request, sparse};
 use crate::config::{Config, TierShare};
 use crate::engine::Event;
@@ -145,6 +147,57 @@ fn a_preempted_answer_goes_on_where_it_was() {
     assert!(bench.engine.kv_counts().cached <= 2 * 3, "what is left are prompts, in whole blocks");
 }
 
+/// Two turns of a chat and a third request. By default what was generated sparsely is computed again and every answer is that of a
+/// server that keeps nothing; who asks for it takes it over from requests that asked for the same.
+#[test]
+fn the_next_turn_goes_on_from_a_sparse_answer_if_it_says_so() {
+    let ask = |prompt: &[u32], partition_tokens, budget, reuse| Request {
+        sparse: Some(sparse(partition_tokens, budget)),
+        reuse,
+        ..request(prompt.to_vec(), 20)
+    };
+    let half = Some(Budget::Share(0.5));
+    let mut exact = Bench::new(config(60));
+    let mut fast = Bench::new(config(60));
+    let mut nothing = Bench::new(Config { prefix_cache: false, ..config(60) });
+    let run = |bench: &mut Bench, request: &Request| {
+        let (_, listener) = bench.start(request.clone());
+        bench.finish();
+        (listener.tokens(), usage(&listener).cached_tokens)
+    };
+    let first = ask(&prompt(0, 30), 2, 15, None);
+    let (answer, _, kv) = expected(&first, 200, None);
+    for (bench, reuse) in [(&mut exact, None), (&mut fast, half), (&mut nothing, None)] {
+        assert_eq!(run(bench, &Request { reuse, ..first.clone() }).0, answer);
+    }
+    let turn = [first.prompt.as_slice(), &answer, &prompt(1, 10)].concat();
+
+    // Its budget is another one in tokens. 49 tokens of the first turn have KV, 6 blocks are sealed, 3 of them of the prompt alone.
+    let second = ask(&turn, 2, 30, None);
+    let (by_definition, ..) = expected(&second, 200, None);
+    assert_eq!(run(&mut exact, &second), (by_definition.clone(), 24));
+    assert_eq!(run(&mut nothing, &second), (by_definition.clone(), 0));
+    let second = Request { reuse: half, ..second };
+    let (taken_over, _, second_kv) = expected_after(&kv[..48], &second, 200, None);
+    assert_ne!(taken_over, by_definition);
+    assert_eq!(run(&mut fast, &second), (taken_over.clone(), 48));
+
+    // Of another method, budget or none: nothing of the answer, and nothing of what follows it.
+    for other in
+        [ask(&turn, 4, 30, half), ask(&turn, 2, 30, Some(Budget::Tokens(30))), ask(&turn, 2, 30, None)]
+    {
+        assert_eq!(run(&mut fast, &other).0, expected(&other, 200, None).0);
+    }
+    let dense = request(turn.clone(), 20);
+    assert_eq!(run(&mut fast, &dense).0, expected_answer(&dense, 200).0);
+
+    // The third turn finds the second one, prompt and answer, behind KV of the first.
+    let third = [turn.as_slice(), &taken_over, &prompt(2, 5)].concat();
+    let third = ask(&third, 2, 44, half);
+    let (expected, ..) = expected_after(&second_kv[..72], &third, 200, None);
+    assert_eq!(run(&mut fast, &third), (expected, 72));
+}
+
 #[test]
 fn nobody_overtakes_the_head_of_the_queue() {
     let mut bench = Bench::new(config(20));
@@ -157,6 +210,21 @@ fn nobody_overtakes_the_head_of_the_queue() {
     bench.handle(Event::Abort(running));
     bench.finish();
     assert_eq!((large.tokens().len(), small.tokens().len()), (5, 5));
+}
+
+#[test]
+fn blocks_are_told_in_bytes_too() {
+    let mut bench = Bench::new(config(40));
+    let bytes = |bench: &Bench| {
+        let of = |state| bench.metric("sparseserve_dram_bytes", Some(state));
+        [bench.metric("sparseserve_dram_capacity_bytes", None), of("used"), of("cached")]
+    };
+    assert_eq!(bytes(&bench), [40e3, 0.0, 0.0]);
+    bench.start(request(prompt(0, 20), 5));
+    bench.step();
+    assert_eq!(bytes(&bench), [40e3, 3e3, 0.0]);
+    bench.finish();
+    assert_eq!(bytes(&bench), [40e3, 0.0, 3e3], "24 tokens were run");
 }
 
 #[test]
@@ -370,6 +438,23 @@ fn pages_are_counted_once() {
     assert!(usages.iter().all(|u| u.pages.resident_peak == 5 && u.pages.stall_nanos > 0));
     assert_eq!(bench.metric("sparseserve_hbm_frames", Some("empty")), 32.0 * 6.0);
     assert!(bench.metric("sparseserve_kv_stall_seconds_total", None) > 0.0);
+}
+
+/// Also when no step follows, because it was the last request.
+#[test]
+fn who_is_aborted_leaves_hbm_at_once() {
+    let tier =
+        TierShare { extents: 12, layers: 2, kv_heads: 2, rule: QuotaRule::Adaptive, digest_places: 99 };
+    let mut bench = Bench::new(Config { tier: Some(tier), ..config(20) });
+    let resident = |bench: &Bench| bench.metric("sparseserve_hbm_frames", Some("resident"));
+    for event in [Event::Abort, Event::Stop, |_| Event::Shutdown] {
+        let (id, _) = bench.start(request(prompt(0, 30), 40));
+        (0..4).for_each(|_| bench.step());
+        assert_eq!(resident(&bench), 5.0);
+        bench.handle(event(id));
+        assert!(!bench.engine.has_work());
+        assert_eq!(resident(&bench), 0.0);
+    }
 }
 
 /// HBM with the digests of one long request: the others wait with their blocks, and lose them only where DRAM is short, too.

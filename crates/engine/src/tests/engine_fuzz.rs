@@ -3,6 +3,7 @@
 
 use kv::QuotaRule;
 use ops::Random;
+use sparse::Budget;
 
 use super::fake_runner::{Fault, Kv, Prediction, expected, expected_prompt_logprobs};
 use super::support::{Bench, Listener, config, prompt, request, sparse};
@@ -13,7 +14,7 @@ use crate::request::{FinishReason, Request, RequestId, TokenLogprobs, Update};
 
 #[derive(Debug)]
 enum Op {
-    Submit(Box<Request>, Option<usize>),
+    Submit(Box<Request>, Option<usize>, std::ops::Range<usize>),
     Abort(RequestId),
     Stop(RequestId),
     Step,
@@ -22,6 +23,8 @@ enum Op {
 struct Live {
     id: RequestId,
     request: Request,
+    /// Tokens of its prompt that are an answer to somebody else.
+    answered: std::ops::Range<usize>,
     listener: Listener,
     impatient: bool,
     cancelled: bool,
@@ -32,11 +35,19 @@ struct Live {
 struct Seen {
     answers: usize,
     cached_tokens: u32,
+    /// Tokens of sparse answers that later requests took over.
+    taken_over: usize,
     preemptions: u32,
     parked: f64,
     evictions: f64,
     /// Of guards: checks, doubled budgets, and requests that attended to everything in the end.
     guarded: [f64; 3],
+}
+
+/// What somebody may go on from.
+struct Ended {
+    request: Request,
+    answer: Vec<u32>,
 }
 
 fn random_config(random: &mut Random) -> Config {
@@ -100,6 +111,11 @@ fn random_request(random: &mut Random, config: &Config, live: &[Live]) -> Reques
     let sparse_of_four = if config.tier.is_some() { 3 } else { 2 };
     request.sparse =
         (random.below(4) < sparse_of_four).then(|| sparse(1 + random.below(2), random.below(60) as u32));
+    // Who reuses answers says so, mostly with the same budget as the others.
+    request.reuse = request.sparse.filter(|_| random.below(3) == 0).map(|_| match random.below(4) {
+        0 => Budget::Share(0.25),
+        _ => Budget::Tokens(20),
+    });
     request.logprobs = (random.below(5) == 0).then(|| random.below(6) as u32);
     let max_tokens = &mut request.stopping.max_tokens;
     if random.below(6) == 0 {
@@ -111,11 +127,29 @@ fn random_request(random: &mut Random, config: &Config, live: &[Live]) -> Reques
     request
 }
 
-fn draw(random: &mut Random, config: &Config, live: &[Live]) -> Op {
+/// The next turn after `before`: what it asked, what it was answered, and something new; with where the answer is.
+fn next_turn(random: &mut Random, before: &Ended) -> (Request, std::ops::Range<usize>) {
+    let Ended { request: asked, answer } = before;
+    let mut tokens = [asked.prompt.as_slice(), answer].concat();
+    let answered = asked.prompt.len()..tokens.len();
+    tokens.extend((0..1 + random.below(9)).map(|_| random.below(40) as u32));
+    (
+        Request { sparse: asked.sparse, reuse: asked.reuse, ..request(tokens, 1 + random.below(30) as u32) },
+        answered,
+    )
+}
+
+fn draw(random: &mut Random, config: &Config, live: &[Live], ended: &[Ended]) -> Op {
+    if !ended.is_empty() && random.below(9) == 0 {
+        let before = &ended[random.below(ended.len())];
+        let (request, answered) = next_turn(random, before);
+        return Op::Submit(Box::new(request), None, answered);
+    }
     match random.below(20) {
         0..6 => Op::Submit(
             Box::new(random_request(random, config, live)),
             (random.below(12) == 0).then(|| random.below(12)),
+            0..0,
         ),
         6 if !live.is_empty() => Op::Abort(live[random.below(live.len())].id),
         7 if !live.is_empty() => Op::Stop(live[random.below(live.len())].id),
@@ -123,8 +157,28 @@ fn draw(random: &mut Random, config: &Config, live: &[Live]) -> Op {
     }
 }
 
+/// An answer that goes on from others' depends on what was there. The runner has seen that it was KV of its own tokens and kind.
+fn check_reuse(live: &Live, config: &Config, seen: &mut Seen) {
+    let Live { request, listener, answered, .. } = live;
+    let Some(Update::Finished { usage, .. }) = listener.end() else {
+        assert!(live.cancelled || live.impatient, "{request:?} was answered");
+        return;
+    };
+    assert_eq!(usage.generated_tokens as usize, listener.tokens().len());
+    assert!(usage.cached_tokens < usage.prompt_tokens);
+    let limit =
+        config.prefix_limit.map_or(usize::MAX, |limit| if request.prompt.len() > limit { 0 } else { limit });
+    assert!(usage.cached_tokens as usize <= if config.prefix_cache { limit } else { 0 });
+    if !answered.is_empty() {
+        seen.taken_over += (usage.cached_tokens as usize).min(answered.end).saturating_sub(answered.start);
+    }
+}
+
 fn check_answer(live: &Live, config: &Config, seen: &mut Seen) {
     let Live { request, listener, .. } = live;
+    if request.reuse.is_some() {
+        return check_reuse(live, config, seen);
+    }
     let (answer, reason, kv) = expected(request, config.max_context, guard_of(config));
     let tokens = listener.tokens();
     let end = listener.end();
@@ -200,16 +254,18 @@ fn fuzz(seed: u64, num_ops: usize, fault: Option<Fault>) -> Seen {
     let mut bench = Bench::new(config.clone());
     bench.engine.runner.fault = fault;
     let mut live: Vec<Live> = Vec::new();
+    let mut done: Vec<Ended> = Vec::new();
     let mut seen = Seen::default();
     for _ in 0..num_ops {
-        match draw(&mut random, &config, &live) {
-            Op::Submit(request, patience) => {
+        match draw(&mut random, &config, &live, &done) {
+            Op::Submit(request, patience, answered) => {
                 let listener = patience.map_or_else(Listener::default, Listener::impatient);
                 // Some can never fit, and are refused.
                 if let Ok(id) = bench.submit((*request).clone(), &listener) {
                     live.push(Live {
                         id,
                         request: *request,
+                        answered,
                         listener,
                         impatient: patience.is_some(),
                         cancelled: false,
@@ -231,9 +287,11 @@ fn fuzz(seed: u64, num_ops: usize, fault: Option<Fault>) -> Seen {
             let ended = l.listener.end().is_some();
             if ended {
                 check_answer(l, &config, &mut seen);
+                done.push(Ended { request: l.request.clone(), answer: l.listener.tokens() });
             }
             !ended
         });
+        done.drain(..done.len().saturating_sub(3));
     }
     bench.finish();
     let sparse_rows_max = bench.engine.runner.sparse_rows_max;
@@ -264,6 +322,7 @@ fn answers_do_not_depend_on_what_else_runs() {
         let seen = fuzz(seed, 600, None);
         total.answers += seen.answers;
         total.cached_tokens += seen.cached_tokens;
+        total.taken_over += seen.taken_over;
         total.preemptions += seen.preemptions;
         total.evictions += seen.evictions;
         total.parked += seen.parked;
@@ -272,6 +331,7 @@ fn answers_do_not_depend_on_what_else_runs() {
     println!("{total:?}");
     assert!(total.answers > 5000, "{total:?}");
     assert!(total.cached_tokens > 1000 && total.preemptions > 100 && total.evictions > 1000.0, "{total:?}");
+    assert!(total.taken_over > 300, "{total:?}");
     assert!(total.parked > 10.0, "{total:?}");
     assert!(total.guarded.iter().all(|&n| n > 100.0), "{total:?}");
 }

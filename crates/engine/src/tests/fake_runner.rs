@@ -32,7 +32,12 @@ fn tag(attention: Attention, sparse: Option<Sparse>, prompt_len: usize, position
     }
     let mut hasher = DefaultHasher::new();
     (budget, sparse.method.partition_tokens, prompt_len).hash(&mut hasher);
-    hasher.finish() | 1
+    hasher.finish() << 16 | (sparse.method.partition_tokens as u64) << 1 | 1
+}
+
+/// Of a tag that is not 0: tokens per partition of its method.
+fn partition_of(tag: u64) -> usize {
+    (tag >> 1 & 0x7fff) as usize
 }
 
 /// The tag of a token of `request`, with another budget than its own if `budget` says so.
@@ -167,8 +172,19 @@ pub fn expected(
     max_context: usize,
     guard: Option<(&GuardRule, usize)>,
 ) -> (Vec<u32>, FinishReason, Vec<Kv>) {
+    expected_after(&[], request, max_context, guard)
+}
+
+/// The same where the request goes on from KV of others.
+pub fn expected_after(
+    taken: &[Kv],
+    request: &Request,
+    max_context: usize,
+    guard: Option<(&GuardRule, usize)>,
+) -> (Vec<u32>, FinishReason, Vec<Kv>) {
     let mut context = request.prompt.clone();
     let mut kv = known_kv(request, &context);
+    kv[..taken.len()].copy_from_slice(taken);
     let mut answer = Vec::new();
     let mut guard = guard.zip(request.sparse).map(|((rule, page_tokens), sparse)| NaiveGuard {
         rule,
@@ -316,6 +332,10 @@ impl Runner for FakeRunner {
                 local.unwrap_or_else(|| self.kv[slot(table, p)].expect("a slot is written before it is read"))
             });
             self.context.extend(read);
+            if let Some(sparse) = sparse_of(batch, sequence) {
+                let own = |kv: &Kv| kv.1 == 0 || partition_of(kv.1) == sparse.method.partition_tokens;
+                assert!(self.context.iter().all(own), "KV of answers is for requests of the same kind");
+            }
             if let Some(asked) = inspections.asked.iter().find(|i| i.seat == sequence.seat)
                 && sample.forced.is_none()
             {

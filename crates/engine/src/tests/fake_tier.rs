@@ -113,8 +113,9 @@ impl FakeTier {
         self.seats.get(&seat).map_or(0, |seat| seat.saved)
     }
 
+    /// Each seat that was not released holds 5 frames.
     pub fn state(&self) -> TierState {
-        self.state
+        TierState { cache_used: 5 * self.seats.len() as u64, ..self.state }
     }
 
     pub fn counters(&self, seat: SeatIndex) -> (SeatCounters, usize) {

@@ -6,4 +6,4 @@ mod engine_fuzz;
 mod fake_runner;
 mod fake_tier;
 mod handle;
-mod support;
+pub(crate) mod support;

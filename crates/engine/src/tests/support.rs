@@ -16,6 +16,9 @@ use crate::metrics::Metrics;
 use crate::request::{Disconnected, Refusal, Request, RequestId, Sink, Sparse, Stopping, Update};
 use crate::sequence::Submission;
 
+/// Of a block in DRAM.
+pub const BLOCK_BYTES: u64 = 1000;
+
 pub fn config(num_blocks: usize) -> Config {
     Config {
         max_num_seqs: 8,
@@ -47,6 +50,7 @@ pub fn request(prompt: Vec<u32>, max_tokens: u32) -> Request {
         logprobs: None,
         prompt_logprobs: None,
         sparse: None,
+        reuse: None,
     }
 }
 
@@ -124,6 +128,7 @@ impl Bench {
     pub fn new(config: Config) -> Self {
         let registry = Registry::new();
         let metrics = Arc::new(Metrics::new(&registry).unwrap());
+        metrics.set_block_bytes(BLOCK_BYTES);
         let mut runner = FakeRunner::new(config.num_blocks, config.page_tokens);
         runner.tier = config.tier.map(|tier| FakeTier::new(9, config.page_tokens, &tier));
         Bench { engine: Engine::new(config, metrics, runner), registry, now: Cell::new(0), num_submitted: 0 }

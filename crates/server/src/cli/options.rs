@@ -87,6 +87,9 @@ pub struct EngineOptions {
     #[arg(long, env = "SPARSESERVE_NO_PREFIX_CACHE", num_args = 0..=1, require_equals = true)]
     #[arg(default_missing_value = "true", value_parser = boolean, value_name = "BOOL")]
     pub no_prefix_cache: Option<bool>,
+    /// What the next turn of a chat does about a sparse answer: compute it again, or go on from its KV [default: exact]
+    #[arg(long, value_enum, env = "SPARSESERVE_PREFIX_REUSE")]
+    pub prefix_reuse: Option<PrefixReuseChoice>,
     #[command(flatten)]
     #[serde(flatten)]
     pub sparse: SparseOptions,
@@ -98,7 +101,7 @@ pub struct EngineOptions {
 #[command(next_help_heading = "Sparse attention")]
 pub struct SparseOptions {
     /// What generated tokens attend to unless a request says otherwise: dense, streaming, random, quest, arkvale,
-    /// shadowkv, retroinfer, seerattention, replay (for benches of caches), or auto: dense for prompts below 8192 tokens, else arkvale
+    /// shadowkv, retroinfer, seerattention, replay (for benches of caches, not for serve), or auto: dense for prompts below 8192 tokens, else arkvale
     /// [default: auto; bench, eval: dense]
     #[arg(long, value_name = "NAME", env = "SPARSESERVE_POLICY")]
     pub policy: Option<String>,
@@ -107,7 +110,7 @@ pub struct SparseOptions {
     #[serde(deserialize_with = "one_or_many")]
     pub policies: Option<Vec<String>>,
     /// Tokens that a generated token attends to per layer and KV head at most, or a share of the prompt: 1024, 12.5%
-    /// [default: 1024]
+    /// [default: 12.5% with --policy auto, else 1024]
     #[arg(long, value_name = "TOKENS|%", env = "SPARSESERVE_BUDGET")]
     #[serde(deserialize_with = "text_or_number")]
     pub budget: Option<String>,
@@ -214,6 +217,16 @@ impl EvictionChoice {
             EvictionChoice::Global => EvictionRule::Global,
         }
     }
+}
+
+/// `--prefix-reuse`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum PrefixReuseChoice {
+    /// Compute it again: answers are the same as without a prefix cache
+    Exact,
+    /// Go on from the KV of an answer to a request of the same policy, options and budget
+    Fast,
 }
 
 /// `--log-format`
@@ -366,6 +379,7 @@ impl EngineOptions {
             eviction: self.eviction.or(file.eviction),
             buffering: self.buffering.or(file.buffering),
             no_prefix_cache: self.no_prefix_cache.or(file.no_prefix_cache),
+            prefix_reuse: self.prefix_reuse.or(file.prefix_reuse),
             sparse: self.sparse.or(file.sparse),
         }
     }
@@ -447,6 +461,7 @@ mod tests {
             eviction = "exact"
             buffering = "auto"
             no-prefix-cache = true
+            prefix-reuse = "fast"
             policy = "quest"
             policies = ["dense"]
             budget = 9
@@ -471,6 +486,7 @@ mod tests {
         assert_eq!(file.engine.eviction, Some(EvictionChoice::Exact));
         assert_eq!(file.engine.buffering.as_deref(), Some("auto"));
         assert_eq!(file.engine.no_prefix_cache, Some(true));
+        assert_eq!(file.engine.prefix_reuse, Some(PrefixReuseChoice::Fast));
         assert_eq!(file.engine.sparse.policy.as_deref(), Some("quest"));
         assert_eq!(file.engine.sparse.budget.as_deref(), Some("9"));
         assert_eq!((file.engine.sparse.guard_rate, file.engine.sparse.guard_mass), (Some(1.0), Some(0.25)));

@@ -8,6 +8,7 @@ use ops::sample::SamplingParams;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 use serde_json::{Map, Value, json};
+use sparse::Budget;
 use sparseserve::text::{Decoder, RenderInput, Sandbox};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
@@ -54,6 +55,7 @@ pub fn run(args: RunArgs) -> Result<(), Failure> {
         handle,
         text,
         template,
+        reuse: settings.reuses_answers.then_some(settings.sparse.budget),
         sparse: settings.sparse,
         sampling,
         max_tokens,
@@ -121,6 +123,8 @@ struct Chat {
     text: TextSide,
     template: Option<Sandbox>,
     sparse: SparseSettings,
+    /// The budget, where turns go on from the KV of sparse answers.
+    reuse: Option<Budget>,
     sampling: SamplingParams,
     max_tokens: u32,
     runtime: tokio::runtime::Runtime,
@@ -269,6 +273,7 @@ impl Chat {
             logprobs: None,
             prompt_logprobs: None,
             sparse,
+            reuse: self.reuse,
         };
         let id = self.handle.submit(request, Box::new(Channel(sender))).map_err(refused)?;
         let mut text = String::new();

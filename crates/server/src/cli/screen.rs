@@ -42,6 +42,7 @@ impl Screen<'_> {
             max_num_seqs = self.settings.max_num_seqs,
             max_inject_tokens = self.settings.max_inject_tokens,
             prefix_cache = self.settings.prefix_cache,
+            prefix_reuse = if self.settings.reuses_answers { "fast" } else { "exact" },
             policies = self.policies(),
             budget = %self.settings.sparse.budget,
             digest_token_bytes = self.digest_token_bytes(),
@@ -157,7 +158,11 @@ impl fmt::Display for Screen<'_> {
                 )?;
             }
         }
-        let prefix = if self.settings.prefix_cache { "prefix cache" } else { "no prefix cache" };
+        let prefix = match (self.settings.prefix_cache, self.settings.reuses_answers) {
+            (false, _) => "no prefix cache",
+            (true, false) => "prefix cache",
+            (true, true) => "prefix cache with sparse answers",
+        };
         write!(
             f,
             "  steps        up to {} requests and {} prompt tokens; {prefix}, pages of {} tokens",

@@ -32,6 +32,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     let _log = log::start(&log_settings)?;
     let model = ModelChoice::resolve(args.model.as_deref().or(file.model.as_deref()))?;
     let settings = EngineSettings::resolve(args.engine.or(file.engine), MAX_NUM_SEQS)?;
+    settings.sparse.check_clients()?;
     let server = ServerSettings::resolve(args.server.or(file.server), &model)?;
     let source = load::source(&model)?;
     let text = TextSide::read(&source)?;
@@ -122,6 +123,7 @@ async fn answer(
         hbm_page_bytes,
         policies: settings.sparse.served,
         budget: settings.sparse.budget,
+        reuses_answers: settings.reuses_answers,
         body_memory: limits.body_memory(),
         limits,
         api_keys: server.api_keys.into_iter().map(|key| key.0).collect(),

@@ -13,7 +13,7 @@ use super::failure::Failure;
 use super::hub;
 use super::options::{
     ApiKey, CommonOptions, ComputeOptions, DTypeChoice, Device, EngineOptions, EvictionChoice, LogFormat,
-    ServerOptions,
+    PrefixReuseChoice, ServerOptions,
 };
 use super::size::Size;
 use super::sparse::SparseSettings;
@@ -130,6 +130,8 @@ pub struct EngineSettings {
     pub parks: bool,
     /// Whether known beginnings of prompts are taken from the KV pool.
     pub prefix_cache: bool,
+    /// Whether requests go on from the KV of sparse answers.
+    pub reuses_answers: bool,
     /// What generated tokens attend to.
     pub sparse: SparseSettings,
 }
@@ -155,6 +157,13 @@ impl EngineSettings {
         let max_context =
             options.max_context.map(|tokens| within("max-context", tokens, 2..=TOKENS_MAX)).transpose()?;
         let eviction = options.eviction.map_or(EvictionRule::Bucketed, EvictionChoice::rule);
+        let prefix_cache = !options.no_prefix_cache.unwrap_or(false);
+        let reuses_answers = options.prefix_reuse == Some(PrefixReuseChoice::Fast);
+        if reuses_answers && !prefix_cache {
+            return Err(Failure::input(
+                "--prefix-reuse fast: there is nothing to reuse with --no-prefix-cache; leave one of them out",
+            ));
+        }
         Ok(EngineSettings {
             compute: ComputeSettings::resolve(options.compute)?,
             dtype,
@@ -175,7 +184,8 @@ impl EngineSettings {
             eviction,
             parks: true,
             quota_rule: quota_rule(eviction, options.buffering.as_deref())?,
-            prefix_cache: !options.no_prefix_cache.unwrap_or(false),
+            prefix_cache,
+            reuses_answers,
             sparse: SparseSettings::resolve(options.sparse)?,
         })
     }
@@ -295,6 +305,7 @@ mod tests {
     fn defaults() {
         let settings = engine(EngineOptions::default()).expect("defaults resolve");
         assert_eq!((settings.max_num_seqs, settings.page_tokens, settings.prefix_cache), (64, 16, true));
+        assert!(!settings.reuses_answers, "answers are exact");
         assert!(settings.compute.threads >= 1 && settings.compute.isa.available());
         let server =
             ServerSettings::resolve(ServerOptions::default(), &ModelChoice::Demo).expect("defaults resolve");
@@ -339,6 +350,14 @@ mod tests {
                     ..Default::default()
                 },
                 "--buffering 0: there are no quotas with --eviction global",
+            ),
+            (
+                EngineOptions {
+                    no_prefix_cache: Some(true),
+                    prefix_reuse: Some(PrefixReuseChoice::Fast),
+                    ..Default::default()
+                },
+                "--prefix-reuse fast: there is nothing to reuse with --no-prefix-cache",
             ),
             (compute(ComputeOptions { threads: Some(0), ..Default::default() }), "--threads 0"),
             (

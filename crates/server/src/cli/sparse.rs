@@ -16,6 +16,9 @@ use super::size::Size;
 /// Tokens attended to where nobody says how many.
 const BUDGET: Budget = Budget::Tokens(1024);
 
+/// The policy that only benches have a use for.
+const BENCH_POLICY: &str = "replay";
+
 /// What a guard asks for where nobody says: see `docs/policies`.
 const GUARD_MASS: f64 = 0.5;
 const GUARD_BYTES: Size = Size::Bytes(1 << 20);
@@ -97,6 +100,19 @@ impl SparseSettings {
 }
 
 impl SparseSettings {
+    /// Whether all of it is for clients.
+    ///
+    /// # Errors
+    /// A policy that is not.
+    pub fn check_clients(&self) -> Result<(), Failure> {
+        match self.served.names().any(|name| name == BENCH_POLICY) {
+            false => Ok(()),
+            true => Err(Failure::input(format!(
+                "the policy {BENCH_POLICY} selects by lots, for benches of caches; leave it out of --policy and --policies"
+            ))),
+        }
+    }
+
     /// What a request with a prompt of `prompt_tokens` gets if it asks for nothing.
     ///
     /// # Errors

@@ -193,6 +193,7 @@ mod tests {
             hbm_page_bytes: None,
             policies: sparse::Served::dense(),
             budget: sparse::Budget::Tokens(1024),
+            reuses_answers: false,
             body_memory: limits.body_memory(),
             limits,
             api_keys: Vec::new(),

@@ -78,6 +78,7 @@ impl Params {
     pub fn request(&self, prompt: Vec<u32>, max_tokens: u32) -> Request {
         Request {
             sparse: self.sparse.request(prompt.len()),
+            reuse: self.sparse.reuse(),
             prompt,
             sampling: self.sampling.clone(),
             stopping: Stopping {

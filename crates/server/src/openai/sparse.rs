@@ -17,6 +17,8 @@ const OPTIONS_MAX: usize = 32;
 pub struct SparseParams {
     choice: Choice,
     budget: Budget,
+    /// Whether it goes on from answers to others that ask for the same.
+    reuses_answers: bool,
     /// Whether the answer's usage tells what was attended to.
     pub receipt: bool,
 }
@@ -39,17 +41,21 @@ impl SparseParams {
         let dense = own.take("dense")?.unwrap_or(false);
         let receipt = own.take("receipt")?.unwrap_or(false);
         own.finish()?;
-        let choice = match dense {
-            true => Choice::DENSE,
-            false => app.policies.method(policy.as_deref(), &options).map_err(|e| refused("sparse", e))?,
-        };
-        Ok(SparseParams { choice, budget, receipt })
+        // What is overridden must exist, too.
+        let asked = app.policies.method(policy.as_deref(), &options).map_err(|e| refused("sparse", e))?;
+        let choice = if dense { Choice::DENSE } else { asked };
+        Ok(SparseParams { choice, budget, reuses_answers: app.reuses_answers, receipt })
     }
 
     /// What the engine is told for a prompt of `prompt_tokens`.
     pub fn request(&self, prompt_tokens: usize) -> Option<Sparse> {
         let (_, method) = self.choice.for_prompt(prompt_tokens);
         method.map(|method| Sparse { method, budget: self.budget.tokens(prompt_tokens) })
+    }
+
+    /// The budget as it was asked for, where KV of answers is reused.
+    pub fn reuse(&self) -> Option<Budget> {
+        self.reuses_answers.then_some(self.budget)
     }
 
     /// The budget in tokens for such a prompt.

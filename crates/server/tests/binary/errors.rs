@@ -64,6 +64,13 @@ fn flags_and_files() {
     says(&["serve", "--port", "0", "--threads", "5000"], &["--threads 5000", "1024"]);
     says(&["serve", "--port", "0", "--max-waiting", "99999999999999"], &["--max-waiting", "1000000"]);
     says(&["serve", "--port", "0", "--max-context", "1"], &["--max-context 1"]);
+    says(&["serve", "--port", "0", "--policy", "replay"], &["the policy replay", "leave it out of --policy"]);
+    says(&["serve", "--port", "0", "--policies", "quest,replay"], &["the policy replay", "--policies"]);
+    says(&["serve", "--port", "0", "--prefix-reuse", "maybe"], &["maybe", "exact", "fast"]);
+    says(
+        &["serve", "--port", "0", "--prefix-reuse", "fast", "--no-prefix-cache"],
+        &["--prefix-reuse fast", "leave one"],
+    );
     says(&["serve", "--port", "0", "--config", "no-such-file.toml"], &["no-such-file.toml"]);
     let config = tempfile::NamedTempFile::new().unwrap();
     fs::write(config.path(), "prot = 8000\n").unwrap();

@@ -5,6 +5,7 @@ mod cache;
 mod errors;
 mod hub;
 mod process;
+mod reuse;
 mod selection;
 mod server;
 mod tiers;

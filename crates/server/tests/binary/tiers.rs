@@ -121,6 +121,12 @@ fn answers_do_not_depend_on_the_size_of_hbm() {
         assert_eq!(sum("pages_hit"), pages("hit"), "--hbm {hbm}");
         assert_eq!(sum("pages_missed"), pages("miss") + pages("streamed"), "--hbm {hbm}");
         assert!(sum("fetched_bytes") > 0 && pages("saved") > 0, "--hbm {hbm}");
+        // When all have ended, what is left of them is cached.
+        let dram = |name: &str| metric(&metrics, &format!("sparseserve_dram_{name}"));
+        let (capacity, cached) = (dram("capacity_bytes"), dram("bytes{state=\"cached\"}"));
+        assert!(dram("bytes{state=\"used\"}") == 0 && 0 < cached && cached < capacity, "{metrics}");
+        let blocks = |state: &str| metric(&metrics, &format!("sparseserve_kv_blocks{{state=\"{state}\"}}"));
+        assert_eq!(cached * (blocks("free") + blocks("cached")), capacity * blocks("cached"), "{metrics}");
         match hbm {
             "100%" => assert!(pages("hit") > pages("miss") && pages("streamed") < pages("hit"), "{metrics}"),
             "30%" => assert!(pages("hit") > 0, "{metrics}"),

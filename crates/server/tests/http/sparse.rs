@@ -110,6 +110,10 @@ async fn what_cannot_be_is_refused_by_name() {
         (json!({"budget": -1}), 400, "sparse.budget", "the budget is"),
         (json!({"budget": "half"}), 400, "sparse.budget", "the budget is"),
         (json!({"policy": 3}), 422, "sparse.policy", "wrong type"),
+        (json!({"dense": true, "policy": "qest"}), 400, "sparse", "there is no policy"),
+        (json!({"dense": true, "policy": "arkvale"}), 400, "sparse", "it offers quest"),
+        (json!({"dense": true, "options": {"top": 3}}), 400, "sparse", "no option \"top\""),
+        (json!({"dense": true, "options": {"group": "sum"}}), 400, "sparse", "mean or max or query-mean"),
         (json!({"polic": "quest"}), 400, "sparse.polic", "polic"),
         (json!("quest"), 422, "sparse", "wrong type"),
     ] {

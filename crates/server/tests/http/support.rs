@@ -147,6 +147,7 @@ pub async fn start(options: Options) -> Server {
         hbm_page_bytes: None,
         policies: sparse::Served::new(options.policies, &Default::default()).unwrap(),
         budget: sparse::Budget::Tokens(64),
+        reuses_answers: false,
         body_memory: options.limits.body_memory(),
         limits: options.limits,
         api_keys: options.api_keys,

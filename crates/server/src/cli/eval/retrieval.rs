@@ -179,6 +179,7 @@ impl Evaluation {
             logprobs: None,
             prompt_logprobs: None,
             sparse,
+            reuse: None,
         };
         self.handle.submit(request, Box::new(Updates(sender))).map_err(Failure::input)?;
         Ok(Answer { updates })
