@@ -157,25 +157,24 @@ struct Traffic {
     page_tokens: usize,
     /// Tokens of a prefix that are shared as a whole or not at all.
     shared_together: usize,
-    methods: usize,
-    /// Which of the methods is next, and after them everything: by turns, so that a few requests try all.
-    turn: usize,
 }
 
 impl Traffic {
-    /// Lets a request come, with the saved prefix of another now and then.
-    fn arrive(&mut self, saved: impl FnOnce(SeatIndex) -> usize) {
+    /// Lets a request come, with the saved prefix of another now and then. Its method is the one that has selected least, in
+    /// `selected` rows so far, or will soon.
+    fn arrive(&mut self, selected: &[usize], saved: impl FnOnce(SeatIndex) -> usize) {
         let seat = (0..SEATS as u32).map(SeatIndex).find(|s| self.requests.iter().all(|r| r.seat != *s));
         let Some(seat) = seat else { return };
         let random = &mut self.random;
         let prompt = [40, 300, 700, CONTEXT - 60][random.below(4)] + random.below(50);
         let wanted = (prompt + 50).min(CONTEXT).div_ceil(self.page_tokens);
-        let method = self.turn % (self.methods + 1);
         let budget = [0, 64, 200, 600, CONTEXT][random.below(5)] as u32;
-        let attention = if method == self.methods {
-            Attention::Dense
-        } else {
-            Attention::Sparse { method: method as u16, budget }
+        let is_dense = random.below(selected.len() + 1) == 0;
+        let asks_for = |r: &&Request, m: usize| matches!(r.attention, Attention::Sparse { method, .. } if method as usize == m);
+        let tried = |&m: &usize| selected[m] + 20 * self.requests.iter().filter(|r| asks_for(r, m)).count();
+        let attention = match (0..selected.len()).min_by_key(tried) {
+            Some(method) if !is_dense => Attention::Sparse { method: method as u16, budget },
+            _ => Attention::Dense,
         };
         let (mut blocks, mut key) = (Vec::new(), random.next_u64());
         if let (Some(other), true) = (self.requests.first(), random.below(2) == 0) {
@@ -193,7 +192,6 @@ impl Traffic {
         }
         blocks.iter().for_each(|b| self.owners[b.at()] += 1);
         let done = shared * self.page_tokens;
-        self.turn += 1;
         self.requests.push(Request { seat, blocks, shared, saved: 0, prompt, done, attention, key });
     }
 
@@ -419,7 +417,6 @@ fn run<B: Backend>(
         let other = random.below(free.len());
         free.swap(i, other);
     }
-    let turn = random.below(case.methods.len() + 1);
     let mut traffic = Traffic {
         random,
         requests: Vec::new(),
@@ -432,8 +429,6 @@ fn run<B: Backend>(
             .map(|d| d.shared_together(case.page_tokens))
             .max()
             .unwrap_or(case.page_tokens),
-        methods: case.methods.len(),
-        turn,
     };
     let quota_max =
         tiered.backend.tier_state(&tiered.kv).map_or(0, |s| s.cache_frames as usize / 32 / LAYERS);
@@ -456,7 +451,7 @@ fn run<B: Backend>(
             oracle.park(seat, &traffic.requests[request].blocks);
             parked += 1;
         }
-        traffic.arrive(|seat| settle(&mut tiered, &mut oracle, seat));
+        traffic.arrive(selected, |seat| settle(&mut tiered, &mut oracle, seat));
         let step = Step::of(&mut traffic, quota_max);
         if step.tokens.is_empty() {
             continue;
