@@ -1,4 +1,4 @@
-//! A storm against the real server.
+//! A storm against the real server: dense, then with several policies, an HBM tier and a guard.
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -20,14 +20,49 @@ const REQUESTS: usize = 60;
 /// Growth of resident memory that a soak may show after its first minute, in parts of what it was then.
 const GROWTH_MAX: f64 = 0.1;
 
-/// Storms for `duration`, then checks that nothing leaked.
+/// What a request of the second storm may ask for.
+const SPARSE: [&str; 9] = [
+    r#"{}"#,
+    r#"{"budget": 64}"#,
+    r#"{"budget": "20%", "receipt": true}"#,
+    r#"{"policy": "quest", "budget": 128, "options": {"group": "max"}}"#,
+    r#"{"policy": "quest", "budget": 0}"#,
+    r#"{"policy": "shadowkv", "budget": 256, "options": {"outliers": "4", "generated": "16"}}"#,
+    r#"{"policy": "retroinfer", "budget": 200}"#,
+    r#"{"policy": "retroinfer", "budget": 4096, "receipt": true}"#,
+    r#"{"dense": true}"#,
+];
+/// The flags of its server.
+const TIERED: [&str; 10] = [
+    "--policy",
+    "arkvale",
+    "--policies",
+    "quest,shadowkv,retroinfer",
+    "--hbm",
+    "20%",
+    "--guard-rate",
+    "0.01",
+    "--guard-bytes",
+    "64KiB",
+];
+
+/// Storms against a server with its defaults, then against one with policies and tiers, half of `duration` each.
 ///
 /// # Errors
 /// A wrong answer, a leak, a server that does not stop.
 pub fn run(duration: Duration) -> Result<()> {
-    eprintln!("== soak of {} s, seed {SEED}", duration.as_secs());
-    let mut server = Server::start()?;
-    let requests = requests();
+    storm("defaults", &[], requests(), duration / 2)?;
+    let mut requests = requests();
+    for (i, request) in requests.iter_mut().enumerate() {
+        request["sparse"] = serde_json::from_str(SPARSE[i % SPARSE.len()])?;
+    }
+    storm("policies and tiers", &TIERED, requests, duration / 2)
+}
+
+/// Storms for `duration`, then checks that nothing leaked.
+fn storm(what: &str, flags: &[&str], requests: Vec<Value>, duration: Duration) -> Result<()> {
+    eprintln!("== soak of {} s, {what}, seed {SEED}", duration.as_secs());
+    let mut server = Server::start(flags)?;
     let alone: HashMap<String, String> =
         requests.iter().map(|body| Ok((body.to_string(), server.answer(body)?))).collect::<Result<_>>()?;
 
@@ -114,7 +149,7 @@ struct Server {
 }
 
 impl Server {
-    fn start() -> Result<Self> {
+    fn start(flags: &[&str]) -> Result<Self> {
         let mut process = Command::new("target/release/sparseserve")
             .args([
                 "serve",
@@ -127,6 +162,7 @@ impl Server {
                 "--max-context",
                 "4096",
             ])
+            .args(flags)
             .stderr(Stdio::piped())
             .spawn()
             .context("target/release/sparseserve does not start")?;

@@ -275,6 +275,14 @@ impl Rule {
 }
 
 impl Score {
+    /// The index of the digests that it reads, if it reads any.
+    pub const fn digests(self) -> Option<usize> {
+        match self {
+            Score::Digest { digests } | Score::Gate { digests } => Some(digests as usize),
+            Score::Recency | Score::Random { .. } | Score::Replay { .. } => None,
+        }
+    }
+
     /// The same with the digests of this index, where it reads digests.
     pub const fn with_digests(self, digests: u16) -> Self {
         match self {

@@ -68,28 +68,67 @@ fn recency_spends_the_whole_budget() {
 /// least that is attended.
 #[test]
 fn plans_are_sound() {
+    let mut with_outliers = 0;
     for partition_tokens in [1, 3, 8] {
         for sink_tokens in [0, 5] {
             for recent_tokens in [0, 1, 9] {
-                for open_competes in [false, true] {
-                    let always = Always { sink_tokens, recent_tokens, ..method().always };
+                for (open_competes, generated_tokens, outliers) in
+                    [(false, 0, 0), (true, 0, 0), (false, 7, 2), (false, 0, 1), (false, 4, 0)]
+                {
+                    let always = Always { sink_tokens, recent_tokens, generated_tokens, outliers };
                     let method = Method { partition_tokens, always, open_competes, ..method() };
                     for context in 1..60 {
-                        for budget in 0..=context {
-                            let plan = method.plan(context, context, budget);
-                            let what = format!("{method:?} context {context} budget {budget}: {plan:?}");
-                            if plan.is_dense() {
-                                continue;
+                        for budget in 0..=context + 1 {
+                            for prompt in [context, context.saturating_sub(6), context / 2] {
+                                with_outliers += check_plan(&method, context, prompt, budget);
                             }
-                            let (first, end) = (plan.candidates.start, plan.candidates.end);
-                            assert_eq!(plan.sink_end, first * partition_tokens, "{what}");
-                            assert_eq!(plan.tail_start, (end * partition_tokens).min(context), "{what}");
-                            assert!(plan.take >= 1 && plan.take < plan.candidates.len(), "{what}");
-                            let least = plan.sink_end + context - plan.tail_start + partition_tokens;
-                            let attended = plan.attended(context, partition_tokens);
-                            assert!(attended <= budget.max(least), "{what}");
                         }
                     }
+                }
+            }
+        }
+    }
+    assert!(with_outliers > 0);
+}
+
+/// Checks one, and returns its outliers.
+fn check_plan(method: &Method, context: usize, prompt: usize, budget: usize) -> usize {
+    let plan = method.plan(context, prompt, budget);
+    let length = method.partition_tokens;
+    let what = format!("{method:?} context {context} prompt {prompt} budget {budget}: {plan:?}");
+    assert!(plan.is_dense() || budget < context, "{what}: it holds everything");
+    if plan.is_dense() {
+        return 0;
+    }
+    let (first, end) = (plan.candidates.start, plan.candidates.end);
+    assert_eq!(plan.sink_end, first * length, "{what}");
+    assert_eq!(plan.tail_start, (end * length).min(context), "{what}");
+    let (among, outliers) = plan.outliers.clone();
+    assert!(outliers <= among.len(), "{what}");
+    assert!(outliers == 0 || first <= among.start && among.end <= end, "{what}: outliers are candidates");
+    assert!(outliers == 0 || among.end * length <= prompt, "{what}: of the prompt");
+    assert!(plan.take >= 1 && plan.take + outliers < plan.candidates.len(), "{what}");
+    let least = plan.sink_end + context - plan.tail_start + (outliers + 1) * length;
+    assert!(plan.attended(context, length) <= budget.max(least), "{what}");
+    outliers
+}
+
+/// Without scores there are a beginning and an end, and as many tokens as the budget says.
+#[test]
+fn plans_by_recency_are_sound() {
+    for (sink_tokens, recent_tokens) in [(0, 1), (5, 1), (3, 9), (0, 0)] {
+        let always = Always { sink_tokens, recent_tokens, ..method().always };
+        let method = Method { partition_tokens: 1, score: Score::Recency, always, ..method() };
+        for context in 1..60 {
+            for budget in 0..=context + 1 {
+                let plan = method.plan(context, context, budget);
+                let what = format!("{method:?} context {context} budget {budget}: {plan:?}");
+                let least = (sink_tokens + recent_tokens.max(1)) as usize;
+                assert!(plan.candidates.is_empty() && plan.outliers.1 == 0, "{what}");
+                assert_eq!(plan.is_dense(), budget.max(least) >= context, "{what}");
+                if !plan.is_dense() {
+                    assert!(plan.sink_end < plan.tail_start && plan.tail_start < context, "{what}");
+                    assert_eq!(plan.attended(context, 1), budget.max(least), "{what}");
                 }
             }
         }

@@ -1,6 +1,9 @@
 //! The runner of a server on the CPU backend, with whole models: what is in a batch changes no bit of it, a budget that
 //! holds the context gives the bits of dense attention, and a warm step allocates nothing.
 
+#[path = "runner/mixes.rs"]
+mod mixes;
+
 use std::path::PathBuf;
 
 use engine::{ModelRunner, Runner};
@@ -19,6 +22,10 @@ const TOP: u32 = 8;
 /// Tokens of the longest sequence.
 const CONTEXT: usize = 700;
 const SEQUENCES: usize = 4;
+/// One more, so that a sequence that is parked can go on in another one.
+const SEATS: usize = SEQUENCES + 1;
+/// Blocks whose digests HBM has at a time: what a step of [`MIXED`] needs, and not all blocks.
+const PLACES: usize = 72;
 
 /// Policies of the sequences, one each. The sequences before them are the same, dense.
 const POLICIES: [&str; SEQUENCES] = [
@@ -40,6 +47,18 @@ struct Device {
     quota: u32,
     vocab: usize,
     methods: Vec<Method>,
+    /// Which of them the policies are; `None` attends to everything.
+    method_of: Vec<Option<u16>>,
+}
+
+/// An HBM tier.
+#[derive(Clone, Copy, Debug)]
+struct Hbm {
+    /// Bytes above the least.
+    more: u64,
+    rule: EvictionRule,
+    /// Blocks whose digests have a place.
+    places: usize,
 }
 
 /// A gate with random weights.
@@ -59,7 +78,13 @@ fn load(folder: &str, dtype: DType, threads: usize) -> Device {
 
 /// With an HBM tier of so many bytes more than the least, if any are given, and this rule.
 fn load_tiered(folder: &str, dtype: DType, threads: usize, hbm: Option<(u64, EvictionRule)>) -> Device {
-    let source = Source::Directory(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..").join(folder));
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..").join(folder);
+    let hbm = hbm.map(|(more, rule)| Hbm { more, rule, places: PLACES });
+    load_with(folder, dtype, threads, &POLICIES.map(str::to_owned), hbm)
+}
+
+fn load_with(folder: PathBuf, dtype: DType, threads: usize, policies: &[String], hbm: Option<Hbm>) -> Device {
+    let source = Source::Directory(folder);
     let mut backend = CpuBackend::new(CpuOptions { threads: Some(threads), isa: None }).expect("a backend");
     let model = Model::load(&mut backend, &source, Some(dtype), &mut |_, _| {}).expect("a model");
     let limits =
@@ -67,39 +92,44 @@ fn load_tiered(folder: &str, dtype: DType, threads: usize, hbm: Option<(u64, Evi
     let workspace = Workspace::new(&mut backend, model.config(), limits).expect("memory");
     let geometry = kv_geometry(model.config(), PAGE_TOKENS, model.dtype());
     let num_blocks = SEQUENCES * geometry.blocks(CONTEXT);
-    let (served, variants) = Served::variants(&POLICIES.map(str::to_owned)).expect("policies");
+    let (served, variants) = Served::variants(policies).expect("policies");
     let methods: Vec<Method> = variants.iter().filter_map(|v| v.method).collect();
+    let mut numbers = 0..;
+    let method_of = variants.iter().map(|v| v.method.and_then(|_| numbers.next())).collect();
     let limits = SelectionLimits::new(&methods, model.config().heads, PAGE_TOKENS, ROWS_MAX, CONTEXT);
     let gate = gate(model.config());
     let digests = served.digests().iter().map(|d| d.with_gate(Some(&gate))).collect();
     // Layers with a window get no digests, and so short a window would lie in the local pages of a span.
     let windowed = model.config().windows.iter().all(Option::is_some);
-    let tier = hbm.map(|(more, eviction)| {
+    let made_together = served.digests().iter().map(DigestSpec::made_together).max();
+    let tier = hbm.map(|Hbm { more, rule, .. }| {
         let spec = TierSpec {
             bytes: 0,
-            seats: SEQUENCES,
+            seats: SEATS,
             context_max: CONTEXT,
             inject_tokens_max: ROWS_MAX,
-            partition_tokens_max: if windowed { 32 } else { 64 },
+            partition_tokens_max: if windowed { 32 } else { made_together.unwrap_or(1) },
             copies: DigestSpec::copies(served.digests()),
-            eviction,
+            eviction: rule,
             poison: true,
         };
         let TooSmall { smallest } = spec.layout(&geometry).expect_err("nothing is too small");
         TierSpec { bytes: smallest + more, ..spec }
     });
     let extents = tier.map_or(0, |tier| tier.layout(&geometry).expect("large enough").extents);
-    let quota = (extents / geometry.num_layers / SEQUENCES) as u32;
+    let quota = (extents / geometry.num_layers / SEATS) as u32;
     let spec = KvSpec {
         tier,
         digests,
+        digest_places: hbm.map(|hbm| hbm.places),
         gate: Some(gate),
         selections: Some(limits),
         ..KvSpec::dense(geometry, num_blocks)
     };
     let kv = DeviceKv::new(&mut backend, &spec).expect("memory");
     let vocab = model.config().vocab_size;
-    Device { runner: ModelRunner::new(backend, model, workspace, kv), quota, vocab, methods }
+    let runner = ModelRunner::new(backend, model, workspace, kv);
+    Device { runner, quota, vocab, methods, method_of }
 }
 
 /// Token drawn, bits of its log-probability, bits of the likeliest, bits of what a selection covered, if that is not everything.
@@ -108,7 +138,11 @@ type Seen = (u32, u32, Vec<(u32, u32)>, Option<[u32; 2]>);
 /// A sequence of given tokens, part of which has run.
 struct Fed {
     tokens: Vec<u32>,
+    /// Of its policy.
     place: usize,
+    seat: SeatIndex,
+    blocks: Vec<BlockIndex>,
+    prompt: usize,
     /// Budget of its policy; `None` attends to everything.
     budget: Option<u32>,
     done: usize,
@@ -120,7 +154,10 @@ impl Fed {
     fn new(place: usize, budget: Option<u32>, length: usize, vocab: usize) -> Self {
         let mut random = Random::new(7 + place as u64);
         let tokens = (0..length).map(|_| random.below(vocab) as u32).collect();
-        Fed { tokens, place, budget, done: 0, seen: Vec::new() }
+        let block = |i: usize| BlockIndex((i * SEQUENCES + place) as u32);
+        let blocks = (0..CONTEXT.div_ceil(PAGE_TOKENS)).map(block).collect();
+        let seat = SeatIndex(place as u32);
+        Fed { tokens, place, seat, blocks, prompt: PROMPT, budget, done: 0, seen: Vec::new() }
     }
 }
 
@@ -148,31 +185,30 @@ impl Step {
         tables.clear();
         let params = SamplingParams { temperature: 1.0, seed: 3, ..Default::default() };
         let mut samples = Vec::new();
-        let blocks = CONTEXT.div_ceil(PAGE_TOKENS);
         for (fed, &count) in fed.iter_mut().zip(counts) {
             let (row, table, position) = (tokens.len() as u32, tables.len() as u32, fed.done as u32);
             tokens.extend_from_slice(&fed.tokens[fed.done..fed.done + count]);
             positions.extend(position..position + count as u32);
-            tables.extend((0..blocks).map(|i| BlockIndex((i * SEQUENCES + fed.place) as u32)));
+            tables.extend_from_slice(&fed.blocks);
             sequences.push(SequenceRows {
                 rows: row..row + count as u32,
                 first_position: position,
-                prompt_len: PROMPT as u32,
-                blocks: table..table + blocks as u32,
-                attention: match fed.budget {
-                    None => Attention::Dense,
-                    Some(budget) => Attention::Sparse { method: fed.place as u16, budget },
+                prompt_len: fed.prompt as u32,
+                blocks: table..tables.len() as u32,
+                attention: match (fed.budget, device.method_of[fed.place]) {
+                    (Some(budget), Some(method)) => Attention::Sparse { method, budget },
+                    _ => Attention::Dense,
                 },
-                seat: SeatIndex(fed.place as u32),
+                seat: fed.seat,
                 quota: device.quota,
             });
             if fed.done == 0 {
-                device.runner.release(SeatIndex(fed.place as u32));
+                device.runner.release(fed.seat);
             }
             fed.done += count;
-            if fed.budget.is_some() && fed.done > PROMPT {
-                let (seat, layer) = (SeatIndex(fed.place as u32), (fed.done % 2) as u32);
-                inspections.asked.push(Inspection { seat, layer });
+            let is_sparse = fed.budget.is_some() && device.method_of[fed.place].is_some();
+            if is_sparse && fed.done > fed.prompt {
+                inspections.asked.push(Inspection { seat: fed.seat, layer: (fed.done % 2) as u32 });
             }
             samples.push(SampleRow {
                 row: tokens.len() - 1,
@@ -190,7 +226,7 @@ impl Step {
         for (fed, sampled) in fed.iter_mut().zip(&out.sampled) {
             let top = &out.top[sampled.top.start as usize..sampled.top.end as usize];
             let bits = top.iter().map(|&(token, logprob)| (token, logprob.to_bits())).collect();
-            let covered = inspections.found.iter().find(|(seat, _)| seat.at() == fed.place);
+            let covered = inspections.found.iter().find(|(seat, _)| *seat == fed.seat);
             let covered = covered.filter(|(_, coverage)| *coverage != Coverage::WHOLE);
             let covered = covered.map(|(_, coverage)| [coverage.mass, coverage.recall].map(f32::to_bits));
             fed.seen.push((sampled.token, sampled.logprob.to_bits(), bits, covered));

@@ -1,11 +1,15 @@
-//! Every policy has what users and reviewers need of it: a page with its formula, options, costs, source and measurements, and
-//! answers of an independent program to compare with.
+//! Every policy has what users and reviewers need of it: a page with its formula, options, costs, source and measurements,
+//! answers of an independent program to compare with, and cases in which devices are checked.
 
 use std::path::{Path, PathBuf};
 
-use sparseserve_sparse::POLICIES;
+use ops::conformance::{Tried, tried};
+use ops::sparse::{DigestKind, Method, Rule, Scope, Score};
+use sparseserve_sparse::{Options, POLICIES, Setup};
 
-/// Policies that select nothing by keys, so that there is nothing to compare.
+/// Policies without arithmetic on keys, which is what fixtures compare. `dense` selects nothing. `random` and `replay` draw
+/// lots: what numpy could say of them is the stream of `ops::Random`, which has tests with known values of its own, and the
+/// always-set and the budget, which fixtures of the other policies have.
 const WITHOUT_FIXTURES: [&str; 3] = ["dense", "random", "replay"];
 const FIXTURES_MIN: usize = 6;
 
@@ -51,4 +55,117 @@ fn every_policy_has_fixtures() {
         let count = names.iter().filter(|n| n.starts_with(&prefix) && n.ends_with(".safetensors")).count();
         assert!(count >= FIXTURES_MIN, "{} has {count} fixtures", policy.name);
     }
+}
+
+/// What some policy takes for some option, beside defaults.
+const VALUES: [&str; 14] =
+    ["0", "1", "3", "8", "64", "0.1", "0.5", "0%", "30%", "fp8", "layer", "max", "query-mean", "compete"];
+
+/// What each policy comes to, with its defaults and with each of its options at each of the values that it takes.
+fn setups() -> impl Iterator<Item = (&'static str, String, Setup)> {
+    POLICIES.into_iter().flat_map(|policy| {
+        let options = policy.options.iter().flat_map(|option| VALUES.map(|value| (option.name, value)));
+        let with = |(name, value): (&str, &str)| {
+            let setup = policy.setup(&[(name, value)].into_iter().collect()).ok()?;
+            Some((policy.name, format!("{}:{name}={value}", policy.name), setup))
+        };
+        let plain = policy.setup(&Options::default()).expect("defaults");
+        let others: Vec<_> = options.filter_map(with).collect();
+        std::iter::once((policy.name, policy.name.to_owned(), plain)).chain(others)
+    })
+}
+
+/// The operations that a method needs, without numbers.
+fn operations(method: &Method, digest: Option<DigestKind>) -> [String; 3] {
+    let kind = match digest {
+        None => "no digest".into(),
+        Some(DigestKind::Gate { .. }) => "Gate".into(),
+        Some(DigestKind::Cluster { .. }) => "Cluster".into(),
+        Some(other) => format!("{other:?}"),
+    };
+    let score = match method.score {
+        Score::Recency => "Recency",
+        Score::Random { .. } => "Random",
+        Score::Replay { .. } => "Replay",
+        Score::Digest { .. } => "Digest",
+        Score::Gate { .. } => "Gate",
+    };
+    let rule = match method.rule {
+        Rule::Top => "Top",
+        Rule::Threshold(_) => "Threshold",
+        Rule::Clusters { .. } => "Clusters",
+    };
+    [kind, score.into(), rule.into()]
+}
+
+#[test]
+fn devices_are_checked_with_what_every_policy_needs() {
+    for (check, cases) in tried() {
+        let cases: Vec<_> = cases.iter().map(|(m, d): &Tried| operations(m, d.map(|d| d.kind))).collect();
+        for (_, what, Setup { digest, method }) in setups() {
+            let Some(method) = method else { continue };
+            let needed = operations(&method, digest.map(|d| d.kind));
+            assert!(cases.contains(&needed), "no case of {check} has {needed:?}, which {what} needs");
+        }
+        let always = |has: fn(&Method) -> bool| {
+            tried().iter().any(|(name, all)| *name == check && all.iter().any(|(m, _)| has(m)))
+        };
+        assert!(always(|m| m.always.outliers > 0 && m.always.generated_tokens > 0), "{check}: outliers");
+        assert!(always(|m| m.open_competes), "{check}: open partitions that compete");
+        assert!(always(|m| m.scope == Scope::Layer), "{check}: layers that share a selection");
+    }
+}
+
+/// A budget of the context or more is dense for every policy; any other cuts the context into parts that do not overlap, and
+/// is kept where it suffices for the least that is attended.
+#[test]
+fn plans_of_every_policy_are_sound() {
+    let mut sparse = std::collections::BTreeSet::new();
+    for (policy, what, Setup { method, .. }) in setups() {
+        let Some(method) = method else { continue };
+        let length = method.partition_tokens;
+        for context in [1usize, 2, 63, 64, 65, 100, 257, 400, 511, 700, 1300] {
+            for prompt in [1, context / 3, context.saturating_sub(5), context - 1] {
+                for budget in [context, context + 1, usize::MAX >> 1] {
+                    assert!(method.plan(context, prompt, budget).is_dense(), "{what}: {budget} of {context}");
+                }
+                for budget in [0, 1, 17, 64, context / 4, context / 2, context - 1] {
+                    let plan = method.plan(context, prompt, budget);
+                    if plan.is_dense() {
+                        continue;
+                    }
+                    sparse.insert(policy);
+                    let what = format!("{what} context {context} prompt {prompt} budget {budget}: {plan:?}");
+                    assert!(plan.sink_end <= plan.tail_start && plan.tail_start <= context, "{what}");
+                    let least_taken = if let Rule::Clusters { span_tokens, .. } = method.rule {
+                        assert!(plan.tail_start.is_multiple_of(span_tokens), "{what}");
+                        assert_eq!(plan.candidates, 0..plan.tail_start / length, "{what}");
+                        0
+                    } else if method.score == Score::Recency {
+                        assert!(plan.candidates.is_empty(), "{what}");
+                        0
+                    } else {
+                        assert_eq!(plan.sink_end, plan.candidates.start * length, "{what}");
+                        assert_eq!(plan.tail_start, (plan.candidates.end * length).min(context), "{what}");
+                        let (among, outliers) = plan.outliers.clone();
+                        assert!(outliers <= among.len(), "{what}");
+                        assert!(
+                            outliers == 0
+                                || plan.candidates.start <= among.start && among.end <= plan.candidates.end,
+                            "{what}: outliers are candidates, and so in neither part"
+                        );
+                        assert!(plan.take + outliers < plan.candidates.len(), "{what}");
+                        (method.take_min + outliers) * length
+                    };
+                    let tail = (context - plan.tail_start).max(usize::from(method.score == Score::Recency));
+                    let least = plan.sink_end
+                        + tail.min(if method.score == Score::Recency { 1 } else { tail })
+                        + least_taken;
+                    assert!(plan.attended(context, length) <= budget.max(least), "{what}");
+                }
+            }
+        }
+    }
+    let all: Vec<&str> = POLICIES.iter().map(|p| p.name).filter(|name| *name != "dense").collect();
+    assert!(all.iter().all(|name| sparse.contains(name)), "nothing was tried of some: {sparse:?}");
 }

@@ -5,16 +5,19 @@
 //! product to bf16 (8 bits of mantissa, so 2^-9 relative per factor), errors of the terms add up like a random walk
 //! and stay below 1 % of the largest output; elsewhere only the order of f32 additions differs.
 
+mod chunks;
 mod sparse;
 mod tier;
+mod tier_cases;
 
 use crate::reference::{Matrix, Reference};
 use crate::sample::{SampleOutput, SampleRow, SamplingParams};
-use crate::sparse::Method;
+use crate::sparse::{DigestKind, DigestSpec, Method};
 use crate::{
-    Backend, Batch, BlockIndex, DType, HeadShape, KvGeometry, PAGE_TOKENS_ALLOWED, Random, SPLIT_TOKENS,
-    SeatIndex, SequenceRows, Tensor, WeightView,
+    Backend, Batch, BlockIndex, DType, Gate, HeadShape, KvGeometry, PAGE_TOKENS_ALLOWED, Random,
+    SPLIT_TOKENS, SeatIndex, SequenceRows, Tensor, WeightView,
 };
+pub use chunks::check_digest_chunks;
 pub use sparse::check_sparse;
 pub use tier::check_tiers;
 
@@ -47,6 +50,42 @@ pub fn seed_factor() -> u64 {
     std::env::var("SPARSESERVE_SEEDS").ok().and_then(|factor| factor.parse().ok()).unwrap_or(1)
 }
 
+/// A method with the digests that it scores, if it scores any.
+pub type Tried = (Method, Option<DigestSpec>);
+
+/// What [`check_sparse`] and [`check_tiers`] try, so that a test of policies can tell what they leave out.
+pub fn tried() -> [(&'static str, Vec<Tried>); 2] {
+    let of = |methods: &[Method], digests: &[DigestSpec]| -> Vec<Tried> {
+        methods.iter().map(|&m| (m, m.score.digests().map(|at| digests[at]))).collect()
+    };
+    let sparse = sparse::cases().iter().flat_map(|case| of(&case.methods, &case.digests)).collect();
+    let tiers = tier_cases::cases().iter().flat_map(|case| of(&case.methods, &case.digests)).collect();
+    [("check_sparse", sparse), ("check_tiers", tiers)]
+}
+
+/// A gate of random weights for those of `digests` that need one, whose size theirs is.
+fn gate_of(digests: &[DigestSpec], heads: HeadShape, num_layers: usize, seed: u64) -> Option<Gate> {
+    let dim = digests.iter().find_map(|spec| match spec.kind {
+        DigestKind::Gate { dim } => Some(dim),
+        _ => None,
+    })?;
+    let HeadShape { kv_heads, head_dim, .. } = heads;
+    let mut random = Random::keyed(seed, 99);
+    let mut weights = |cols: usize| -> Vec<f32> {
+        let values = normals(&mut random, num_layers * kv_heads * dim * cols);
+        values.into_iter().map(|v| v / (cols as f32).sqrt()).collect()
+    };
+    Some(Gate {
+        heads,
+        num_layers,
+        dim,
+        k: weights(3 * head_dim),
+        q: weights(heads.group() * head_dim),
+        inv_freq: (0..head_dim / 2).map(|c| 1e4f32.powf(-2.0 * c as f32 / head_dim as f32)).collect(),
+        scale: 1.25,
+    })
+}
+
 /// Runs every check on fresh backends made by `make`. Returns the extra waves of its HBM tiers: a backend whose frames for them
 /// are bounded should have had some.
 ///
@@ -59,6 +98,7 @@ pub fn check_all<B: Backend>(make: &mut dyn FnMut() -> B, seed: u64) -> u64 {
         check_pages(&mut make(), dtype, seed);
         check_attention(&mut make(), dtype, seed);
         check_sparse(&mut make(), dtype, seed);
+        check_digest_chunks(&mut make(), dtype, seed);
     }
     // What moves pages does not look into them: one type a time is enough.
     let waves = check_tiers(make, DTYPES[seed as usize % DTYPES.len()], seed);

@@ -2,108 +2,18 @@
 //! oracle. Outputs must be the same bits with and without tiers; what is resident, hit, missed and evicted must be what the
 //! naive model says; every resident page must equal its copy in DRAM.
 
-use super::{Random, Reference, assert_same_bits, heads_of, normals, rows_of, tensor};
+use super::tier_cases::{Case, cases};
+use super::{Random, Reference, assert_same_bits, gate_of, normals, rows_of, tensor};
 use crate::coverage::{Coverage, Inspection, Inspections};
 use crate::residency::{EXTENT_FRAMES, EvictionRule};
-use crate::sparse::{
-    Always, Attention, DigestKind, DigestSpec, Method, Reduce, Rule, Scope, Score, SelectionLimits,
-};
+use crate::sparse::{Attention, DigestSpec, Method, SelectionLimits};
 use crate::tier::{TierSpec, TierState, TooSmall};
-use crate::{
-    Backend, Batch, BlockIndex, DType, HeadShape, KvGeometry, SPLIT_TOKENS, SeatIndex, SequenceRows,
-};
+use crate::{Backend, Batch, BlockIndex, DType, Gate, KvGeometry, SPLIT_TOKENS, SeatIndex, SequenceRows};
 
 const LAYERS: usize = 2;
 const SEATS: usize = 4;
 const INJECT: usize = 96;
 const CONTEXT: usize = 2 * SPLIT_TOKENS + 200;
-
-/// Shapes, and what the requests may ask for.
-struct Case {
-    heads: HeadShape,
-    page_tokens: usize,
-    digests: Vec<DigestSpec>,
-    methods: Vec<Method>,
-    /// Of layer 1.
-    window: Option<usize>,
-}
-
-fn cases() -> Vec<Case> {
-    let spec = |kind, partition_tokens| DigestSpec { kind, partition_tokens };
-    let plain = Method {
-        dense_layers: 0,
-        partition_tokens: 16,
-        score: Score::Digest { digests: 0 },
-        reduce: Reduce::Mean,
-        softmax: false,
-        scope: Scope::KvHead,
-        always: Always { sink_tokens: 0, recent_tokens: 1, generated_tokens: 0, outliers: 0 },
-        open_competes: false,
-        take_min: 1,
-        rule: Rule::Top,
-    };
-    let sinks = Always { sink_tokens: 20, recent_tokens: 40, ..plain.always };
-    let none = Always { recent_tokens: 0, ..plain.always };
-    vec![
-        Case {
-            heads: heads_of(4, 2, 32),
-            page_tokens: 16,
-            digests: vec![spec(DigestKind::MinMax, 16), spec(DigestKind::CuboidMean, 32)],
-            methods: vec![
-                plain,
-                Method { always: none, open_competes: true, take_min: 3, ..plain },
-                Method { always: sinks, partition_tokens: 32, score: Score::Digest { digests: 1 }, ..plain },
-                Method { dense_layers: 1, ..plain },
-                Method { score: Score::Recency, partition_tokens: 1, always: sinks, ..plain },
-            ],
-            window: None,
-        },
-        Case {
-            heads: heads_of(3, 3, 32),
-            page_tokens: 8,
-            // Of sizes that do not divide each other.
-            digests: vec![spec(DigestKind::MinMax, 64), spec(DigestKind::CuboidMean, 24)],
-            methods: vec![
-                Method { partition_tokens: 64, ..plain },
-                Method { partition_tokens: 24, score: Score::Digest { digests: 1 }, ..plain },
-                Method {
-                    partition_tokens: 24,
-                    score: Score::Digest { digests: 1 },
-                    always: none,
-                    open_competes: true,
-                    ..plain
-                },
-            ],
-            window: Some(100),
-        },
-        Case {
-            heads: heads_of(8, 1, 64),
-            page_tokens: 64,
-            digests: vec![spec(DigestKind::Mean, 8)],
-            methods: vec![Method { partition_tokens: 8, scope: Scope::Layer, ..plain }],
-            window: None,
-        },
-        Case {
-            heads: heads_of(4, 2, 32),
-            page_tokens: 16,
-            digests: vec![
-                spec(DigestKind::Cluster { span_tokens: 128, sink_tokens: 4, copy: 0 }, 16),
-                spec(DigestKind::Mean, 16),
-            ],
-            methods: vec![
-                Method {
-                    softmax: true,
-                    always: Always { sink_tokens: 4, recent_tokens: 64, ..plain.always },
-                    take_min: 0,
-                    rule: Rule::Clusters { span_tokens: 128, estimate_permille: 232, copy: 0 },
-                    ..plain
-                },
-                Method { score: Score::Digest { digests: 1 }, ..plain },
-            ],
-            window: None,
-        },
-    ]
-}
 
 /// Blocks whose digests HBM has at a time: not those of all requests that there can be.
 fn places_of(num_blocks: usize) -> usize {
@@ -134,11 +44,12 @@ impl<'a, B: Backend> World<'a, B> {
         geometry: KvGeometry,
         num_blocks: usize,
         tier: Option<TierSpec>,
+        gate: Option<&Gate>,
     ) -> Self {
         let heads = case.heads;
         let places = tier.map(|_| places_of(num_blocks));
         let digests =
-            case.digests.iter().map(|&spec| backend.digests(spec, geometry, num_blocks, places, None));
+            case.digests.iter().map(|&spec| backend.digests(spec, geometry, num_blocks, places, gate));
         let digests = digests.collect::<Result<Vec<_>, _>>().expect("memory");
         let rows = INJECT + SEATS;
         let limits = SelectionLimits::new(&case.methods, heads, geometry.page_tokens, rows, CONTEXT);
@@ -263,23 +174,24 @@ struct Traffic {
     page_tokens: usize,
     /// Tokens of a prefix that are shared as a whole or not at all.
     shared_together: usize,
-    methods: usize,
 }
 
 impl Traffic {
-    /// Lets a request come, with the saved prefix of another now and then.
-    fn arrive(&mut self, saved: impl FnOnce(SeatIndex) -> usize) {
+    /// Lets a request come, with the saved prefix of another now and then. Its method is the one that has selected least, in
+    /// `selected` rows so far, or will soon.
+    fn arrive(&mut self, selected: &[usize], saved: impl FnOnce(SeatIndex) -> usize) {
         let seat = (0..SEATS as u32).map(SeatIndex).find(|s| self.requests.iter().all(|r| r.seat != *s));
         let Some(seat) = seat else { return };
         let random = &mut self.random;
         let prompt = [40, 300, 700, CONTEXT - 60][random.below(4)] + random.below(50);
         let wanted = (prompt + 50).min(CONTEXT).div_ceil(self.page_tokens);
-        let attention = match random.below(self.methods + 1) {
-            0 => Attention::Dense,
-            method => {
-                let budget = [0, 64, 200, 600, CONTEXT][random.below(5)] as u32;
-                Attention::Sparse { method: method as u16 - 1, budget }
-            }
+        let budget = [0, 64, 200, 600, CONTEXT][random.below(5)] as u32;
+        let is_dense = random.below(selected.len() + 1) == 0;
+        let asks_for = |r: &&Request, m: usize| matches!(r.attention, Attention::Sparse { method, .. } if method as usize == m);
+        let tried = |&m: &usize| selected[m] + 20 * self.requests.iter().filter(|r| asks_for(r, m)).count();
+        let attention = match (0..selected.len()).min_by_key(tried) {
+            Some(method) if !is_dense => Attention::Sparse { method: method as u16, budget },
+            _ => Attention::Dense,
         };
         let (mut blocks, mut key) = (Vec::new(), random.next_u64());
         if let (Some(other), true) = (self.requests.first(), random.below(2) == 0) {
@@ -411,6 +323,8 @@ impl Step {
 pub fn check_tiers<B: Backend>(make: &mut dyn FnMut() -> B, dtype: DType, seed: u64) -> u64 {
     let mut covered: [Covered; EvictionRule::ALL.len()] = Default::default();
     for (index, case) in cases().iter().enumerate() {
+        let mut selected = vec![0; case.methods.len()];
+        let mut runs = 0;
         let geometry = KvGeometry {
             num_layers: LAYERS,
             kv_heads: case.heads.kv_heads,
@@ -443,10 +357,15 @@ pub fn check_tiers<B: Backend>(make: &mut dyn FnMut() -> B, dtype: DType, seed: 
                 let spec = TierSpec { bytes: smallest + more, eviction, ..spec };
                 let rule = eviction.name();
                 let what = format!("seed {seed} tiers {dtype} case {index} {rule} hbm {smallest} + {more}");
-                let random = Random::keyed(seed, 40 + index as u64);
-                covered.add(&run(make, case, geometry, spec, &what, random));
+                let random = Random::keyed(seed, (40 + index as u64) << 8 | runs);
+                covered.add(&run(make, case, geometry, spec, &what, random, &mut selected));
+                runs += 1;
             }
         }
+        assert!(
+            selected.iter().all(|&n| n > 0),
+            "seed {seed} tries not all methods of case {index}: {selected:?}"
+        );
     }
     for (rule, covered) in EvictionRule::ALL.map(EvictionRule::name).iter().zip(&covered) {
         assert!(covered.everything(), "seed {seed} is no test of {rule}: {covered:?}");
@@ -504,12 +423,15 @@ fn run<B: Backend>(
     spec: TierSpec,
     what: &str,
     mut random: Random,
+    selected: &mut [usize],
 ) -> Covered {
     let num_blocks = SEATS * CONTEXT.div_ceil(case.page_tokens);
     let (mut tiered, mut unified, mut oracle) = (make(), make(), Reference::default());
-    let mut tiered = World::new(&mut tiered, case, geometry, num_blocks, Some(spec));
-    let mut unified = World::new(&mut unified, case, geometry, num_blocks, None);
-    let mut oracle = World::new(&mut oracle, case, geometry, num_blocks, Some(spec));
+    let gate = gate_of(&case.digests, case.heads, LAYERS, random.next_u64());
+    let gate = gate.as_ref();
+    let mut tiered = World::new(&mut tiered, case, geometry, num_blocks, Some(spec), gate);
+    let mut unified = World::new(&mut unified, case, geometry, num_blocks, None, gate);
+    let mut oracle = World::new(&mut oracle, case, geometry, num_blocks, Some(spec), gate);
     let mut free: Vec<BlockIndex> = (0..num_blocks as u32).rev().map(BlockIndex).collect();
     for i in 0..free.len() / 2 {
         let other = random.below(free.len());
@@ -527,7 +449,6 @@ fn run<B: Backend>(
             .map(|d| d.shared_together(case.page_tokens))
             .max()
             .unwrap_or(case.page_tokens),
-        methods: case.methods.len(),
     };
     let quota_max =
         tiered.backend.tier_state(&tiered.kv).map_or(0, |s| s.cache_frames as usize / 32 / LAYERS);
@@ -550,12 +471,17 @@ fn run<B: Backend>(
             oracle.park(seat, &traffic.requests[request].blocks);
             parked += 1;
         }
-        traffic.arrive(|seat| settle(&mut tiered, &mut oracle, seat));
+        traffic.arrive(selected, |seat| settle(&mut tiered, &mut oracle, seat));
         let step = Step::of(&mut traffic, quota_max);
         if step.tokens.is_empty() {
             continue;
         }
         let batch = step.batch(&case.methods);
+        for row in batch.sparse_rows().filter(|row| !row.plan().is_dense()) {
+            if let Attention::Sparse { method, .. } = row.sequence.attention {
+                selected[method as usize] += 1;
+            }
+        }
         tiered.begin(&batch);
         oracle.begin(&batch);
         for layer in 0..LAYERS {
