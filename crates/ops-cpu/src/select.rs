@@ -240,11 +240,17 @@ fn reduce<S: Simd>(s: S, reduced: &mut [f32], scores: &[f32], sum: Option<f32>, 
 #[inline(always)]
 pub(crate) fn each_best(keys: &[u32], take: usize, mut visit: impl FnMut(usize)) {
     let (least, mut ties) = threshold(keys, take);
-    for (i, &key) in keys.iter().enumerate() {
-        let tie = key == least && ties > 0;
-        ties -= usize::from(tie);
-        if key > least || tie {
-            visit(i);
+    for (chunk, first) in keys.chunks(LANES).zip((0..).step_by(LANES)) {
+        // Most have none, which vectors see at once.
+        if !chunk.iter().fold(false, |any, &key| any | (key >= least)) {
+            continue;
+        }
+        for (i, &key) in chunk.iter().enumerate() {
+            let tie = key == least && ties > 0;
+            ties -= usize::from(tie);
+            if key > least || tie {
+                visit(first + i);
+            }
         }
     }
 }
@@ -252,26 +258,26 @@ pub(crate) fn each_best(keys: &[u32], take: usize, mut visit: impl FnMut(usize))
 /// The `take`-th largest key, and how many keys that equal it are among the `take` largest.
 #[inline(always)]
 fn threshold(keys: &[u32], take: usize) -> (u32, usize) {
-    let mut least = 0u32;
-    for bit in (0..32).rev() {
-        let candidate = least | 1 << bit;
+    // Bits in which all keys agree are those of the result, too.
+    let (all, any) = keys.iter().fold((u32::MAX, 0), |(all, any), &key| (all & key, any | key));
+    let mut least = all;
+    for bit in (0..32).rev().filter(|bit| (all ^ any) >> bit & 1 == 1) {
+        let candidate = least & (u32::MAX << bit) | 1 << bit;
         let mut as_large = 0u32;
         for &key in keys {
             as_large += u32::from(key >= candidate);
         }
         if as_large as usize >= take {
-            least = candidate;
+            least |= 1 << bit;
         }
         if as_large as usize == take {
             // These are the ones, and the bits to come say only which is the least of them.
-            least = keys
-                .iter()
-                .fold(u32::MAX, |least, &key| if key >= candidate { least.min(key) } else { least });
+            least = keys.iter().fold(u32::MAX, |least, &key| least.min(if key >= candidate { key } else { u32::MAX }));
             break;
         }
     }
-    let larger = keys.iter().filter(|&&key| key > least).count();
-    (least, take - larger)
+    let larger: u32 = keys.iter().map(|&key| u32::from(key > least)).sum();
+    (least, take - larger as usize)
 }
 
 #[cfg(test)]

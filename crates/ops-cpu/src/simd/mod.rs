@@ -85,6 +85,11 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn reduce_sum(self, v: Self::V) -> f32;
     /// The sums of four vectors, each as [`Simd::reduce_sum`] has it.
     fn reduce_sums(self, v: [Self::V; 4]) -> [f32; 4];
+    /// The sums of four times four vectors, each as [`Simd::reduce_sum`] has it.
+    #[inline(always)]
+    fn reduce_all(self, v: [[Self::V; 4]; 4]) -> [[f32; 4]; 4] {
+        v.map(|four| self.reduce_sums(four))
+    }
     /// To the nearest integer, ties to even.
     fn round(self, v: Self::V) -> Self::V;
     /// `v * 2^n` for integral `n` in `-160..=127`.
