@@ -9,16 +9,17 @@
 //!
 //! | | before | now | ratio |
 //! |---|---|---|---|
-//! | `quest`, one line | 363 | 298 | 0.83 (0.54-0.84) |
-//! | `quest` `digest=fp8` | | 255 | 0.86 of bf16 |
-//! | `quest` `digest=fp8` `group=max`, four lines | | 382 | 1.29 (1.24-1.58) of bf16 |
-//! | `quest` `partition=8` | 765 | 766 | 1.00 (0.97-1.05) |
-//! | `shadowkv`, four lines | 924 | 739 | 0.80 (0.68-0.87) |
+//! | `quest`, one line | 314 | 285 | 0.91 (0.83-0.98) |
+//! | `shadowkv`, four lines | 640 | 276 | 0.43 (0.38-0.47) |
 //!
-//! What changed: digests are fetched two groups ahead and not one (one line: 0.80 alone), four lines share what is loaded of a
-//! digest (fp8, four lines: 0.65 alone), four sums are made together, and the cosine of a landmark is read and no line of its
-//! own. A run of fp8 has half the bytes and is not twice as fast, because widening it takes as long as its memory. With one
-//! line memory is the limit, with four arithmetic: in the cache `shadowkv` takes nearly as long.
+//! With two threads `shadowkv` takes 0.44 (0.31-0.56) at 8,000 tokens and 0.49 (0.48-0.51) at 65,000. What changed, for
+//! `shadowkv`: digests are looked up before a run begins, and 16 sums are made by one tree (0.68 together; part of what was before
+//! is a stall that depends on where the stack lies); a run fetches its first digests at once (0.62), and is as long as threads allow
+//! (0.49); digests are fetched to the nearest cache (0.47; `quest` 0.77 and not 0.91). With all digests in the second-level cache
+//! 17 us of 27 are left, of which sums, products and cosines take a tenth or less each: the rest is loads. A line
+//! that is not fetched, of each sixteenth digest, costs a sixth.
+//!
+//! In fp8 digests have half the bytes and are not scored twice as fast, because widening takes as long as their memory.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -256,7 +257,7 @@ impl<E: Stored> Kernel for ScoreAs<'_, E> {
             lines,
             cosines: (w.method.always.outliers > 0).then_some(w.digests.dtype()),
         };
-        // All of them first: a block table read between sums would wait for what those still write.
+        // All of them first: looking them up between sums costs as much again.
         let mut places = [std::ptr::null(); RUN_MAX + AHEAD];
         if num_full > 0 {
             for (i, place) in places[..num_full.next_multiple_of(TOGETHER) + AHEAD].iter_mut().enumerate() {
@@ -271,7 +272,8 @@ impl<E: Stored> Kernel for ScoreAs<'_, E> {
             }
         }
         for first in (0..num_full).step_by(TOGETHER) {
-            let (mut rows, mut next) = ([std::ptr::null::<u8>(); TOGETHER], [std::ptr::null::<u8>(); TOGETHER]);
+            let (mut rows, mut next) =
+                ([std::ptr::null::<u8>(); TOGETHER], [std::ptr::null::<u8>(); TOGETHER]);
             rows.copy_from_slice(&places[first..first + TOGETHER]);
             next.copy_from_slice(&places[first + AHEAD..first + AHEAD + TOGETHER]);
             for digest in next {
@@ -366,9 +368,9 @@ impl ScoreRun<'_> {
                 let cosines = match dtype {
                     DType::F32 => last.map(|at| at.cast::<f32>().read_unaligned()),
                     DType::F16 => last.map(|at| f16::from_bits(at.cast::<u16>().read_unaligned()).to_f32()),
-                    DType::Bf16 => last.map(|at| {
-                        f32::from_bits(u32::from(at.cast::<u16>().read_unaligned()) << 16)
-                    }),
+                    DType::Bf16 => {
+                        last.map(|at| f32::from_bits(u32::from(at.cast::<u16>().read_unaligned()) << 16))
+                    }
                 };
                 write_some(cosines, to.add(lines * self.line_stride), count);
             }

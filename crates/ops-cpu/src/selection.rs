@@ -206,7 +206,15 @@ impl Selections {
                 self.limits.context_max
             );
             let plan = (layer >= method.dense_layers && !plan.is_dense()).then_some(plan);
-            self.rows.push(PlannedRow { row, sequence, position, method: *method, plan, run: 0, tasks_end: 0 });
+            self.rows.push(PlannedRow {
+                row,
+                sequence,
+                position,
+                method: *method,
+                plan,
+                run: 0,
+                tasks_end: 0,
+            });
         }
         let candidates = |row: &PlannedRow| row.plan.as_ref().map_or(0, |p| p.candidates.len());
         let run = run_of(self.rows.iter().map(candidates).sum(), self.threads.len());

@@ -91,7 +91,8 @@ unsafe fn sums_16(v: [[__m512; 4]; 4]) -> __m512 {
         _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0b01_00_11_10))
     };
     let fours = |a, b| unsafe {
-        let (low, high) = (_mm512_shuffle_f32x4(a, b, 0b10_00_10_00), _mm512_shuffle_f32x4(a, b, 0b11_01_11_01));
+        let (low, high) =
+            (_mm512_shuffle_f32x4(a, b, 0b10_00_10_00), _mm512_shuffle_f32x4(a, b, 0b11_01_11_01));
         _mm512_add_ps(low, high)
     };
     let twos = |a, b| unsafe {
