@@ -15,9 +15,9 @@
 //! With two threads `shadowkv` takes 0.44 (0.31-0.56) at 8,000 tokens and 0.49 (0.48-0.51) at 65,000. What changed, for
 //! `shadowkv`: digests are looked up before a run begins, and 16 sums are made by one tree (0.68 together; part of what was before
 //! is a stall that depends on where the stack lies); a run fetches its first digests at once (0.62), and is as long as threads allow
-//! (0.49); digests are fetched to the nearest cache (0.47; `quest` 0.77 and not 0.91). With all digests in the second-level cache
-//! 17 us of 27 are left, of which sums, products and cosines take a tenth or less each: the rest is loads. A line
-//! that is not fetched, of each sixteenth digest, costs a sixth.
+//! (0.49); digests are fetched to the nearest cache (0.47; `quest` 0.77 and not 0.91). With all digests in the second-level cache 17 us
+//! of 27 are left; leaving out the tree, the cosines, the fetches or half of the products saves about a tenth each. Leaving one line of
+//! each sixteenth digest unfetched costs a sixth.
 //!
 //! In fp8 digests have half the bytes and are not scored twice as fast, because widening takes as long as their memory.
 
