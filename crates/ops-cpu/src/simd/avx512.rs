@@ -86,19 +86,23 @@ unsafe fn halves(v: __m512) -> __m256 {
 /// AVX-512 F.
 #[inline(always)]
 unsafe fn sums_16(v: [[__m512; 4]; 4]) -> __m512 {
-    // SAFETY: the caller's promise; so in the steps, each of which adds one half of two vectors to the other.
+    // Each step adds one half of two vectors to the other.
+    // SAFETY: the caller's promise; so in all steps.
     let eighths = |a, b| unsafe {
         _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0b01_00_11_10))
     };
+    // SAFETY: as above.
     let fours = |a, b| unsafe {
         let (low, high) =
             (_mm512_shuffle_f32x4(a, b, 0b10_00_10_00), _mm512_shuffle_f32x4(a, b, 0b11_01_11_01));
         _mm512_add_ps(low, high)
     };
+    // SAFETY: as above.
     let twos = |a, b| unsafe {
         let crossed = _mm512_shuffle_pd(_mm512_castps_pd(a), _mm512_castps_pd(b), 0b0101_0101);
         _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a, b), _mm512_castpd_ps(crossed))
     };
+    // SAFETY: as above.
     let ones = |a, b| unsafe {
         _mm512_add_ps(_mm512_shuffle_ps(a, b, 0b10_00_10_00), _mm512_shuffle_ps(a, b, 0b11_01_11_01))
     };
