@@ -147,6 +147,11 @@ impl<T> PerThread<T> {
         PerThread((0..threads).map(|_| UnsafeCell::new(make())).collect())
     }
 
+    /// Number of threads.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// The values, while no thread runs.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
         self.0.iter_mut().map(UnsafeCell::get_mut)

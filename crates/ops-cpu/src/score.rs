@@ -9,21 +9,22 @@
 //!
 //! | | before | now | ratio |
 //! |---|---|---|---|
-//! | `quest`, one line | 363 | 298 | 0.83 (0.54-0.84) |
-//! | `quest` `digest=fp8` | | 255 | 0.86 of bf16 |
-//! | `quest` `digest=fp8` `group=max`, four lines | | 382 | 1.29 (1.24-1.58) of bf16 |
-//! | `quest` `partition=8` | 765 | 766 | 1.00 (0.97-1.05) |
-//! | `shadowkv`, four lines | 924 | 739 | 0.80 (0.68-0.87) |
+//! | `quest`, one line | 314 | 285 | 0.91 (0.83-0.98) |
+//! | `shadowkv`, four lines | 640 | 276 | 0.43 (0.38-0.47) |
 //!
-//! What changed: digests are fetched two groups ahead and not one (one line: 0.80 alone), four lines share what is loaded of a
-//! digest (fp8, four lines: 0.65 alone), four sums are made together, and the cosine of a landmark is read and no line of its
-//! own. A run of fp8 has half the bytes and is not twice as fast, because widening it takes as long as its memory. With one
-//! line memory is the limit, with four arithmetic: in the cache `shadowkv` takes nearly as long.
+//! With two threads `shadowkv` takes 0.44 (0.31-0.56) at 8,000 tokens and 0.49 (0.48-0.51) at 65,000. What changed, for
+//! `shadowkv`: digests are looked up before a run begins, and 16 sums are made by one tree (0.68 together; part of what was before
+//! is a stall that depends on where the stack lies); a run fetches its first digests at once (0.62), and is as long as threads allow
+//! (0.49); digests are fetched to the nearest cache (0.47; `quest` 0.77 and not 0.91). With all digests in the second-level cache 17 us
+//! of 27 are left; leaving out the tree, the cosines, the fetches or half of the products saves about a tenth each. Leaving one line of
+//! each sixteenth digest unfetched costs a sixth.
+//!
+//! In fp8 digests have half the bytes and are not scored twice as fast, because widening takes as long as their memory.
 
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use half::{bf16, f16};
+use half::f16;
 use ops::sparse::{
     Attention, DIGEST_ALIGN, DigestKind, Method, Reduce, Scope, Score, padded_width, random_score,
     replay_rate, replay_score,
@@ -41,8 +42,25 @@ use crate::simd::{LANES, Simd};
 use crate::tensor::CpuTensor;
 use crate::tile::{Bf16, F16, F32};
 
-/// Partitions per task.
-pub(crate) const RUN: usize = 128;
+/// Partitions per task, at most.
+const RUN_MAX: usize = 1024;
+
+/// And at least, unless there are none left.
+const RUN_MIN: usize = 128;
+
+/// Tasks per thread, if runs of that length are allowed: few, because a run begins with lifting queries and waiting for the
+/// first digests, and yet enough for threads to end together.
+const TASKS_PER_THREAD: usize = 8;
+
+/// The length of runs where a step scores so many candidates.
+pub(crate) fn run_of(num_candidates: usize, threads: usize) -> usize {
+    (num_candidates / (TASKS_PER_THREAD * threads)).clamp(RUN_MIN, RUN_MAX)
+}
+
+/// The length of runs, in whole groups, that cuts `num_candidates` into equal ones of at most `run`.
+pub(crate) fn even_run(num_candidates: usize, run: usize) -> usize {
+    num_candidates.div_ceil(num_candidates.div_ceil(run).max(1)).next_multiple_of(TOGETHER)
+}
 
 /// Partitions whose sums are in flight at a time: enough to hide the latency of an addition.
 const TOGETHER: usize = 4;
@@ -51,7 +69,7 @@ const TOGETHER: usize = 4;
 const LINES: usize = 4;
 
 /// Partitions from those that are worked on to those that are fetched.
-const AHEAD: usize = 2 * TOGETHER;
+const AHEAD: usize = 4 * TOGETHER;
 
 /// Scores the candidates of the sparse rows of `batch`.
 pub fn score(
@@ -79,8 +97,8 @@ pub fn score(
         let row = &selection.rows[place];
         let first_task = if place == 0 { 0 } else { selection.rows[place - 1].tasks_end };
         let candidates = row.plan.as_ref().map_or(0..0, |p| p.candidates.clone());
-        let start = candidates.start + (task - first_task) * RUN;
-        let run = start..(start + RUN).min(candidates.end);
+        let start = candidates.start + (task - first_task) * row.run;
+        let run = start..(start + row.run).min(candidates.end);
         let method = &row.method;
         // SAFETY: the scratch of this thread, borrowed for this task.
         let lifted = unsafe { (*selection.threads.get(thread)).lifted.as_mut_ptr() };
@@ -232,53 +250,76 @@ impl<E: Stored> Kernel for ScoreAs<'_, E> {
         }
         // At most the last candidate is not full.
         let full_end = w.run.end.min(w.context / w.method.partition_tokens);
-        let at =
-            |partition: usize| layer[w.digests.offset(w.pages.table, partition.min(full_end - 1))..].as_ptr();
-        let mut places = [std::ptr::null(); AHEAD + TOGETHER];
-        if w.run.start < full_end {
-            for i in 0..AHEAD {
-                places[i] = at(w.run.start + i);
+        let num_full = full_end.saturating_sub(w.run.start);
+        let shape = Shape {
+            steps: width / E::K_PER_STEP,
+            values_bytes: width / E::K_PER_STEP / LANES * E::VECTOR_BYTES,
+            lines,
+            cosines: (w.method.always.outliers > 0).then_some(w.digests.dtype()),
+        };
+        // All of them first: looking them up between sums costs as much again.
+        let mut places = [std::ptr::null(); RUN_MAX + AHEAD];
+        if num_full > 0 {
+            for (i, place) in places[..num_full.next_multiple_of(TOGETHER) + AHEAD].iter_mut().enumerate() {
+                let partition = (w.run.start + i).min(full_end - 1);
+                *place = layer[w.digests.offset(w.pages.table, partition)..].as_ptr();
             }
         }
-        let mut partition = w.run.start;
-        while partition < full_end {
-            let (mut rows, mut next) = ([std::ptr::null(); TOGETHER], [std::ptr::null(); TOGETHER]);
-            for i in 0..TOGETHER {
-                rows[i] = places[i];
-                next[i] = at(partition + AHEAD + i);
-                places[AHEAD + i] = next[i];
-            }
-            places.copy_within(TOGETHER.., 0);
+        for &digest in &places[..AHEAD.min(num_full)] {
             for head in 0..w.heads.kv_heads {
-                let mut of_head = rows;
-                for i in 0..TOGETHER {
-                    // SAFETY: digests of all heads follow one another.
-                    of_head[i] = unsafe { rows[i].add(head * head_bytes) };
-                    fetch(s, next[i].wrapping_add(head * head_bytes), scored_bytes);
-                }
-                // SAFETY: the digests lie in the layer.
-                unsafe { w.score_some::<S, E>(s, head, of_head, partition, full_end - partition) };
+                s.prefetch(digest.wrapping_add(head * head_bytes));
+                fetch(s, digest.wrapping_add(head * head_bytes), scored_bytes);
             }
-            partition += TOGETHER;
+        }
+        for first in (0..num_full).step_by(TOGETHER) {
+            let (mut rows, mut next) =
+                ([std::ptr::null::<u8>(); TOGETHER], [std::ptr::null::<u8>(); TOGETHER]);
+            rows.copy_from_slice(&places[first..first + TOGETHER]);
+            next.copy_from_slice(&places[first + AHEAD..first + AHEAD + TOGETHER]);
+            for digest in next {
+                s.prefetch(digest);
+            }
+            for head in 0..w.heads.kv_heads {
+                // Digests of all heads follow one another.
+                let at = head * head_bytes;
+                for digest in next {
+                    fetch(s, digest.wrapping_add(at), scored_bytes);
+                }
+                let rows = rows.map(|row| row.wrapping_add(at));
+                // SAFETY: the digests lie in the layer.
+                unsafe { w.score_some::<S, E>(s, &shape, head, rows, w.run.start + first, num_full - first) };
+            }
         }
         if full_end < w.run.end {
             let partition = w.run.end - 1;
             for head in 0..w.heads.kv_heads {
                 let mut open = [0u32; LIFTED_MAX];
                 open_digest::<S, E>(s, &w, head, partition, &mut open);
+                let rows = [open.as_ptr().cast(); TOGETHER];
                 // SAFETY: the array has room for the widest digest.
-                unsafe { w.score_some::<S, E>(s, head, [open.as_ptr().cast(); TOGETHER], partition, 1) };
+                unsafe { w.score_some::<S, E>(s, &shape, head, rows, partition, 1) };
             }
         }
     }
 }
 
-/// Fetches `bytes` into the cache.
+/// What the digests of a run have in common.
+struct Shape {
+    /// Steps of a lifted query.
+    steps: usize,
+    /// Bytes of a digest before its scale or cosine.
+    values_bytes: usize,
+    lines: usize,
+    /// Type of cosines, if they are read.
+    cosines: Option<DType>,
+}
+
+/// Fetches the cache lines that begin in a digest of `bytes`; the one before them is also of the digest that precedes it.
 #[inline(always)]
-fn fetch<S: Simd>(s: S, from: *const u8, bytes: usize) {
-    let mut line = 0;
+fn fetch<S: Simd>(s: S, digest: *const u8, bytes: usize) {
+    let mut line = digest.addr().wrapping_neg() % LINE_BYTES;
     while line < bytes {
-        s.prefetch(from.wrapping_add(line));
+        s.prefetch(digest.wrapping_add(line));
         line += LINE_BYTES;
     }
 }
@@ -293,75 +334,85 @@ impl ScoreRun<'_> {
     unsafe fn score_some<S: Simd, E: Stored>(
         &self,
         s: S,
+        shape: &Shape,
         head: usize,
         rows: [*const u8; TOGETHER],
         partition: usize,
         count: usize,
     ) {
-        let width = padded_width(self.digests.spec().kind.scored_width(self.heads.head_dim));
-        let lines = self.method.query_lines(self.heads);
-        let values_bytes = width / E::K_PER_STEP / LANES * E::VECTOR_BYTES;
+        let lines = shape.lines;
         // SAFETY: the caller's promise; the lines lie in the scratch, and the scores of the run are this task's.
         unsafe {
             let to = self.scores.add(head * self.head_stride + partition);
-            let left = self.lifted.cast::<E::Left>().add(head * lines * (width / E::K_PER_STEP));
+            let left = self.lifted.cast::<E::Left>().add(head * lines * shape.steps);
             let mut line = 0;
             // So many lines at once as their sums fit in registers, each of which would load or widen the digests anew.
             while const { S::TILE_VECTORS > 1 } && line + LINES <= lines {
-                self.score_lines::<S, E, LINES>(s, left, rows, line, to, count);
+                let left = left.add(line * shape.steps);
+                let sums = s.reduce_all(dots::<S, E, LINES>(s, left, shape.steps, rows));
+                for l in 0..LINES {
+                    self.write::<E>(sums[l], rows, shape, to.add((line + l) * self.line_stride), count);
+                }
                 line += LINES;
             }
             while line < lines {
-                self.score_lines::<S, E, 1>(s, left, rows, line, to, count);
+                let left = left.add(line * shape.steps);
+                let [sums] = dots::<S, E, 1>(s, left, shape.steps, rows);
+                let to = to.add(line * self.line_stride);
+                self.write::<E>(s.reduce_sums(sums), rows, shape, to, count);
                 line += 1;
             }
-            if self.method.always.outliers > 0 {
+            if let Some(dtype) = shape.cosines {
                 // The value after the padding tells outliers, as it is.
-                let to = to.add(lines * self.line_stride);
-                for i in 0..count.min(TOGETHER) {
-                    let last = rows[i].add(values_bytes);
-                    to.add(i).write(match self.digests.dtype() {
-                        DType::F32 => last.cast::<f32>().read_unaligned(),
-                        DType::F16 => f16::from_bits(last.cast::<u16>().read_unaligned()).to_f32(),
-                        DType::Bf16 => bf16::from_bits(last.cast::<u16>().read_unaligned()).to_f32(),
-                    });
-                }
+                let last = rows.map(|row| row.add(shape.values_bytes));
+                let cosines = match dtype {
+                    DType::F32 => last.map(|at| at.cast::<f32>().read_unaligned()),
+                    DType::F16 => last.map(|at| f16::from_bits(at.cast::<u16>().read_unaligned()).to_f32()),
+                    DType::Bf16 => {
+                        last.map(|at| f32::from_bits(u32::from(at.cast::<u16>().read_unaligned()) << 16))
+                    }
+                };
+                write_some(cosines, to.add(lines * self.line_stride), count);
             }
+        }
+    }
+
+    /// Writes the scores of `count` digests with these sums.
+    ///
+    /// # Safety
+    /// The digests are readable, `count` scores writable.
+    #[inline(always)]
+    unsafe fn write<E: Stored>(
+        &self,
+        mut sums: [f32; TOGETHER],
+        rows: [*const u8; TOGETHER],
+        shape: &Shape,
+        to: *mut f32,
+        count: usize,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            for i in 0..TOGETHER {
+                sums[i] = E::finish(sums[i], rows[i], shape.steps * E::K_PER_STEP);
+            }
+            write_some(sums, to, count);
         }
     }
 }
 
-impl ScoreRun<'_> {
-    /// Scores digests for lines `line..line + L`. `left` is the lifted query of the first line, `to` the place of its scores.
-    ///
-    /// # Safety
-    /// As for [`ScoreRun::score_some`].
-    #[inline(always)]
-    unsafe fn score_lines<S: Simd, E: Stored, const L: usize>(
-        &self,
-        s: S,
-        left: *const E::Left,
-        rows: [*const u8; TOGETHER],
-        line: usize,
-        to: *mut f32,
-        count: usize,
-    ) {
-        let width = padded_width(self.digests.spec().kind.scored_width(self.heads.head_dim));
-        let stride = width / E::K_PER_STEP;
-        // SAFETY: the caller's promise.
-        unsafe {
-            let sums = dots::<S, E, L>(s, left.add(line * stride), stride, rows);
-            for l in 0..L {
-                let mut scores = s.reduce_sums(sums[l]);
-                for i in 0..TOGETHER {
-                    scores[i] = E::finish(scores[i], rows[i], width);
-                }
-                let to = to.add((line + l) * self.line_stride);
-                if count >= TOGETHER {
-                    to.cast::<[f32; TOGETHER]>().write_unaligned(scores);
-                } else {
-                    to.copy_from_nonoverlapping(scores.as_ptr(), count);
-                }
+/// Writes the first `count` values.
+///
+/// # Safety
+/// They are writable.
+#[inline(always)]
+unsafe fn write_some(values: [f32; TOGETHER], to: *mut f32, count: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if count >= TOGETHER {
+            to.cast::<[f32; TOGETHER]>().write_unaligned(values);
+        } else {
+            for i in 0..count {
+                to.add(i).write(values[i]);
             }
         }
     }
@@ -381,21 +432,23 @@ fn lift(w: &ScoreRun, kind: DigestKind, head: usize, line: usize, to: &mut [f32;
     let two_sided = matches!(kind, DigestKind::MinMax | DigestKind::CuboidMean | DigestKind::Fp8(_));
     let mean_first = w.method.reduce == Reduce::MeanQuery;
     let share = 1.0 / of.len() as f32;
+    let (low, high) = to.split_at_mut(d);
+    let high = &mut high[..if two_sided { d } else { 0 }];
     for g in of {
         let query = &w.queries[(head * group + g) * d..][..d];
-        for c in 0..d {
-            let q = query[c] * share;
-            if two_sided && !mean_first {
-                to[c] += q.max(0.0);
-                to[d + c] += q.min(0.0);
-            } else {
-                to[c] += q;
+        if two_sided && !mean_first {
+            for ((low, high), q) in low.iter_mut().zip(&mut *high).zip(query) {
+                let q = q * share;
+                *low += q.max(0.0);
+                *high += q.min(0.0);
             }
+        } else {
+            low.iter_mut().zip(query).for_each(|(to, q)| *to += q * share);
         }
     }
     if two_sided && mean_first {
-        for c in 0..d {
-            (to[c], to[d + c]) = (to[c].max(0.0), to[c].min(0.0));
+        for (low, high) in low.iter_mut().zip(high) {
+            (*low, *high) = (low.max(0.0), low.min(0.0));
         }
     }
 }

@@ -7,7 +7,7 @@ use ops::{Batch, Error, HeadShape, SparseRow};
 use crate::memory::{Buffer, PerThread};
 use crate::merge::carry_stride;
 use crate::pages::HEAD_DIM_MAX;
-use crate::score::RUN;
+use crate::score::{even_run, run_of};
 use crate::tile::round_to_lanes;
 
 /// Values of a lifted query, at most.
@@ -46,6 +46,8 @@ pub(crate) struct PlannedRow {
     pub(crate) method: Method,
     /// `None` if it attends to everything.
     pub(crate) plan: Option<RowPlan>,
+    /// Candidates per task.
+    pub(crate) run: usize,
     /// Tasks of the rows up to this one.
     pub(crate) tasks_end: usize,
 }
@@ -210,9 +212,24 @@ impl Selections {
                 self.limits.context_max
             );
             let plan = (layer >= method.dense_layers && !plan.is_dense()).then_some(plan);
-            let tasks = plan.as_ref().map_or(0, |p| p.candidates.len().div_ceil(RUN));
-            let tasks_end = self.rows.last().map_or(0, |r| r.tasks_end) + tasks;
-            self.rows.push(PlannedRow { row, sequence, position, method: *method, plan, tasks_end });
+            self.rows.push(PlannedRow {
+                row,
+                sequence,
+                position,
+                method: *method,
+                plan,
+                run: 0,
+                tasks_end: 0,
+            });
+        }
+        let candidates = |row: &PlannedRow| row.plan.as_ref().map_or(0, |p| p.candidates.len());
+        let run = run_of(self.rows.iter().map(candidates).sum(), self.threads.len());
+        let mut tasks_end = 0;
+        for row in &mut self.rows {
+            let count = candidates(row);
+            row.run = even_run(count, run);
+            tasks_end += count.div_ceil(row.run.max(1));
+            row.tasks_end = tasks_end;
         }
     }
 }

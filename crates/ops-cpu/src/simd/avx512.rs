@@ -80,6 +80,37 @@ unsafe fn halves(v: __m512) -> __m256 {
     unsafe { _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)) }
 }
 
+/// The sums of 16 vectors, in their order, each in the order of [`super::avx2::sum_8`] of its [`halves`].
+///
+/// # Safety
+/// AVX-512 F.
+#[inline(always)]
+unsafe fn sums_16(v: [[__m512; 4]; 4]) -> __m512 {
+    // Each step adds one half of two vectors to the other.
+    // SAFETY: the caller's promise; so in all steps.
+    let eighths = |a, b| unsafe {
+        _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0b01_00_11_10))
+    };
+    // SAFETY: as above.
+    let fours = |a, b| unsafe {
+        let (low, high) =
+            (_mm512_shuffle_f32x4(a, b, 0b10_00_10_00), _mm512_shuffle_f32x4(a, b, 0b11_01_11_01));
+        _mm512_add_ps(low, high)
+    };
+    // SAFETY: as above.
+    let twos = |a, b| unsafe {
+        let crossed = _mm512_shuffle_pd(_mm512_castps_pd(a), _mm512_castps_pd(b), 0b0101_0101);
+        _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a, b), _mm512_castpd_ps(crossed))
+    };
+    // SAFETY: as above.
+    let ones = |a, b| unsafe {
+        _mm512_add_ps(_mm512_shuffle_ps(a, b, 0b10_00_10_00), _mm512_shuffle_ps(a, b, 0b11_01_11_01))
+    };
+    // Four lanes of one column of the four rows.
+    let column = |i: usize| fours(eighths(v[0][i], v[1][i]), eighths(v[2][i], v[3][i]));
+    ones(twos(column(0), column(1)), twos(column(2), column(3)))
+}
+
 // What both levels share. A macro, since a token type is what carries the proof that the features are there.
 macro_rules! common {
     () => {
@@ -109,7 +140,7 @@ macro_rules! common {
         #[inline(always)]
         fn prefetch(self, from: *const u8) {
             // SAFETY: a hint, which never faults.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
         }
 
         #[inline(always)]
@@ -188,6 +219,12 @@ macro_rules! common {
         fn reduce_sums(self, [a, b, c, d]: [__m512; 4]) -> [f32; 4] {
             // SAFETY: features as above.
             unsafe { super::avx2::sums_8(halves(a), halves(b), halves(c), halves(d)) }
+        }
+
+        #[inline(always)]
+        fn reduce_all(self, v: [[__m512; 4]; 4]) -> [[f32; 4]; 4] {
+            // SAFETY: features as above; both are 64 bytes of plain data.
+            unsafe { std::mem::transmute::<__m512, [[f32; 4]; 4]>(sums_16(v)) }
         }
 
         #[inline(always)]

@@ -50,7 +50,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// They are writable.
     unsafe fn store(self, to: *mut f32, v: Self::V);
-    /// Fetches a line into the second-level cache, if there is such an instruction. Any address will do.
+    /// Fetches a line into the cache, if there is such an instruction. Any address will do.
     fn prefetch(self, from: *const u8);
     /// The first `n <= 16` values, zeros after them.
     ///
@@ -85,6 +85,11 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn reduce_sum(self, v: Self::V) -> f32;
     /// The sums of four vectors, each as [`Simd::reduce_sum`] has it.
     fn reduce_sums(self, v: [Self::V; 4]) -> [f32; 4];
+    /// The sums of four times four vectors, each as [`Simd::reduce_sum`] has it.
+    #[inline(always)]
+    fn reduce_all(self, v: [[Self::V; 4]; 4]) -> [[f32; 4]; 4] {
+        v.map(|four| self.reduce_sums(four))
+    }
     /// To the nearest integer, ties to even.
     fn round(self, v: Self::V) -> Self::V;
     /// `v * 2^n` for integral `n` in `-160..=127`.
@@ -226,6 +231,13 @@ mod tests {
                 let (double, square) = (s.add(v, v), s.mul(v, v));
                 made.sums = s.reduce_sums([v, square, double, s.splat(1.0)]);
                 assert_eq!(made.sums[1].to_bits(), s.reduce_sum(square).to_bits());
+                let vectors: [[S::V; 4]; 4] = std::array::from_fn(|i| {
+                    std::array::from_fn(|j| s.mul(v, s.splat((3 * i + j) as f32 - 5.3)))
+                });
+                let all = s.reduce_all(vectors);
+                for (sum, vector) in all.as_flattened().iter().zip(vectors.as_flattened()) {
+                    assert_eq!(sum.to_bits(), s.reduce_sum(*vector).to_bits());
+                }
                 // (3, 2) . (x rounded down to bf16, 2): 0x4000 is 2 in bf16, 0x4040 is 3.
                 let dot = s.dot_pairs(v, s.splat_pair(0x4040_4000), s.load_pairs(pairs.as_ptr()));
                 s.store(made.dot.as_mut_ptr(), dot);
