@@ -166,6 +166,10 @@ impl Backend for Faulty {
         self.cpu.digest(digests, &mut kv.pages, layer, batch);
     }
 
+    fn settle(&mut self, kv: &mut Kv, batch: &Batch) {
+        self.cpu.settle(&mut kv.pages, batch);
+    }
+
     fn save(&mut self, kv: &mut Kv, layer: usize, batch: &Batch) {
         let page_tokens = kv.geometry.page_tokens;
         let fills = batch.sequences.iter().find_map(|s| {

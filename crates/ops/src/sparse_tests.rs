@@ -77,7 +77,7 @@ fn plans_are_sound() {
                 {
                     let always = Always { sink_tokens, recent_tokens, generated_tokens, outliers };
                     let method = Method { partition_tokens, always, open_competes, ..method() };
-                    for context in 1..60 {
+                    for context in 1usize..60 {
                         for budget in 0..=context + 1 {
                             for prompt in [context, context.saturating_sub(6), context / 2] {
                                 with_outliers += check_plan(&method, context, prompt, budget);

@@ -122,7 +122,7 @@ mod tests {
             let num_blocks = geometry.blocks(CONTEXT);
             let mut backend = Reference::default();
             backend.reserve(HEADS, 1, 1, CONTEXT, HEADS.qkv_cols()).expect("memory");
-            let mut kv = backend.kv(geometry, num_blocks, None).expect("memory");
+            let mut kv = backend.kv(geometry, num_blocks, 0, None).expect("memory");
             let table: Vec<BlockIndex> = (0..num_blocks as u32).map(BlockIndex).collect();
             let keys: Vec<Vec<f32>> = (0..kv_heads).map(|_| normal(num_blocks * PAGE * head_dim)).collect();
             for (keys, head) in keys.iter().zip(0..) {
@@ -142,7 +142,7 @@ mod tests {
             };
             let mut digests = backend.digests(digest, geometry, num_blocks, None, None).expect("memory");
             let prompt = [rows(0, Attention::Dense)];
-            backend.digest(&mut digests, &kv, 0, &batch(&positions, &prompt, &table, &methods));
+            backend.digest(&mut digests, &mut kv, 0, &batch(&positions, &prompt, &table, &methods));
             let mut qkv = backend.tensor(1, HEADS.qkv_cols()).expect("memory");
             let query = normal(HEADS.qkv_cols());
             backend.upload(&mut qkv, &query);
