@@ -18,7 +18,7 @@ impl<R: Runner> Engine<R> {
             sequence.pages.add(&counters.since(&sequence.counted), held, stall_nanos);
             sequence.counted = counters;
             let of_answer = part.positions.start >= sequence.prompt_len;
-            self.shares.observe(seat, &counters, of_answer);
+            self.shares.observe(seat, &counters, held, of_answer);
         }
     }
 
