@@ -106,12 +106,18 @@ impl<R: Runner> Engine<R> {
     /// Takes in what happened. `now` is the time since the engine's start.
     pub fn handle(&mut self, event: Event, now: Duration) {
         match event {
-            Event::Submit(submission) => self.submit(*submission, now),
+            Event::Submit(submission) => {
+                self.submit(*submission, now);
+                return self.observe();
+            }
             Event::Abort(id) => self.cancel(id, Outcome::Aborted, now),
             Event::Stop(id) => self.cancel(id, Outcome::Finished(FinishReason::Stopped), now),
             Event::Drain => self.draining = true,
             Event::Shutdown => self.shut_down(now),
         }
+        // Perhaps no step follows that would.
+        self.leave_seats();
+        self.observe_tier();
         self.observe();
     }
 
@@ -131,10 +137,8 @@ impl<R: Runner> Engine<R> {
         let committed = clock();
         self.emit(committed);
         self.leave_seats();
-        if let Some(state) = self.runner.tier_state() {
-            let (lent, reclaimed) = self.shares.lent();
-            self.metrics.tier(&state, &self.runner.digest_state(), lent, reclaimed);
-        }
+        self.metrics.overlap(&self.runner.overlap());
+        self.observe_tier();
         let phases = [scheduled - start, ran - scheduled, committed - ran, clock() - committed];
         self.metrics.stepped(phases, self.rows.num_rows());
         self.observe();
@@ -189,6 +193,13 @@ impl<R: Runner> Engine<R> {
     fn observe(&self) {
         let (waiting, running) = (self.waiting.len(), self.running.len());
         self.metrics.observe(waiting, running, self.kv.counts(), self.kv.num_evictions());
+    }
+
+    fn observe_tier(&self) {
+        if let Some(state) = self.runner.tier_state() {
+            let (lent, reclaimed) = self.shares.lent();
+            self.metrics.tier(&state, &self.runner.digest_state(), lent, reclaimed);
+        }
     }
 
     /// Blocks by state.

@@ -390,13 +390,7 @@ mod tests {
         }
 
         /// Steps of requests; returns of each the share of hits over the last half of them.
-        fn live(
-            &mut self,
-            quotas: &mut Quotas,
-            wants: &[Want],
-            needs: &[Needs],
-            steps: usize,
-        ) -> Vec<f32> {
+        fn live(&mut self, quotas: &mut Quotas, wants: &[Want], needs: &[Needs], steps: usize) -> Vec<f32> {
             let mut half = vec![SeatCounters::default(); wants.len()];
             for step in 0..steps {
                 let granted = quotas.divide(wants).to_vec();
@@ -451,10 +445,15 @@ mod tests {
     #[test]
     fn frames_follow_the_miss_curve() {
         for extents in [9, 16, 64] {
-            let (mut quotas, mut cache) = (Quotas::new(QuotaRule::Adaptive, extents, 1, 2), Cache::new(extents));
+            let (mut quotas, mut cache) =
+                (Quotas::new(QuotaRule::Adaptive, extents, 1, 2), Cache::new(extents));
             let wants = [want(0, 1, 500), want(1, 2, 500)];
             let hits = cache.live(&mut quotas, &wants, &[LOCAL, NEVER_AGAIN], 200);
-            assert_eq!(quotas.own, [5, 2], "{extents}: where hits flatten, nothing for whom more buys no hit");
+            assert_eq!(
+                quotas.own,
+                [5, 2],
+                "{extents}: where hits flatten, nothing for whom more buys no hit"
+            );
             assert_eq!(quotas.lent(), extents - 5 - 2);
             assert_eq!(quotas.granted.iter().sum::<u32>(), extents, "what nobody needs is lent");
             assert!(hits[0] > 0.99 && hits[1] == 0.0, "{extents}: {hits:?}");
@@ -483,7 +482,8 @@ mod tests {
     #[test]
     fn ages_tell_what_fewer_frames_miss() {
         let measure = |extents: u32| {
-            let (mut quotas, mut cache) = (Quotas::new(QuotaRule::Adaptive, extents, 1, 1), Cache::new(extents));
+            let (mut quotas, mut cache) =
+                (Quotas::new(QuotaRule::Adaptive, extents, 1, 1), Cache::new(extents));
             let hits = cache.live(&mut quotas, &[want(0, 2, 500)], &[Needs::Of { hot: 320, pages: 50 }], 400);
             (quotas.curves[0], 1.0 - hits[0])
         };

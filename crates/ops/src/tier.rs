@@ -168,8 +168,6 @@ pub struct TierState {
     pub saving_pages: u64,
     /// Bytes of residency tables in use.
     pub table_bytes: u64,
-    /// Bytes copied from DRAM to HBM, since the start.
-    pub fetched_bytes: u64,
     /// Bytes copied from HBM to DRAM, since the start.
     pub saved_bytes: u64,
     /// Time that steps spent waiting for pages, since the start, in nanoseconds.
