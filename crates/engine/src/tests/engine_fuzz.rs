@@ -160,7 +160,7 @@ fn check_answer(live: &Live, config: &Config, seen: &mut Seen) {
             u64::from(sparse.budget) << doublings
         };
         let within = (steps as u64).saturating_mul(most);
-        assert!(attended.raised_steps > 0 || attended.tokens <= within, "{request:?} {attended:?}");
+        assert!(attended.raised_steps > 0 || attended.tokens <= within as f64, "{request:?} {attended:?}");
     }
     if config.prefix_limit.is_some_and(|limit| request.prompt.len() > limit) || !config.prefix_cache {
         assert_eq!(usage.cached_tokens, 0);

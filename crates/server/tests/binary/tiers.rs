@@ -109,8 +109,8 @@ fn answers_do_not_depend_on_the_rules() {
 
 #[test]
 fn answers_do_not_depend_on_the_size_of_hbm() {
-    // K and V of 16 tokens, 64 channels in bf16 each.
-    let page_bytes = 2 * 16 * 64 * 2;
+    // K and V of 16 tokens, 64 channels in f32 each.
+    let page_bytes = 2 * 16 * 64 * 4;
     let (unified, unified_receipts, in_unified) = answers(&[]);
     let receipt = &unified_receipts[0];
     assert!(receipt.get("pages_hit").is_none(), "in unified memory there are no misses: {receipt}");
