@@ -15,10 +15,11 @@ impl<R: Runner> Engine<R> {
             let sequence = &mut self.running[part.owner];
             let seat = sequence.kv.seat().expect("who runs has a seat");
             let (counters, held) = self.runner.seat_counters(seat);
-            sequence.pages.add(&counters.since(&sequence.counted), held, stall_nanos);
+            let digest_bytes = self.runner.digest_loads(seat);
+            sequence.pages.add(&counters.since(&sequence.counted), digest_bytes, held, stall_nanos);
             sequence.counted = counters;
             let of_answer = part.positions.start >= sequence.prompt_len;
-            self.shares.observe(seat, &counters, of_answer);
+            self.shares.observe(seat, &counters, held, of_answer);
         }
     }
 
@@ -53,7 +54,8 @@ impl<R: Runner> Engine<R> {
                 if part.draws {
                     let last = part.positions.end - 1;
                     if let Some(sparse) = sequence.sparse_at(last).filter(|_| last >= sequence.prompt_len) {
-                        sequence.attended.add(&sparse, last + 1, sequence.prompt_len);
+                        let row = self.runner.row_tally(seat);
+                        sequence.attended.add(&sparse, last + 1, sequence.prompt_len, row);
                     }
                     let token = sampled.last().expect("a drawn token is sampled").token;
                     assert!(

@@ -110,7 +110,10 @@ impl<R: Runner> Engine<R> {
     /// Takes in what happened. `now` is the time since the engine's start.
     pub fn handle(&mut self, event: Event, now: Duration) {
         match event {
-            Event::Submit(submission) => self.submit(*submission, now),
+            Event::Submit(submission) => {
+                self.submit(*submission, now);
+                return self.observe();
+            }
             Event::Abort(id) => self.cancel(id, Outcome::Aborted, now),
             Event::Stop(id) => self.cancel(id, Outcome::Finished(FinishReason::Stopped), now),
             Event::Drain => self.draining = true,
@@ -137,6 +140,7 @@ impl<R: Runner> Engine<R> {
         let committed = clock();
         self.emit(committed);
         self.leave_seats();
+        self.metrics.overlap(&self.runner.overlap());
         let phases = [scheduled - start, ran - scheduled, committed - ran, clock() - committed];
         self.metrics.stepped(phases, self.rows.num_rows());
         self.observe();

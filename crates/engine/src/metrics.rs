@@ -6,6 +6,7 @@ use std::time::Duration;
 use kv::Counts;
 use ops::coverage::Coverage;
 use ops::places::DigestState;
+use ops::tally::Overlap;
 use ops::tier::TierState;
 use prometheus::{
     Counter, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
@@ -193,18 +194,25 @@ const PAGES: MetricDoc = MetricDoc {
     help: "Pages of the HBM tier: needed and resident (hit), fetched to stay (miss), passed through (streamed), given up \
            (evicted), saved to DRAM (saved).",
 };
-const REPEATED: MetricDoc = MetricDoc {
-    name: "sparseserve_kv_pages_repeated_total",
+const SELECTED: MetricDoc = MetricDoc {
+    name: "sparseserve_selected_pages_total",
     kind: MetricKind::Counter,
     labels: &[],
-    help: "Pages that were resident, needed, and needed in the step before, too: divided by hit + miss + streamed, the \
-           overlap of selections.",
+    help: "Pages that generated tokens selected, per layer and KV head, where the token before them selected, too.",
+};
+const REPEATED: MetricDoc = MetricDoc {
+    name: "sparseserve_selected_pages_repeated_total",
+    kind: MetricKind::Counter,
+    labels: &[],
+    help: "Those of them that the token before selected, too, in the same layer and KV head: divided by all, the overlap of \
+           selections from step to step.",
 };
 const MOVED: MetricDoc = MetricDoc {
     name: "sparseserve_kv_bytes_total",
     kind: MetricKind::Counter,
     labels: &[("direction", &DIRECTIONS)],
-    help: "Bytes of KV copied from DRAM to HBM (fetched) and from HBM to DRAM (saved).",
+    help: "Bytes of KV copied from DRAM to HBM (fetched: pages that were missed or streamed, the last ones of a shared prefix, \
+           keys that the guard reads) and from HBM to DRAM (saved).",
 };
 const STALL: MetricDoc = MetricDoc {
     name: "sparseserve_kv_stall_seconds_total",
@@ -234,7 +242,7 @@ const RECLAIMED: MetricDoc = MetricDoc {
     name: "sparseserve_hbm_reclaimed_frames_total",
     kind: MetricKind::Counter,
     labels: &[],
-    help: "Lent frames that were taken back.",
+    help: "Lent frames that were taken back for somebody else.",
 };
 const DIGEST_PLACES: MetricDoc = MetricDoc {
     name: "sparseserve_hbm_digest_places",
@@ -272,6 +280,12 @@ const GUARD_ACTIONS: MetricDoc = MetricDoc {
     labels: &[("action", &GUARD_ACTION_NAMES)],
     help: "What the quality guard did: doubled the budget of a request, or had it attend to everything.",
 };
+const DUPLICATES: MetricDoc = MetricDoc {
+    name: "sparseserve_hbm_duplicate_bytes",
+    kind: MetricKind::Gauge,
+    labels: &[],
+    help: "Bytes of cached pages in HBM that another running request holds as well, because they share a prefix.",
+};
 const SAVING: MetricDoc = MetricDoc {
     name: "sparseserve_kv_saving_pages",
     kind: MetricKind::Gauge,
@@ -280,7 +294,7 @@ const SAVING: MetricDoc = MetricDoc {
 };
 
 /// Every metric of the engine: the single source of registration and documentation.
-pub const METRICS: [MetricDoc; 33] = [
+pub const METRICS: [MetricDoc; 35] = [
     REQUESTS,
     WAITING,
     RUNNING,
@@ -300,6 +314,7 @@ pub const METRICS: [MetricDoc; 33] = [
     STEP,
     STEP_ROWS,
     PAGES,
+    SELECTED,
     REPEATED,
     MOVED,
     STALL,
@@ -310,6 +325,7 @@ pub const METRICS: [MetricDoc; 33] = [
     DIGEST_PLACES,
     DIGESTS_LOADED,
     TABLES,
+    DUPLICATES,
     SAVING,
     GUARD_MASS,
     GUARD_RECALL,
@@ -343,6 +359,7 @@ pub struct Metrics {
     step_rows: Histogram,
     /// By event, as in `PAGE_EVENTS`.
     pages: [IntCounter; 5],
+    selected: IntCounter,
     repeated: IntCounter,
     /// By direction, as in `DIRECTIONS`.
     moved: [IntCounter; 2],
@@ -356,6 +373,7 @@ pub struct Metrics {
     digest_places: [IntGauge; 2],
     digests_loaded: IntCounter,
     tables: IntGauge,
+    duplicates: IntGauge,
     saving: IntGauge,
     guard_mass: Histogram,
     guard_recall: Histogram,
@@ -390,6 +408,7 @@ impl Metrics {
             step: histograms(registry, STEP)?,
             step_rows: histogram(registry, STEP_ROWS)?,
             pages: counters(registry, PAGES)?,
+            selected: counter(registry, SELECTED)?,
             repeated: counter(registry, REPEATED)?,
             moved: counters(registry, MOVED)?,
             stall: float_counter(registry, STALL)?,
@@ -400,6 +419,7 @@ impl Metrics {
             digest_places: gauges(registry, DIGEST_PLACES)?,
             digests_loaded: counter(registry, DIGESTS_LOADED)?,
             tables: gauge(registry, TABLES)?,
+            duplicates: gauge(registry, DUPLICATES)?,
             saving: gauge(registry, SAVING)?,
             guard_mass: histogram(registry, GUARD_MASS)?,
             guard_recall: histogram(registry, GUARD_RECALL)?,
@@ -484,6 +504,12 @@ impl Metrics {
         self.dram[1].set(bytes(blocks.cached));
     }
 
+    /// How much of each selection the next one repeated, since the start.
+    pub(crate) fn overlap(&self, overlap: &Overlap) {
+        advance(&self.selected, overlap.pages);
+        advance(&self.repeated, overlap.repeated);
+    }
+
     /// The HBM tier after a step, with its digests, and its lent frames: those of now, and those taken back since the start.
     pub(crate) fn tier(&self, state: &TierState, digests: &DigestState, lent: u64, reclaimed: u64) {
         self.digest_places[0].set((digests.places - digests.used) as i64);
@@ -492,8 +518,7 @@ impl Metrics {
         let pages = &state.pages;
         let events = [pages.hits, pages.misses, pages.streamed, pages.evictions, pages.saved];
         self.pages.iter().zip(events).for_each(|(counter, total)| advance(counter, total));
-        advance(&self.repeated, pages.hits_by_age[1]);
-        let moved = [state.fetched_bytes, state.saved_bytes];
+        let moved = [pages.fetched_bytes, state.saved_bytes];
         self.moved.iter().zip(moved).for_each(|(counter, total)| advance(counter, total));
         self.stall.inc_by((state.stall_nanos as f64 * 1e-9 - self.stall.get()).max(0.0));
         advance(&self.waves, state.extra_waves);
@@ -502,6 +527,7 @@ impl Metrics {
         self.lent.set(lent as i64);
         advance(&self.reclaimed, reclaimed);
         self.tables.set(state.table_bytes as i64);
+        self.duplicates.set(state.duplicate_bytes as i64);
         self.saving.set(state.saving_pages as i64);
     }
 }

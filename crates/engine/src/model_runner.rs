@@ -5,6 +5,7 @@ use ops::coverage::Inspections;
 use ops::places::DigestState;
 use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow, Sampled};
+use ops::tally::{Overlap, RowTally};
 use ops::tier::TierState;
 use ops::{Backend, Batch, BlockIndex, SeatIndex};
 
@@ -107,6 +108,18 @@ impl<B: Backend> Runner for ModelRunner<B> {
 
     fn seat_counters(&self, seat: SeatIndex) -> (SeatCounters, usize) {
         self.kv.seat_counters(&self.backend, seat)
+    }
+
+    fn digest_loads(&self, seat: SeatIndex) -> u64 {
+        self.kv.digest_loads(&self.backend, seat)
+    }
+
+    fn overlap(&self) -> Overlap {
+        self.kv.overlap(&self.backend)
+    }
+
+    fn row_tally(&self, seat: SeatIndex) -> RowTally {
+        self.kv.row_tally(&self.backend, seat)
     }
 }
 

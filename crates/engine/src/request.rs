@@ -4,6 +4,7 @@ use ops::coverage::Coverage;
 use ops::residency::SeatCounters;
 use ops::sample::SamplingParams;
 use ops::sparse::Method;
+use ops::tally::RowTally;
 use sparse::Budget;
 
 use crate::guard::GuardAction;
@@ -155,6 +156,10 @@ pub struct PageUse {
     pub misses: u64,
     /// Pages that were needed and passed through.
     pub streamed: u64,
+    /// Bytes of pages that were copied to HBM for it: of those, of a shared prefix, and of keys that the guard read.
+    pub fetched_bytes: u64,
+    /// Bytes of digests that were copied to HBM for it.
+    pub digest_bytes: u64,
     /// Pages that selections named and that are not local, and as many as the slots selected in them would fill.
     pub selected: u64,
     /// See there.
@@ -166,11 +171,13 @@ pub struct PageUse {
 }
 
 impl PageUse {
-    /// Adds a step: what happened to the pages in it, the frames held after it, and its stall.
-    pub(crate) fn add(&mut self, step: &SeatCounters, held: usize, stall_nanos: u64) {
+    /// Adds a step: what happened to the pages in it, digests that it loaded, the frames held after it, and its stall.
+    pub(crate) fn add(&mut self, step: &SeatCounters, digest_bytes: u64, held: usize, stall_nanos: u64) {
         self.hits += step.hits;
         self.misses += step.misses;
         self.streamed += step.streamed;
+        self.fetched_bytes += step.fetched_bytes;
+        self.digest_bytes += digest_bytes;
         self.selected += step.selected;
         self.selected_packed += step.selected_packed;
         self.resident_peak = self.resident_peak.max(held as u64);
@@ -179,12 +186,12 @@ impl PageUse {
 }
 
 /// What the generated tokens of a request attended to, per layer that is not dense and per KV head.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Attended {
     /// Generated tokens that were run, each once.
     pub steps: u32,
-    /// Tokens that all of them together attended to.
-    pub tokens: u64,
+    /// Tokens that all of them together attended to, each a mean over layers and KV heads.
+    pub tokens: f64,
     /// Tokens in all their contexts together: what dense attention would have read.
     pub context_tokens: u64,
     /// Steps whose budget was too small for what a method attends to at least.
@@ -194,16 +201,20 @@ pub struct Attended {
 }
 
 impl Attended {
-    /// Adds a step of `sparse` whose context, itself included, has `context` tokens.
-    pub(crate) fn add(&mut self, sparse: &Sparse, context: usize, prompt_tokens: usize) {
+    /// Adds a step of `sparse` whose context, itself included, has `context` tokens, of which `row` was selected.
+    pub(crate) fn add(&mut self, sparse: &Sparse, context: usize, prompt_tokens: usize, row: RowTally) {
         let plan = sparse.method.plan(context, prompt_tokens, sparse.budget as usize);
-        let tokens =
+        let at_most =
             if plan.is_dense() { context } else { plan.attended(context, sparse.method.partition_tokens) };
         self.steps += 1;
-        self.tokens += tokens as u64;
+        self.tokens += match row {
+            // No layer selected, or nobody counted.
+            RowTally { selections: 0, .. } => at_most as f64,
+            RowTally { slots, selections } => slots as f64 / f64::from(selections),
+        };
         self.context_tokens += context as u64;
         self.estimated_clusters += plan.estimated as u64;
-        self.raised_steps += u32::from(tokens > (sparse.budget as usize).min(context));
+        self.raised_steps += u32::from(at_most > (sparse.budget as usize).min(context));
     }
 }
 

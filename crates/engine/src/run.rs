@@ -4,6 +4,7 @@ use ops::coverage::Inspections;
 use ops::places::DigestState;
 use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow};
+use ops::tally::{Overlap, RowTally};
 use ops::tier::TierState;
 use ops::{Batch, BlockIndex, SeatIndex};
 
@@ -46,6 +47,21 @@ pub trait Runner {
     /// What happened to the pages of `seat` since it was released, and the cache frames that it holds.
     fn seat_counters(&self, _seat: SeatIndex) -> (SeatCounters, usize) {
         Default::default()
+    }
+
+    /// Bytes of digests that were copied to HBM for `seat` in the last step.
+    fn digest_loads(&self, _seat: SeatIndex) -> u64 {
+        0
+    }
+
+    /// How much of each selection the next one repeated, since the start.
+    fn overlap(&self) -> Overlap {
+        Overlap::default()
+    }
+
+    /// What the last row of `seat` selected in the last step; nothing where no layer selects.
+    fn row_tally(&self, _seat: SeatIndex) -> RowTally {
+        RowTally::default()
     }
 }
 

@@ -20,7 +20,7 @@ impl Shares {
     pub(crate) fn new(config: &Config) -> Self {
         let quotas = |tier: TierShare| {
             let per_layer = u32::try_from(tier.extents / tier.layers).unwrap_or(u32::MAX);
-            (tier, Quotas::new(tier.rule, per_layer, config.max_num_seqs))
+            (tier, Quotas::new(tier.rule, per_layer, tier.layers, config.max_num_seqs))
         };
         Shares {
             tier: config.tier.map(quotas),
@@ -41,10 +41,11 @@ impl Shares {
         }
     }
 
-    /// Notes what a step did to the pages of `seat`; `of_answer` if it ran tokens of an answer alone.
-    pub(crate) fn observe(&mut self, seat: SeatIndex, counters: &SeatCounters, of_answer: bool) {
+    /// Notes what a step did to the pages of `seat`, which holds `held` cache frames now; `of_answer` if it ran tokens of an
+    /// answer alone.
+    pub(crate) fn observe(&mut self, seat: SeatIndex, counters: &SeatCounters, held: usize, of_answer: bool) {
         match &mut self.tier {
-            Some((_, quotas)) if of_answer => quotas.observe(seat, counters),
+            Some((_, quotas)) if of_answer => quotas.observe(seat, counters, held),
             Some((_, quotas)) => quotas.pass_over(seat, counters),
             None => {}
         }

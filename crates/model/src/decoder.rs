@@ -113,6 +113,7 @@ impl<B: Backend> Model<B> {
                     if let Some(recorder) = &mut kv.recorder {
                         recorder.record(backend, selection, index, &rows);
                     }
+                    backend.tally(&mut kv.pages, index, &rows, selection);
                     Some(&*selection)
                 }
                 _ => None,

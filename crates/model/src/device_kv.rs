@@ -3,6 +3,7 @@
 use ops::places::DigestState;
 use ops::residency::SeatCounters;
 use ops::sparse::{DigestSpec, SelectionLimits};
+use ops::tally::{Overlap, RowTally};
 use ops::tier::{TierSpec, TierState};
 use ops::{Backend, BlockIndex, Gate, KvGeometry, SeatIndex};
 use sparse::trace::{Player, Recorder};
@@ -76,7 +77,8 @@ impl<B: Backend> DeviceKv<B> {
             Some(limits) => Some(backend.selection(limits)?.0),
         };
         let copies = DigestSpec::copies(&spec.digests);
-        let pages = backend.kv(geometry, num_blocks, copies, tier)?;
+        let mut pages = backend.kv(geometry, num_blocks, copies, tier)?;
+        spec.selections.iter().for_each(|limits| backend.tally_within(&mut pages, limits));
         Ok(DeviceKv {
             pages,
             digests,
@@ -106,6 +108,21 @@ impl<B: Backend> DeviceKv<B> {
     /// What happened to the pages of `seat` since it was released, and the cache frames that it holds.
     pub fn seat_counters(&self, backend: &B, seat: SeatIndex) -> (SeatCounters, usize) {
         backend.seat_counters(&self.pages, seat)
+    }
+
+    /// Bytes of digests that came to HBM for `seat` in the last step.
+    pub fn digest_loads(&self, backend: &B, seat: SeatIndex) -> u64 {
+        self.digests.iter().map(|digests| backend.digest_loads(digests, seat)).sum()
+    }
+
+    /// How much of each selection the next one repeated, since the start.
+    pub fn overlap(&self, backend: &B) -> Overlap {
+        backend.overlap(&self.pages)
+    }
+
+    /// What the last row of `seat` selected in the last step.
+    pub fn row_tally(&self, backend: &B, seat: SeatIndex) -> RowTally {
+        backend.row_tally(&self.pages, seat)
     }
 
     /// Records what is selected from now on.

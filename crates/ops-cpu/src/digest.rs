@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use ops::cluster::{CLUSTER_TOKENS_MAX, Clustering, OrderedCopy};
 use ops::places::{DigestState, Places};
 use ops::sparse::{DigestKind, DigestSpec, padded_width};
-use ops::{Batch, BlockIndex, DType, Error, KvGeometry, SequenceRows};
+use ops::{Batch, BlockIndex, DType, Error, KvGeometry, SeatIndex, SequenceRows};
 
 use crate::fp8;
 use crate::gate::Gate;
@@ -50,6 +50,8 @@ struct Hbm {
     places: Places,
     /// Of the step at hand: blocks that come from DRAM, and where to.
     loads: Vec<(BlockIndex, usize)>,
+    /// Blocks of them by the seat that named them first. Each seat that reads digests has a place at least.
+    loads_of: Vec<(SeatIndex, u64)>,
     loaded_bytes: u64,
 }
 
@@ -85,7 +87,13 @@ impl Digests {
         let per_block = spec.per_block(geometry.page_tokens);
         let hbm = places.map(|count| -> Result<_, Error> {
             let places = Places::new(num_blocks, count);
-            Ok(Hbm { layers: layers(count)?, places, loads: Vec::with_capacity(count), loaded_bytes: 0 })
+            Ok(Hbm {
+                layers: layers(count)?,
+                places,
+                loads: Vec::with_capacity(count),
+                loads_of: Vec::with_capacity(count),
+                loaded_bytes: 0,
+            })
         });
         let (layers, hbm) = (layers(num_blocks)?, hbm.transpose()?);
         let gate = gate.map(|gate| Gate::new(isa, gate, spec.partition_tokens, threads)).transpose()?;
@@ -210,12 +218,29 @@ impl Digests {
     pub fn place(&mut self, pool: &mut Pool, batch: &Batch) {
         let (block_bytes, page_tokens) =
             (self.geometry.kv_heads * self.head_bytes(), self.geometry.page_tokens);
-        let Some(Hbm { layers, places, loads, loaded_bytes }) = &mut self.hbm else { return };
+        let Some(Hbm { layers, places, loads, loads_of, loaded_bytes }) = &mut self.hbm else { return };
         loads.clear();
-        let readers = batch.sequences.iter().filter(|s| batch.reads_digests(s));
-        let blocks = readers.flat_map(|s| &batch.block_table(s)[..s.context_tokens().div_ceil(page_tokens)]);
+        let readers = || batch.sequences.iter().filter(|s| batch.reads_digests(s));
+        let blocks_of = |s: &SequenceRows| &batch.block_table(s)[..s.context_tokens().div_ceil(page_tokens)];
+        let blocks = readers().flat_map(blocks_of);
         places.hold(blocks.copied(), |block, place| loads.push((block, place)));
         let loads = &*loads;
+        loads_of.clear();
+        // They come in the order in which blocks were named first.
+        let mut rest = loads.as_slice();
+        for s in readers() {
+            let before = rest.len();
+            for block in blocks_of(s) {
+                match rest {
+                    [] => break,
+                    [(next, _), after @ ..] if next == block => rest = after,
+                    _ => {}
+                }
+            }
+            if rest.len() < before {
+                loads_of.push((s.seat, (before - rest.len()) as u64));
+            }
+        }
         for (from, to) in self.layers.iter().zip(layers) {
             let (from, to) = (from.as_slice(), Shared(to.as_mut_ptr()));
             pool.run(loads.len().div_ceil(BLOCKS_PER_TASK), &|task, _| {
@@ -237,6 +262,13 @@ impl Digests {
             let (places, used) = hbm.places.counts();
             DigestState { places: places as u64, used: used as u64, loaded_bytes: hbm.loaded_bytes }
         })
+    }
+
+    /// Bytes that the last step loaded for `seat`.
+    pub fn loads(&self, seat: SeatIndex) -> u64 {
+        let block_bytes = self.geometry.kv_heads * self.head_bytes() * self.layers.len();
+        let of_seat = self.hbm.iter().flat_map(|hbm| &hbm.loads_of).filter(|(of, _)| *of == seat);
+        of_seat.map(|(_, blocks)| blocks * block_bytes as u64).sum()
     }
 
     /// The digests of a block and head, without padding.

@@ -2,7 +2,7 @@
 //!
 //! In reading order: [`Isa`] (which instructions), `simd` (vectors of 16 lanes), `tile` (the one inner loop), `pack`
 //! and `gemm` (matrix products), `pages`, `attention`, `split` and `merge` (the KV cache), `digest`, `score`,
-//! `selection`, `select` and `cluster` (which part of it is attended to), `coverage` (what that leaves out), `tier` and `saver` (HBM and DRAM), `rows` (everything that treats a
+//! `selection`, `select` and `cluster` (which part of it is attended to), `tally` and `coverage` (what that comes to, and what it leaves out), `tier` and `saver` (HBM and DRAM), `rows` (everything that treats a
 //! row alone), `pool` (threads), `memory`; [`ceiling`] and [`bench`](mod@bench) measure.
 //!
 //! Invariant: at one instruction set, a row's bits depend on nothing but the row: not on the batch, the number of
@@ -35,6 +35,7 @@ mod select;
 mod selection;
 mod simd;
 mod split;
+mod tally;
 mod tensor;
 mod tier;
 mod tile;
@@ -45,6 +46,7 @@ use ops::places::DigestState;
 use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow};
 use ops::sparse::{DigestSpec, SelectionLimits};
+use ops::tally::{Overlap, RowTally};
 use ops::tier::{TierSpec, TierState};
 use ops::{
     Backend, Batch, BlockIndex, DType, DeviceInfo, Error, HeadShape, KvGeometry, SeatIndex, Tensor,
@@ -57,6 +59,7 @@ pub use pack::{Linear, Vector};
 pub use pages::Kv;
 pub use pool::{Pool, THREADS_MAX};
 pub use selection::Selections;
+use tally::Tally;
 pub use tensor::CpuTensor;
 
 /// How to run.
@@ -178,6 +181,10 @@ impl Backend for CpuBackend {
         Ok((selection, bytes))
     }
 
+    fn tally_within(&mut self, kv: &mut Kv, limits: &SelectionLimits) {
+        kv.tally = Some(Tally::new(limits, kv.geometry().num_layers));
+    }
+
     fn reserve(
         &mut self,
         heads: HeadShape,
@@ -227,6 +234,9 @@ impl Backend for CpuBackend {
     }
 
     fn balance(&mut self, kv: &mut Kv, batch: &Batch) {
+        if let Some(tally) = &mut kv.tally {
+            tally.begin(batch);
+        }
         if let Some(tier) = &mut kv.tier {
             tier.balance(batch);
         }
@@ -290,6 +300,12 @@ impl Backend for CpuBackend {
         select::select(self.isa, &mut self.pool, selection, digests, layer, heads, batch);
     }
 
+    fn tally(&mut self, kv: &mut Kv, layer: usize, batch: &Batch, selection: &Selections) {
+        if let Some(tally) = &mut kv.tally {
+            tally.add(layer, batch, selection);
+        }
+    }
+
     fn resolve(
         &mut self,
         kv: &mut Kv,
@@ -346,6 +362,9 @@ impl Backend for CpuBackend {
     }
 
     fn release(&mut self, kv: &mut Kv, seat: SeatIndex) {
+        if let Some(tally) = &mut kv.tally {
+            tally.release(seat);
+        }
         if let Some(tier) = &mut kv.tier {
             tier.release(seat);
         }
@@ -359,6 +378,18 @@ impl Backend for CpuBackend {
 
     fn digest_state(&self, digests: &Digests) -> DigestState {
         digests.places()
+    }
+
+    fn digest_loads(&self, digests: &Digests, seat: SeatIndex) -> u64 {
+        digests.loads(seat)
+    }
+
+    fn overlap(&self, kv: &Kv) -> Overlap {
+        kv.tally.as_ref().map_or_else(Overlap::default, Tally::overlap)
+    }
+
+    fn row_tally(&self, kv: &Kv, seat: SeatIndex) -> RowTally {
+        kv.tally.as_ref().map_or_else(RowTally::default, |tally| tally.row(seat))
     }
 
     fn saved_tokens(&mut self, kv: &mut Kv, seat: SeatIndex) -> usize {

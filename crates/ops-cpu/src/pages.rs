@@ -21,6 +21,7 @@ use crate::pack::{Vector, k_per_step};
 use crate::pool::Pool;
 use crate::rows::rms_norm_row;
 use crate::simd::{LANES, Simd};
+use crate::tally::Tally;
 use crate::tensor::CpuTensor;
 use crate::tier::Tier;
 use crate::tile::{Bf16, Element, F16, F32};
@@ -34,6 +35,8 @@ pub struct Kv {
     /// Before the pool, so that it is dropped first: its saver writes to the pool.
     pub(crate) tier: Option<Box<Tier>>,
     pub(crate) dram: Layers,
+    /// What selections come to, where they are counted.
+    pub(crate) tally: Option<Tally>,
 }
 
 /// The pages of all layers in DRAM: one allocation per layer, then block, then head. Copies in the order of clusters lie behind those
@@ -61,7 +64,7 @@ impl Kv {
         let dram = Layers::new(geometry, num_blocks, copies)?;
         assert!(tier.is_none_or(|spec| spec.copies == copies), "a tier for the copies of the pool");
         let tier = tier.map(|spec| Tier::new(spec, geometry, num_blocks).map(Box::new)).transpose()?;
-        Ok(Kv { tier, dram })
+        Ok(Kv { tier, dram, tally: None })
     }
 
     /// Shape.

@@ -8,6 +8,7 @@ use ops::places::DigestState;
 use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow};
 use ops::sparse::{DigestSpec, SelectionLimits};
+use ops::tally::{Overlap, RowTally};
 use ops::tier::{TierSpec, TierState};
 use ops::{
     Backend, Batch, BlockIndex, DType, DeviceInfo, Error, Gate, HeadShape, KvGeometry, SeatIndex, WeightView,
@@ -290,6 +291,26 @@ impl Backend for Faulty {
 
     fn park(&mut self, kv: &mut Kv, seat: SeatIndex, table: &[BlockIndex]) {
         self.cpu.park(&mut kv.pages, seat, table);
+    }
+
+    fn tally_within(&mut self, kv: &mut Kv, limits: &SelectionLimits) {
+        self.cpu.tally_within(&mut kv.pages, limits);
+    }
+
+    fn tally(&mut self, kv: &mut Kv, layer: usize, batch: &Batch, selection: &Selection) {
+        self.cpu.tally(&mut kv.pages, layer, batch, selection);
+    }
+
+    fn digest_loads(&self, digests: &Digests, seat: SeatIndex) -> u64 {
+        self.cpu.digest_loads(digests, seat)
+    }
+
+    fn overlap(&self, kv: &Kv) -> Overlap {
+        self.cpu.overlap(&kv.pages)
+    }
+
+    fn row_tally(&self, kv: &Kv, seat: SeatIndex) -> RowTally {
+        self.cpu.row_tally(&kv.pages, seat)
     }
 
     fn digest_state(&self, digests: &Digests) -> DigestState {

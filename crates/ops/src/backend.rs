@@ -5,6 +5,7 @@ use crate::places::DigestState;
 use crate::residency::SeatCounters;
 use crate::sample::{SampleOutput, SampleRow};
 use crate::sparse::{DigestSpec, SelectionLimits};
+use crate::tally::{Overlap, RowTally};
 use crate::tier::{TierSpec, TierState, TooSmall};
 use crate::{Batch, BlockIndex, DType, Gate, HeadShape, KvGeometry, SeatIndex};
 
@@ -156,6 +157,9 @@ pub trait Backend {
     /// Memory for the selections of a step, and its size in bytes.
     fn selection(&mut self, limits: SelectionLimits) -> Result<(Self::Selection, u64), Error>;
 
+    /// Takes the memory to [tally](Backend::tally) selections within `limits`: of seats below its rows.
+    fn tally_within(&mut self, kv: &mut Self::Kv, limits: &SelectionLimits);
+
     /// Bytes of scratch memory that the operations need for steps of up to `rows_max` rows of `heads`, contexts of up
     /// to `context_max` tokens and at most `sequences_max` sequences; reserves them, so that no step allocates.
     fn reserve(
@@ -261,6 +265,11 @@ pub trait Backend {
         batch: &Batch,
     );
 
+    /// Counts what the rows of [`Batch::sparse_rows`] select in `layer`, and compares it with what the rows before them did: see
+    /// [`crate::tally`]. Comes once per layer, after the selections are made; those that nobody attends to are not counted. Without
+    /// [memory](Backend::tally_within) for it nothing.
+    fn tally(&mut self, kv: &mut Self::Kv, layer: usize, batch: &Batch, selection: &Self::Selection);
+
     /// Finds a frame for every page that [`Backend::attend`] will read with the same arguments, and returns in how many
     /// *waves* that has to be done, at least one.
     ///
@@ -336,6 +345,16 @@ pub trait Backend {
 
     /// How much of `digests` is in HBM.
     fn digest_state(&self, digests: &Self::Digests) -> DigestState;
+
+    /// Bytes of `digests` that were copied to HBM for `seat` in the last step that placed any; those of blocks that sequences share
+    /// are the first one's.
+    fn digest_loads(&self, digests: &Self::Digests, seat: SeatIndex) -> u64;
+
+    /// What was [tallied](Backend::tally) since the start.
+    fn overlap(&self, kv: &Self::Kv) -> Overlap;
+
+    /// What the last row of `seat` selected in the last step that it took part in.
+    fn row_tally(&self, kv: &Self::Kv, seat: SeatIndex) -> RowTally;
 
     /// Tokens of `seat` whose pages are clean in all layers; everything in unified memory.
     fn saved_tokens(&mut self, kv: &mut Self::Kv, seat: SeatIndex) -> usize;

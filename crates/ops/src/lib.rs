@@ -25,6 +25,7 @@ pub mod reference;
 pub mod residency;
 pub mod sample;
 pub mod sparse;
+pub mod tally;
 pub mod tier;
 
 pub use backend::{Backend, DeviceInfo, Error, Tensor, WeightView};

@@ -201,15 +201,13 @@ pub struct TierState {
     pub pinned_frames: u64,
     /// Extents of cache frames that nobody owns.
     pub free_extents: u64,
-    /// Cache frames with a page that a frame of another sequence of the step holds, too: frames are not shared, not even those of a
+    /// Bytes of cache frames with a page that a frame of another sequence of the step holds, too: frames are not shared, not even those of a
     /// prefix. Each step looks at one layer, in turn, and this is the sum of what was found last.
-    pub duplicate_frames: u64,
+    pub duplicate_bytes: u64,
     /// Pages on their way to DRAM.
     pub saving_pages: u64,
     /// Bytes of residency tables in use.
     pub table_bytes: u64,
-    /// Bytes copied from DRAM to HBM, since the start.
-    pub fetched_bytes: u64,
     /// Bytes copied from HBM to DRAM, since the start.
     pub saved_bytes: u64,
     /// Time that steps spent waiting for pages, since the start, in nanoseconds.

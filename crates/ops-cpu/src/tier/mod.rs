@@ -52,7 +52,6 @@ pub struct Tier {
     /// Bytes of a page that are fetched, from its start.
     fetched_part: usize,
     saver: Saver,
-    fetched_bytes: u64,
     saved_bytes: u64,
     stall_nanos: u64,
     extra_waves: u64,
@@ -110,7 +109,6 @@ impl Tier {
             layer: 0,
             fetched_part: geometry.page_bytes(),
             saver: Saver::new(spec.staging_chunks(), geometry.kv_heads * geometry.page_bytes(), spec.poison)?,
-            fetched_bytes: 0,
             saved_bytes: 0,
             stall_nanos: 0,
             extra_waves: 0,
@@ -322,7 +320,7 @@ impl Tier {
                     self.wait_for(s.seat, layer, page);
                     let block = dram.block(layer, batch.block_table(s)[page]);
                     self.arena.as_mut_slice()[to..to + block_bytes].copy_from_slice(block);
-                    self.fetched_bytes += block_bytes as u64;
+                    self.residency.counters_mut(s.seat).fetched_bytes += block_bytes as u64;
                 }
             }
             let home = &mut self.homes[at];
@@ -460,10 +458,9 @@ impl Tier {
             cache_used: self.residency.frames_in_use() as u64,
             pinned_frames: frames - cache_frames,
             free_extents: self.residency.free_extents() as u64,
-            duplicate_frames: self.duplicates.iter().sum(),
+            duplicate_bytes: self.duplicates.iter().sum::<u64>() * self.geometry.page_bytes() as u64,
             saving_pages: self.saver.in_flight() * self.geometry.kv_heads as u64,
             table_bytes: self.residency.bytes_in_use(),
-            fetched_bytes: self.fetched_bytes,
             saved_bytes: self.saved_bytes,
             stall_nanos: self.stall_nanos,
             extra_waves: self.extra_waves,

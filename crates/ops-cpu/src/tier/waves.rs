@@ -377,7 +377,9 @@ impl Tier {
                 }
             }
         });
-        self.fetched_bytes += (fetches.len() * bytes) as u64;
+        for Fetch { seat, .. } in fetches {
+            self.residency.counters_mut(*seat).fetched_bytes += bytes as u64;
+        }
         self.stall_nanos += start.elapsed().as_nanos() as u64;
     }
 

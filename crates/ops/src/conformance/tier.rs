@@ -56,7 +56,8 @@ impl<'a, B: Backend> World<'a, B> {
         let (selection, _) = backend.selection(limits).expect("memory");
         backend.reserve(heads, rows, SEATS, CONTEXT, heads.qkv_cols()).expect("scratch");
         let copies = DigestSpec::copies(&case.digests);
-        let kv = backend.kv(geometry, num_blocks, copies, tier).expect("memory");
+        let mut kv = backend.kv(geometry, num_blocks, copies, tier).expect("memory");
+        backend.tally_within(&mut kv, &limits);
         World { backend, kv, digests, selection }
     }
 
@@ -65,6 +66,11 @@ impl<'a, B: Backend> World<'a, B> {
         for digests in &mut self.digests {
             self.backend.place_digests(digests, batch);
         }
+    }
+
+    /// Bytes of digests that the last step loaded for `seat`.
+    fn loaded(&self, seat: SeatIndex) -> u64 {
+        self.digests.iter().map(|digests| self.backend.digest_loads(digests, seat)).sum()
     }
 
     /// A sequence leaves its seat and keeps its blocks.
@@ -130,6 +136,9 @@ impl<'a, B: Backend> World<'a, B> {
                     selections.push(backend.read_selection(selection, place, head));
                 }
             }
+        }
+        if selects {
+            backend.tally(kv, layer, batch, selection);
         }
         let selection = selects.then_some(&*selection);
         let mut out = backend.tensor(rows, heads.q_cols()).expect("memory");
@@ -381,6 +390,10 @@ struct Covered {
     evictions: u64,
     streamed: u64,
     extra_waves: u64,
+    /// Pages that selections repeated.
+    repeated: u64,
+    /// Bytes of digests, seat by seat.
+    loaded: u64,
     /// Times that more tokens of a request were saved than after the step before.
     saves: usize,
     /// Steps of sequences that begin with blocks of others.
@@ -391,8 +404,9 @@ struct Covered {
 
 impl Covered {
     const fn everything(&self) -> bool {
-        let Covered { hits, misses, evictions, streamed, saves, shared, duplicates, .. } = *self;
-        hits > 0 && misses > 0 && evictions > 0 && streamed > 0 && saves > 0 && shared > 0 && duplicates > 0
+        let Covered { hits, misses, evictions, streamed, repeated, saves, shared, duplicates, .. } = *self;
+        let pages = hits > 0 && misses > 0 && evictions > 0 && streamed > 0 && repeated > 0 && duplicates > 0;
+        pages && saves > 0 && shared > 0
     }
 
     fn add(&mut self, other: &Covered) {
@@ -401,6 +415,7 @@ impl Covered {
         self.evictions += other.evictions;
         self.streamed += other.streamed;
         self.extra_waves += other.extra_waves;
+        self.repeated += other.repeated;
         self.saves += other.saves;
         self.shared += other.shared;
         self.duplicates += other.duplicates;
@@ -461,6 +476,7 @@ fn run<B: Backend>(
         {
             covered.count(&tiered, seat);
             tiered.backend.release(&mut tiered.kv, seat);
+            unified.backend.release(&mut unified.kv, seat);
             oracle.backend.release(&mut oracle.kv, seat);
         }
         if traffic.random.below(6) == 0
@@ -468,6 +484,7 @@ fn run<B: Backend>(
         {
             covered.count(&tiered, seat);
             tiered.park(seat, &traffic.requests[request].blocks);
+            unified.park(seat, &traffic.requests[request].blocks);
             oracle.park(seat, &traffic.requests[request].blocks);
             parked += 1;
         }
@@ -483,6 +500,7 @@ fn run<B: Backend>(
             }
         }
         tiered.begin(&batch);
+        unified.begin(&batch);
         oracle.begin(&batch);
         for layer in 0..LAYERS {
             let qkv = step.qkv(layer, case.heads.qkv_cols());
@@ -497,10 +515,22 @@ fn run<B: Backend>(
                 oracle.warm(case, layer, &batch);
             }
         }
-        let duplicates = |state: Option<TierState>| state.expect("tiers").duplicate_frames;
-        let duplicate = duplicates(tiered.backend.tier_state(&tiered.kv));
-        assert_eq!(duplicate, duplicates(oracle.backend.tier_state(&oracle.kv)), "{what}: duplicates");
-        covered.duplicates += duplicate;
+        covered.duplicates += tiered.backend.tier_state(&tiered.kv).expect("tiers").duplicate_bytes;
+        check_state(&tiered, &oracle, &what);
+        let overlap = tiered.backend.overlap(&tiered.kv);
+        assert_eq!(overlap, unified.backend.overlap(&unified.kv), "{what}: overlap in unified memory");
+        assert_eq!(overlap, oracle.backend.overlap(&oracle.kv), "{what}: overlap");
+        for s in batch.sequences {
+            let of = tiered.backend.row_tally(&tiered.kv, s.seat);
+            assert_eq!(
+                of,
+                unified.backend.row_tally(&unified.kv, s.seat),
+                "{what} {:?}: its last row",
+                s.seat
+            );
+            assert_eq!(of, oracle.backend.row_tally(&oracle.kv, s.seat), "{what} {:?}: its last row", s.seat);
+            covered.loaded += tiered.loaded(s.seat);
+        }
         tiered.backend.check_tier(&tiered.kv, &batch);
         oracle.backend.check_tier(&oracle.kv, &batch);
         for request in &mut traffic.requests {
@@ -527,19 +557,33 @@ fn run<B: Backend>(
         covered.count(&tiered, request.seat);
         settle(&mut tiered, &mut oracle, request.seat);
     }
-    let (got, expected) = (tiered.backend.tier_state(&tiered.kv), oracle.backend.tier_state(&oracle.kv));
-    let (got, expected) = (got.expect("tiers"), expected.expect("tiers"));
-    assert_eq!(
-        (got.cache_frames, got.cache_used, got.free_extents),
-        (expected.cache_frames, expected.cache_used, expected.free_extents),
-        "{what}"
-    );
-    covered.extra_waves = got.extra_waves;
+    let state = check_state(&tiered, &oracle, what);
+    assert_eq!(state.saving_pages, 0, "{what}: all is saved");
+    covered.extra_waves = state.extra_waves;
+    covered.repeated = tiered.backend.overlap(&tiered.kv).repeated;
+    let loaded: u64 = tiered.digests.iter().map(|d| tiered.backend.digest_state(d).loaded_bytes).sum();
+    assert_eq!(covered.loaded, loaded, "{what}: loads of digests are somebody's");
+    for seat in (0..SEATS as u32).map(SeatIndex) {
+        tiered.backend.release(&mut tiered.kv, seat);
+        oracle.backend.release(&mut oracle.kv, seat);
+    }
+    let state = check_state(&tiered, &oracle, what);
+    assert_eq!(state.cache_used, 0, "{what}: who left holds nothing");
     // The oracle has no places.
     let digests = tiered.backend.digest_state(&tiered.digests[0]);
     let loads = digests.places == 0 || digests.loaded_bytes > 0;
     assert!(parked > 0 && loads, "{what} is no test: {parked} parked, {digests:?}");
     covered
+}
+
+/// Compares what the device says of its tier with the naive model, except for what depends on time and on how it cuts waves.
+fn check_state<B: Backend>(tiered: &World<B>, oracle: &World<Reference>, what: &str) -> TierState {
+    let state = tiered.backend.tier_state(&tiered.kv).expect("tiers");
+    let expected = oracle.backend.tier_state(&oracle.kv).expect("tiers");
+    let TierState { stall_nanos, extra_waves, saving_pages, .. } = state;
+    let expected = TierState { stall_nanos, extra_waves, saving_pages, ..expected };
+    assert_eq!(state, expected, "{what}: what gauges and counters are made of");
+    state
 }
 
 /// Waits until all full pages of `seat` are saved, which takes no further step; returns their tokens. What happens next would

@@ -5,8 +5,10 @@
 mod attention;
 mod fp8;
 mod sparse;
+mod tally;
 mod tier;
 
+use tally::NaiveTally;
 use tier::NaiveTier;
 
 use crate::cluster::OrderedCopy;
@@ -15,6 +17,7 @@ use crate::places::DigestState;
 use crate::residency::SeatCounters;
 use crate::sample::{SampleOutput, SampleRow, SampleScratch, sample};
 use crate::sparse::{DigestSpec, SelectionLimits};
+use crate::tally::{Overlap, RowTally};
 use crate::tier::{TierSpec, TierState};
 pub use sparse::{DigestTable, Selections};
 
@@ -84,6 +87,7 @@ pub struct Pages {
     pool_blocks: usize,
     values: Vec<f32>,
     tier: Option<NaiveTier>,
+    tally: NaiveTally,
 }
 
 impl Pages {
@@ -191,12 +195,10 @@ impl Backend for Reference {
         let elements = num_blocks * geometry.block_bytes() / geometry.dtype.bytes();
         let tier = match tier {
             None => None,
-            Some(spec) => {
-                let layout = spec.layout(&geometry)?;
-                Some(NaiveTier::new(spec, layout, geometry.num_layers, geometry.page_tokens))
-            }
+            Some(spec) => Some(NaiveTier::new(spec, spec.layout(&geometry)?, geometry, pool_blocks)),
         };
-        Ok(Pages { geometry, num_blocks, pool_blocks, values: vec![0.0; elements], tier })
+        let (values, tally) = (vec![0.0; elements], NaiveTally::default());
+        Ok(Pages { geometry, num_blocks, pool_blocks, values, tier, tally })
     }
 
     fn digests(
@@ -215,6 +217,8 @@ impl Backend for Reference {
     fn selection(&mut self, limits: SelectionLimits) -> Result<(Selections, u64), Error> {
         Ok((Selections::new(limits), 0))
     }
+
+    fn tally_within(&mut self, _: &mut Pages, _: &SelectionLimits) {}
 
     fn reserve(&mut self, _: HeadShape, _: usize, _: usize, _: usize, _: usize) -> Result<u64, Error> {
         Ok(0)
@@ -295,8 +299,9 @@ impl Backend for Reference {
     }
 
     fn balance(&mut self, kv: &mut Pages, batch: &Batch) {
+        kv.tally.begin(batch);
         if let Some(tier) = &mut kv.tier {
-            tier.balance(kv.geometry.num_layers, kv.pool_blocks, batch);
+            tier.balance(batch);
         }
     }
 
@@ -315,7 +320,7 @@ impl Backend for Reference {
         assert_eq!((qkv.cols, angles.cols), (heads.qkv_cols(), heads.head_dim), "columns");
         let d = heads.head_dim;
         if let Some(tier) = &mut kv.tier {
-            tier.begin(page_tokens, batch);
+            tier.begin(layer, batch);
         }
         for sequence in batch.sequences {
             let table = batch.block_table(sequence);
@@ -354,9 +359,8 @@ impl Backend for Reference {
     }
 
     fn save(&mut self, kv: &mut Pages, layer: usize, batch: &Batch) {
-        let KvGeometry { page_tokens, kv_heads, .. } = kv.geometry;
         if let Some(tier) = &mut kv.tier {
-            tier.save(page_tokens, kv_heads, layer, batch);
+            tier.save(layer, batch);
         }
     }
 
@@ -390,6 +394,11 @@ impl Backend for Reference {
         selection.select(digests, layer, heads, batch);
     }
 
+    fn tally(&mut self, kv: &mut Pages, layer: usize, batch: &Batch, selection: &Selections) {
+        let KvGeometry { kv_heads, page_tokens, .. } = kv.geometry;
+        kv.tally.add(layer, kv_heads, page_tokens, batch, selection);
+    }
+
     fn resolve(
         &mut self,
         kv: &mut Pages,
@@ -400,7 +409,7 @@ impl Backend for Reference {
         selection: Option<&Selections>,
     ) -> usize {
         if let Some(tier) = &mut kv.tier {
-            tier.resolve((layer, kv.pool_blocks), heads, window, batch, selection);
+            tier.resolve(layer, heads, window, batch, selection);
         }
         1
     }
@@ -439,6 +448,9 @@ impl Backend for Reference {
         selection: &Selections,
     ) {
         attention::cover(inspections, kv, layer, qkv, heads, batch, selection);
+        if let Some(tier) = &mut kv.tier {
+            tier.look(inspections, layer, batch, selection);
+        }
     }
 
     fn sample(&mut self, out: &mut SampleOutput, logits: &Matrix, rows: &[SampleRow]) {
@@ -449,29 +461,44 @@ impl Backend for Reference {
     }
 
     fn release(&mut self, kv: &mut Pages, seat: SeatIndex) {
+        kv.tally.release(seat);
         if let Some(tier) = &mut kv.tier {
             tier.release(seat);
         }
     }
 
-    fn park(&mut self, _kv: &mut Pages, _seat: SeatIndex, _table: &[BlockIndex]) {}
+    fn park(&mut self, kv: &mut Pages, seat: SeatIndex, _table: &[BlockIndex]) {
+        if let Some(tier) = &mut kv.tier {
+            tier.park(seat);
+        }
+    }
 
     fn digest_state(&self, _digests: &DigestTable) -> DigestState {
         DigestState::default()
     }
 
+    fn digest_loads(&self, _digests: &DigestTable, _seat: SeatIndex) -> u64 {
+        0
+    }
+
+    fn overlap(&self, kv: &Pages) -> Overlap {
+        kv.tally.overlap()
+    }
+
+    fn row_tally(&self, kv: &Pages, seat: SeatIndex) -> RowTally {
+        kv.tally.row(seat)
+    }
+
     fn saved_tokens(&mut self, kv: &mut Pages, seat: SeatIndex) -> usize {
-        let KvGeometry { num_layers, page_tokens, .. } = kv.geometry;
-        kv.tier.as_ref().map_or(usize::MAX, |tier| tier.saved_tokens(num_layers, page_tokens, seat))
+        kv.tier.as_ref().map_or(usize::MAX, |tier| tier.saved_tokens(seat))
     }
 
     fn tier_state(&self, kv: &Pages) -> Option<TierState> {
-        kv.tier.as_ref().map(|tier| tier.state(kv.geometry.page_bytes()))
+        kv.tier.as_ref().map(|tier| tier.state())
     }
 
     fn seat_counters(&self, kv: &Pages, seat: SeatIndex) -> (SeatCounters, usize) {
-        let layers = kv.geometry.num_layers;
-        kv.tier.as_ref().map_or_else(Default::default, |tier| tier.counters(layers, seat))
+        kv.tier.as_ref().map_or_else(Default::default, |tier| tier.counters(seat))
     }
 
     fn check_tier(&mut self, kv: &Pages, batch: &Batch) {

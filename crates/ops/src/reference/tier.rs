@@ -1,14 +1,15 @@
 //! The HBM tier as a naive model: what is resident, by the rules alone, with a copy of each page.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use super::{Pages, Selections};
 use crate::cluster::{OrderedCopy, OrderedSlots};
-use crate::residency::{EXTENT_FRAMES, EvictionRule, STAMPS, SeatCounters};
+use crate::coverage::Inspections;
+use crate::residency::{EXTENT_FRAMES, EvictionRule, LEAF_PAGES, STAMPS, SeatCounters};
 use crate::sparse::Attention;
 use crate::tier::{TierLayout, TierSpec, TierState};
-use crate::{Batch, HeadShape, SeatIndex, SequenceRows};
+use crate::{Batch, HeadShape, KvGeometry, SeatIndex, SequenceRows};
 
 /// A page in a frame.
 #[derive(Clone, Debug)]
@@ -33,22 +34,28 @@ struct Pool {
 pub(super) struct NaiveTier {
     spec: TierSpec,
     layout: TierLayout,
-    page_tokens: usize,
+    geometry: KvGeometry,
+    /// Blocks of the pool in DRAM, without those of copies.
+    pool_blocks: usize,
     /// By seat, where each has frames of its own, and layer.
     pools: BTreeMap<(Option<SeatIndex>, usize), Pool>,
     counters: BTreeMap<SeatIndex, SeatCounters>,
+    /// Of requests that left their seats.
+    gone: SeatCounters,
     /// First local page of a seat in this step.
     local: BTreeMap<SeatIndex, usize>,
     /// Pages that are full, by (seat, layer).
     full: BTreeMap<(SeatIndex, usize), usize>,
+    /// Pages that stay local after a step, by (seat, layer).
+    kept: BTreeMap<(SeatIndex, usize), Range<usize>>,
     /// Pages that pass through in this layer.
     passing: BTreeMap<(SeatIndex, usize, usize), Vec<f32>>,
     /// What `gather` has to fetch: seat, layer, head, page, DRAM block, and the frame that it is for.
     missing: Vec<Missing>,
-    fetched_pages: u64,
     /// Steps so far, and frames by layer with a page that another sequence holds, too.
     steps: usize,
     duplicates: BTreeMap<usize, u64>,
+    saved_bytes: u64,
 }
 
 #[derive(Debug)]
@@ -90,7 +97,8 @@ fn items<'a>(batch: &'a Batch, selection: bool) -> Vec<Item<'a>> {
 }
 
 impl NaiveTier {
-    pub(super) fn new(spec: TierSpec, layout: TierLayout, layers: usize, page_tokens: usize) -> Self {
+    pub(super) fn new(spec: TierSpec, layout: TierLayout, geometry: KvGeometry, pool_blocks: usize) -> Self {
+        let layers = geometry.num_layers;
         let mut pools = BTreeMap::new();
         if spec.eviction == EvictionRule::Global {
             let frames = vec![None; layout.extents / layers * EXTENT_FRAMES];
@@ -99,16 +107,19 @@ impl NaiveTier {
         NaiveTier {
             spec,
             layout,
-            page_tokens,
+            geometry,
+            pool_blocks,
             pools,
             counters: BTreeMap::new(),
+            gone: SeatCounters::default(),
             local: BTreeMap::new(),
             full: BTreeMap::new(),
+            kept: BTreeMap::new(),
             passing: BTreeMap::new(),
             missing: Vec::new(),
-            fetched_pages: 0,
             steps: 0,
             duplicates: BTreeMap::new(),
+            saved_bytes: 0,
         }
     }
 
@@ -121,15 +132,16 @@ impl NaiveTier {
     }
 
     /// Sets the quotas of the sequences of `batch`, and counts what they hold twice in the next layer.
-    pub(super) fn balance(&mut self, layers: usize, pool_blocks: usize, batch: &Batch) {
-        self.set_quotas(layers, batch);
+    pub(super) fn balance(&mut self, batch: &Batch) {
+        let layers = self.geometry.num_layers;
+        self.set_quotas(batch);
         let layer = self.steps % layers;
         self.steps += 1;
         let mut held = BTreeMap::new();
         let tables: BTreeMap<_, _> = batch.sequences.iter().map(|s| (s.seat, batch.block_table(s))).collect();
         for (seat, table) in tables {
             for (head, page) in self.resident(seat, layer) {
-                let block = self.spec.block_of(page, table, pool_blocks, self.page_tokens);
+                let block = self.spec.block_of(page, table, self.pool_blocks, self.geometry.page_tokens);
                 *held.entry((block, head)).or_insert(0) += 1;
             }
         }
@@ -137,7 +149,8 @@ impl NaiveTier {
     }
 
     /// Sets the quotas of the sequences of `batch`, where there are any.
-    fn set_quotas(&mut self, layers: usize, batch: &Batch) {
+    fn set_quotas(&mut self, batch: &Batch) {
+        let layers = self.geometry.num_layers;
         if self.spec.eviction == EvictionRule::Global {
             return;
         }
@@ -169,31 +182,56 @@ impl NaiveTier {
         }
     }
 
-    /// The first page that a seat holds locally, when its rows begin at `first_position`.
-    pub(super) fn begin(&mut self, page_tokens: usize, batch: &Batch) {
+    fn block_bytes(&self) -> u64 {
+        (self.geometry.kv_heads * self.geometry.page_bytes()) as u64
+    }
+
+    /// Makes the last pages of each sequence local, those that hold tokens from DRAM if the step before did not keep them.
+    pub(super) fn begin(&mut self, layer: usize, batch: &Batch) {
+        let (page_tokens, block_bytes) = (self.geometry.page_tokens, self.block_bytes());
         for s in batch.sequences {
-            self.local.insert(s.seat, self.spec.local_start(s.first_position as usize, page_tokens));
+            let first = s.first_position as usize;
+            let (start, end) =
+                (self.spec.local_start(first, page_tokens), s.context_tokens().div_ceil(page_tokens));
+            self.local.insert(s.seat, start);
+            let stay = if s.num_rows() > 1 { self.layout.local_pages } else { end };
+            let kept = self.kept.insert((s.seat, layer), start.max(end.saturating_sub(stay))..end);
+            let is_there = |page: &usize| kept.as_ref().is_some_and(|kept| kept.contains(page));
+            let fetched = (start..first.div_ceil(page_tokens)).filter(|page| !is_there(page)).count();
+            self.counters.entry(s.seat).or_default().fetched_bytes += fetched as u64 * block_bytes;
         }
     }
 
     /// Has the sequences of `batch` hold locally what a row at the end of their context would.
     pub(super) fn settle(&mut self, batch: &Batch) {
         for s in batch.sequences {
-            self.local.insert(s.seat, self.spec.local_start(s.context_tokens(), self.page_tokens));
+            self.local.insert(s.seat, self.spec.local_start(s.context_tokens(), self.geometry.page_tokens));
         }
     }
 
     /// Notes the pages that `batch` fills.
-    pub(super) fn save(&mut self, page_tokens: usize, kv_heads: usize, layer: usize, batch: &Batch) {
+    pub(super) fn save(&mut self, layer: usize, batch: &Batch) {
+        let KvGeometry { page_tokens, kv_heads, .. } = self.geometry;
         for s in batch.sequences {
             let before = s.first_position as usize / page_tokens;
             let full = s.context_tokens() / page_tokens;
             self.full.insert((s.seat, layer), full);
             self.counters.entry(s.seat).or_default().saved += ((full - before) * kv_heads) as u64;
+            self.saved_bytes += (full - before) as u64 * self.block_bytes();
         }
     }
 
-    pub(super) fn saved_tokens(&self, layers: usize, page_tokens: usize, seat: SeatIndex) -> usize {
+    /// Saves what is local and not full, too.
+    pub(super) fn park(&mut self, seat: SeatIndex) {
+        for layer in 0..self.geometry.num_layers {
+            let full = self.full.get(&(seat, layer)).copied().unwrap_or(0);
+            let kept = self.kept.get(&(seat, layer)).cloned().unwrap_or(0..0);
+            self.saved_bytes += kept.filter(|&page| page >= full).count() as u64 * self.block_bytes();
+        }
+    }
+
+    pub(super) fn saved_tokens(&self, seat: SeatIndex) -> usize {
+        let KvGeometry { num_layers: layers, page_tokens, .. } = self.geometry;
         let full = (0..layers).map(|layer| self.full.get(&(seat, layer)).copied().unwrap_or(0));
         full.min().unwrap_or(0) * page_tokens
     }
@@ -201,13 +239,13 @@ impl NaiveTier {
     /// Decides what becomes of every page that the rows of `batch` will read.
     pub(super) fn resolve(
         &mut self,
-        (layer, pool_blocks): (usize, usize),
+        layer: usize,
         heads: HeadShape,
         window: Option<usize>,
         batch: &Batch,
         selection: Option<&Selections>,
     ) {
-        let page_tokens = self.page_tokens;
+        let page_tokens = self.geometry.page_tokens;
         self.missing.clear();
         self.passing.clear();
         let items = items(batch, selection.is_some());
@@ -252,7 +290,7 @@ impl NaiveTier {
                     }
                     let pages = needed(self, item, head).into_iter();
                     wanted.extend(pages.map(|(_, known)| {
-                        (seat, head, known, spec.block_of(known, table, pool_blocks, page_tokens))
+                        (seat, head, known, spec.block_of(known, table, self.pool_blocks, page_tokens))
                     }));
                 }
             }
@@ -293,7 +331,8 @@ impl NaiveTier {
     pub(super) fn gather(&mut self, copy: impl Fn(usize, crate::BlockIndex, usize) -> Vec<f32>) {
         for Missing { seat, layer, head, page, block, frame } in std::mem::take(&mut self.missing) {
             let values = copy(layer, block, head);
-            self.fetched_pages += 1;
+            let page_bytes = self.geometry.page_bytes() as u64;
+            self.counters.entry(seat).or_default().fetched_bytes += page_bytes;
             match frame {
                 None => {
                     self.passing.insert((seat, head, page), values);
@@ -304,6 +343,34 @@ impl NaiveTier {
                     pool.frames[frame].as_mut().expect("a frame that was taken").values = values;
                 }
             }
+        }
+    }
+
+    /// Counts the keys that checks of selections read: those of all pages that are neither local nor resident.
+    pub(super) fn look(
+        &mut self,
+        inspections: &Inspections,
+        layer: usize,
+        batch: &Batch,
+        selection: &Selections,
+    ) {
+        let page_tokens = self.geometry.page_tokens;
+        for asked in inspections.asked.iter().filter(|asked| asked.layer as usize == layer) {
+            let rows = batch.sparse_rows().enumerate().filter(|(_, row)| row.sequence.seat == asked.seat);
+            let (place, row) = rows.last().expect("a row that is inspected selects");
+            if selection.bits[selection.at(place, 0)].is_none() {
+                continue;
+            }
+            let (local, resident) = (self.local[&asked.seat], self.resident(asked.seat, layer));
+            let known = |page: usize| match selection.ordered[place].of(page * page_tokens) {
+                copy @ Some(_) => Some(self.spec.known_page(page, copy, page_tokens)),
+                None => (page < local).then_some(page),
+            };
+            let pages = (0..(row.position + 1).div_ceil(page_tokens)).filter_map(known);
+            let of_heads = pages.flat_map(|page| (0..self.geometry.kv_heads).map(move |head| (head, page)));
+            let cold = of_heads.filter(|page| !resident.contains(page)).count();
+            let bytes = cold as u64 * self.geometry.page_bytes() as u64 / 2;
+            self.counters.entry(asked.seat).or_default().fetched_bytes += bytes;
         }
     }
 
@@ -322,7 +389,7 @@ impl NaiveTier {
         if copy.is_none() && page >= self.local[&seat] {
             return None;
         }
-        let page = self.spec.known_page(page, copy, self.page_tokens);
+        let page = self.spec.known_page(page, copy, self.geometry.page_tokens);
         let resident = self.pools[&self.pool_of(seat, layer)].frames.iter().flatten();
         let found =
             resident.filter(|r| (r.seat, r.head, r.page) == (seat, head, page)).map(|r| &r.values).next();
@@ -338,24 +405,48 @@ impl NaiveTier {
             }
         }
         self.full.retain(|(s, _), _| *s != seat);
-        self.counters.remove(&seat);
+        self.kept.retain(|(s, _), _| *s != seat);
+        self.gone.add(&self.counters.remove(&seat).unwrap_or_default());
         self.local.remove(&seat);
     }
 
-    pub(super) fn state(&self, page_bytes: usize) -> TierState {
+    /// What a device says of itself, without what depends on time and on how it cuts waves.
+    pub(super) fn state(&self) -> TierState {
+        let kv_heads = self.geometry.kv_heads;
         let frames: usize = self.pools.values().map(|pool| pool.frames.len()).sum();
+        let resident = || {
+            self.pools
+                .iter()
+                .flat_map(|((_, layer), pool)| pool.frames.iter().flatten().map(move |r| (layer, r)))
+        };
+        let leaves: BTreeSet<_> =
+            resident().map(|(layer, r)| (layer, r.seat, r.head, r.page / LEAF_PAGES)).collect();
+        // A leaf has a frame for each page and a count; a frame knows its page, its age, and whose it is where all share.
+        let frame = match self.spec.eviction {
+            EvictionRule::Bucketed => 4 + 1,
+            EvictionRule::Exact => 4 + 4,
+            EvictionRule::Global => 4 + 4 + 4,
+        };
+        let tables = leaves.len() * (4 * LEAF_PAGES + 1) + resident().count() * frame;
+        let mut pages = self.gone;
+        self.counters.values().for_each(|counters| pages.add(counters));
         TierState {
             cache_frames: (self.layout.extents * EXTENT_FRAMES) as u64,
             cache_used: self.pools.values().map(|pool| pool.frames.iter().flatten().count() as u64).sum(),
             free_extents: (self.layout.extents - frames / EXTENT_FRAMES) as u64,
-            duplicate_frames: self.duplicates.values().sum(),
-            fetched_bytes: self.fetched_pages * page_bytes as u64,
+            duplicate_bytes: self.duplicates.values().sum::<u64>() * self.geometry.page_bytes() as u64,
+            pinned_frames: (self.layout.local_frames
+                + self.layout.fresh_blocks * kv_heads
+                + self.layout.wave_frames) as u64,
+            table_bytes: self.spec.residency(&self.geometry, &self.layout).fixed_bytes() + tables as u64,
+            saved_bytes: self.saved_bytes,
+            pages,
             ..TierState::default()
         }
     }
 
-    pub(super) fn counters(&self, layers: usize, seat: SeatIndex) -> (SeatCounters, usize) {
-        let held = (0..layers).map(|layer| self.resident(seat, layer).len()).sum();
+    pub(super) fn counters(&self, seat: SeatIndex) -> (SeatCounters, usize) {
+        let held = (0..self.geometry.num_layers).map(|layer| self.resident(seat, layer).len()).sum();
         (self.counters.get(&seat).copied().unwrap_or_default(), held)
     }
 
@@ -376,7 +467,8 @@ impl NaiveTier {
             for ((_, layer), pool) in &self.pools {
                 for r in pool.frames.iter().flatten().filter(|r| r.seat == s.seat) {
                     let table = batch.block_table(s);
-                    let block = self.spec.block_of(r.page, table, kv.pool_blocks, self.page_tokens);
+                    let block =
+                        self.spec.block_of(r.page, table, self.pool_blocks, self.geometry.page_tokens);
                     assert_eq!(r.values, kv.copy(*layer, block, r.head), "a clean page equals its copy");
                 }
             }

@@ -124,6 +124,9 @@ pub struct SeatCounters {
     pub evictions: u64,
     /// Pages that were saved to DRAM.
     pub saved: u64,
+    /// Bytes of pages that were copied from DRAM to HBM: of misses, of what was streamed, of a prefix that others computed whose
+    /// last pages are local, and of keys that a check of its selection read.
+    pub fetched_bytes: u64,
     /// Pages that selections named and that are not local, and as many as the slots selected in them would fill.
     pub selected: u64,
     /// See there.
@@ -140,6 +143,7 @@ impl SeatCounters {
         self.streamed += other.streamed;
         self.evictions += other.evictions;
         self.saved += other.saved;
+        self.fetched_bytes += other.fetched_bytes;
         self.selected += other.selected;
         self.selected_packed += other.selected_packed;
         self.hits_by_age.iter_mut().zip(other.hits_by_age).for_each(|(sum, n)| *sum += n);
@@ -155,6 +159,7 @@ impl SeatCounters {
             streamed: self.streamed - before.streamed,
             evictions: self.evictions - before.evictions,
             saved: self.saved - before.saved,
+            fetched_bytes: self.fetched_bytes - before.fetched_bytes,
             selected: self.selected - before.selected,
             selected_packed: self.selected_packed - before.selected_packed,
             hits_by_age,
@@ -181,6 +186,7 @@ impl Default for SeatCounters {
             streamed: 0,
             evictions: 0,
             saved: 0,
+            fetched_bytes: 0,
             selected: 0,
             selected_packed: 0,
             hits_by_age: [0; STAMPS],

@@ -6,12 +6,13 @@ use std::time::Instant;
 
 use engine::Sparse;
 use engine::{ModelRunner, Runner};
-use kv::QuotaRule;
+use kv::{QuotaRule, Quotas, Want};
 use model::DeviceKv;
 use ops::coverage::Inspections;
 use ops::residency::{EXTENT_FRAMES, SeatCounters};
 use ops::sample::{SampleOutput, SampleRow, SamplingParams};
 use ops::sparse::{Attention, Method, Score};
+use ops::tally::Overlap;
 use ops::{Backend, Batch, BlockIndex, DType, KvGeometry, Random, SeatIndex, SequenceRows};
 use ops_cpu::bench::{Bound, Options, Row};
 use ops_cpu::ceiling::Ceiling;
@@ -172,8 +173,10 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
     }
     let player = args.replay_selection.as_deref();
     let mut player = player.map(|path| player_of(path, &prepared.geometry, args.context)).transpose()?;
-    let quota = quota(&prepared, &settings, args.batch, sparse.as_ref(), args.context + args.steps);
-    let work = Work::new(&prepared, settings.max_inject_tokens, args.batch, blocks, sparse, quota);
+    let context_last = args.context + args.steps;
+    let (mut quotas, wants) =
+        frames(&prepared, settings.quota_rule, args.batch, sparse.as_ref(), context_last);
+    let work = Work::new(&prepared, settings.max_inject_tokens, args.batch, blocks, sparse, wants);
     let (dtype, geometry, num_blocks) = (prepared.dtype, prepared.geometry, blocks * args.batch);
     let mut runner = prepared.load_filled(&mut |backend, kv| {
         fill(backend, kv, geometry, num_blocks, args.filled);
@@ -182,8 +185,8 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
     })?;
     let mut limits = Limits { ceiling: Ceiling::new(isa, threads)?, pool: Pool::new(threads)?, dtype };
 
-    let prefill = args.prefill.map(|tokens| work.prefill(&mut runner, &mut limits, tokens));
-    let (decode, pages) = work.decode(&mut runner, &mut limits, args.context, args.steps);
+    let prefill = args.prefill.map(|tokens| work.prefill(&mut runner, &mut quotas, &mut limits, tokens));
+    let (decode, pages) = work.decode(&mut runner, &mut quotas, &mut limits, args.context, args.steps);
     let profile = runner.backend().take();
     let mut out = std::io::stdout().lock();
     if args.json {
@@ -211,8 +214,14 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// What the steps did to the pages of an HBM tier.
-fn write_pages(out: &mut dyn Write, pages: &SeatCounters, steps: usize) -> std::io::Result<()> {
+/// What the steps did to the pages of an HBM tier, and how much of each selection the next one repeated.
+struct Pages {
+    counters: SeatCounters,
+    overlap: Overlap,
+}
+
+fn write_pages(out: &mut dyn Write, pages: &Pages, steps: usize) -> std::io::Result<()> {
+    let pages = &pages.counters;
     writeln!(
         out,
         "pages: {:.1} % hit; a step fetches {:.1} to stay and {:.1} to pass through, and evicts {:.1}; selections name {:.2} times \
@@ -230,11 +239,11 @@ fn amplification(pages: &SeatCounters) -> f64 {
     pages.selected as f64 / pages.selected_packed.max(1) as f64
 }
 
-fn pages_json(pages: &SeatCounters, steps: usize) -> Value {
+fn pages_json(Pages { counters: pages, overlap }: &Pages, steps: usize) -> Value {
     let per_step = |count: u64| count as f64 / steps as f64;
     json!({
         "hit_rate": pages.hits as f64 / pages.needed().max(1) as f64,
-        "overlap": pages.hits_by_age[1] as f64 / pages.needed().max(1) as f64,
+        "overlap": overlap.repeated as f64 / overlap.pages.max(1) as f64,
         "misses_per_step": per_step(pages.misses),
         "streamed_per_step": per_step(pages.streamed),
         "evictions_per_step": per_step(pages.evictions),
@@ -272,28 +281,25 @@ fn profile_json(profile: &[Entry], steps: usize) -> Value {
     profile.iter().map(entry).collect()
 }
 
-/// Extents of cache frames per layer for each of `batch` sequences that are alike: all of them in equal parts, or the multiple of
-/// what a step needs that `--buffering` names, where there is so much.
-fn quota(
+/// The rule that divides cache frames, as a server has it, and what each of `batch` sequences that are alike asks it for.
+fn frames(
     prepared: &Prepared<BenchDevice>,
-    settings: &EngineSettings,
+    rule: QuotaRule,
     batch: usize,
     sparse: Option<&Sparse>,
     context: usize,
-) -> u32 {
+) -> (Quotas, Vec<Want>) {
     let geometry = prepared.geometry;
-    let all = prepared.tier.map_or(0, |tier| tier.layout.extents / geometry.num_layers);
-    let pages = sparse.map_or(geometry.blocks(context), |Sparse { method, budget }| {
+    let per_layer = prepared.tier.map_or(0, |tier| tier.layout.extents / geometry.num_layers);
+    let all = geometry.blocks(context);
+    let pages = sparse.map_or(all, |Sparse { method, budget }| {
         let plan = method.plan(context, context, *budget as usize);
         plan.pages_max(context, method.partition_tokens, geometry.page_tokens)
     });
-    let mandatory = (pages * geometry.kv_heads).div_ceil(EXTENT_FRAMES);
-    let quota = match settings.quota_rule {
-        QuotaRule::Shared => all,
-        QuotaRule::Adaptive => all / batch,
-        QuotaRule::Fixed(ratio) => (all / batch).min(mandatory * (1 + ratio as usize)),
-    };
-    quota as u32
+    let extents = |pages: usize| (pages * geometry.kv_heads).div_ceil(EXTENT_FRAMES) as u32;
+    let want = |seat| Want { seat: SeatIndex(seat), mandatory: extents(pages), useful: extents(all) };
+    let quotas = Quotas::new(rule, per_layer as u32, geometry.num_layers, batch);
+    (quotas, (0..batch as u32).map(want).collect())
 }
 
 /// What the machine can do, now.
@@ -330,8 +336,8 @@ struct Work {
     num_layers: usize,
     /// Bytes of a digest over the KV heads of a layer.
     digest_bytes: f64,
-    /// Extents of cache frames per sequence and layer, in an HBM tier.
-    quota: u32,
+    /// Frames of an HBM tier that each sequence asks for.
+    wants: Vec<Want>,
 }
 
 impl Work {
@@ -341,7 +347,7 @@ impl Work {
         batch: usize,
         blocks: usize,
         sparse: Option<Sparse>,
-        quota: u32,
+        wants: Vec<Want>,
     ) -> Self {
         let geometry = prepared.geometry;
         let digest = |index: u16| {
@@ -370,7 +376,7 @@ impl Work {
             methods: sparse.iter().map(|s| s.method).collect(),
             num_layers: config.num_layers,
             digest_bytes,
-            quota,
+            wants,
         }
     }
 
@@ -379,7 +385,7 @@ impl Work {
         let tables: Vec<BlockIndex> = (0..(self.batch * self.blocks) as u32).map(BlockIndex).collect();
         let positions: Vec<u32> = (0..context as u32).collect();
         for place in 0..self.batch {
-            let sequences = [self.rows(place, 0..context as u32, 0, usize::MAX)];
+            let sequences = [self.rows(place, 0..context as u32, 0, usize::MAX, 0)];
             let batch = Batch {
                 tokens: &positions,
                 positions: &positions,
@@ -413,22 +419,26 @@ impl Work {
     fn decode(
         &self,
         runner: &mut ModelRunner<BenchDevice>,
+        quotas: &mut Quotas,
         limits: &mut Limits,
         context: usize,
         steps: usize,
-    ) -> (Phase, Option<SeatCounters>) {
+    ) -> (Phase, Option<Pages>) {
         let tables: Vec<BlockIndex> = (0..(self.batch * self.blocks) as u32).map(BlockIndex).collect();
         let params = SamplingParams { temperature: 0.0, ..Default::default() };
         let mut tokens: Vec<u32> = (0..self.batch as u32).map(|i| i % self.vocab).collect();
         let mut out = SampleOutput::default();
         let (mut timed, mut bound) = (Vec::with_capacity(steps), 0.0);
         let mut warm = None;
+        let mut overlap = Overlap::default();
         runner.release(SeatIndex(0));
+        quotas.release(SeatIndex(0));
         for step in 0..=steps {
             let position = context + step;
             let positions = vec![position as u32; self.batch];
-            let sequences: Vec<SequenceRows> =
-                (0..self.batch).map(|i| self.rows(i, i as u32..i as u32 + 1, position, context)).collect();
+            let granted = quotas.divide(&self.wants);
+            let row = |i: usize| self.rows(i, i as u32..i as u32 + 1, position, context, granted[i]);
+            let sequences: Vec<SequenceRows> = (0..self.batch).map(row).collect();
             let batch = Batch {
                 tokens: &tokens,
                 positions: &positions,
@@ -441,9 +451,13 @@ impl Work {
             runner.run(&batch, &samples, &mut Inspections::default(), &mut out);
             let seconds = start.elapsed().as_secs_f64();
             tokens.iter_mut().zip(&out.sampled).for_each(|(token, sampled)| *token = sampled.token);
+            for want in &self.wants {
+                let (counters, held) = runner.seat_counters(want.seat);
+                quotas.observe(want.seat, &counters, held);
+            }
             if step == 0 {
                 runner.backend().start();
-                warm = runner.tier_state();
+                (warm, overlap) = (runner.tier_state(), runner.overlap());
                 continue;
             }
             if (step - 1).is_multiple_of(STEPS_PER_CEILING) {
@@ -456,12 +470,21 @@ impl Work {
             }
             timed.push((seconds, bound));
         }
-        let pages = runner.tier_state().zip(warm).map(|(now, warm)| now.pages.since(&warm.pages));
+        let pages = runner.tier_state().zip(warm).map(|(now, warm)| Pages {
+            counters: now.pages.since(&warm.pages),
+            overlap: runner.overlap().since(&overlap),
+        });
         (Phase::new(self.batch, &timed), pages)
     }
 
     /// Prefills the first sequence with `tokens` random tokens, several times.
-    fn prefill(&self, runner: &mut ModelRunner<BenchDevice>, limits: &mut Limits, tokens: usize) -> Phase {
+    fn prefill(
+        &self,
+        runner: &mut ModelRunner<BenchDevice>,
+        quotas: &mut Quotas,
+        limits: &mut Limits,
+        tokens: usize,
+    ) -> Phase {
         const REPEATS: usize = 3;
         let mut random = Random::new(1);
         let tables: Vec<BlockIndex> = (0..self.blocks as u32).map(BlockIndex).collect();
@@ -480,7 +503,8 @@ impl Work {
             let mut done = 0;
             while done < tokens {
                 let rows = (tokens - done).min(self.rows_max);
-                let sequences = [self.rows(0, 0..rows as u32, done, usize::MAX)];
+                let sequences =
+                    [self.rows(0, 0..rows as u32, done, usize::MAX, quotas.divide(&self.wants)[0])];
                 let range = done..done + rows;
                 let batch = Batch {
                     tokens: &prompt[range.clone()],
@@ -502,7 +526,14 @@ impl Work {
     }
 
     /// Rows of a sequence whose blocks are those of place `table`, after a prompt of `prompt` tokens.
-    fn rows(&self, table: usize, rows: std::ops::Range<u32>, first: usize, prompt: usize) -> SequenceRows {
+    fn rows(
+        &self,
+        table: usize,
+        rows: std::ops::Range<u32>,
+        first: usize,
+        prompt: usize,
+        quota: u32,
+    ) -> SequenceRows {
         let attention = match self.sparse {
             None => Attention::Dense,
             Some(Sparse { budget, .. }) => Attention::Sparse { method: 0, budget },
@@ -515,7 +546,7 @@ impl Work {
             blocks,
             attention,
             seat: SeatIndex(table as u32),
-            quota: self.quota,
+            quota,
         }
     }
 }

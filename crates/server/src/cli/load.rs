@@ -211,7 +211,8 @@ impl<B: Backend> Prepared<B> {
             let rows = settings.max_num_seqs.saturating_add(REPLAY_ROWS);
             SelectionLimits::new(&selections, config.heads, settings.page_tokens, rows, max_context)
         });
-        let selection_bytes = selections.map_or(0, |limits| limits.bytes());
+        let tally_bytes = |limits| ops::tally::bytes(&limits, config.num_layers);
+        let selection_bytes = selections.map_or(0, |limits| limits.bytes() + tally_bytes(limits));
         let limit = memory_limit(settings.dram)?;
         let partitions = digests.iter().map(|d| d.made_together());
         let tier = settings.hbm.map(|_| TierSpec {

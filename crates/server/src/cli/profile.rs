@@ -7,6 +7,7 @@ use ops::places::DigestState;
 use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow};
 use ops::sparse::{DigestSpec, SelectionLimits};
+use ops::tally::{Overlap, RowTally};
 use ops::tier::{TierSpec, TierState};
 use ops::{
     Backend, Batch, BlockIndex, DType, DeviceInfo, Error, Gate, HeadShape, KvGeometry, SeatIndex, Tensor,
@@ -127,6 +128,10 @@ impl<B: Backend> Backend for Profiled<B> {
         self.inner.selection(limits)
     }
 
+    fn tally_within(&mut self, kv: &mut B::Kv, limits: &SelectionLimits) {
+        self.inner.tally_within(kv, limits);
+    }
+
     fn reserve(
         &mut self,
         heads: HeadShape,
@@ -222,6 +227,10 @@ impl<B: Backend> Backend for Profiled<B> {
         self.timed("select", (0, 0), |b| b.select(selection, digests, layer, heads, batch));
     }
 
+    fn tally(&mut self, kv: &mut B::Kv, layer: usize, batch: &Batch, selection: &B::Selection) {
+        self.timed("tally", (0, 0), |b| b.tally(kv, layer, batch, selection));
+    }
+
     fn balance(&mut self, kv: &mut B::Kv, batch: &Batch) {
         self.timed("balance", (0, 0), |b| b.balance(kv, batch));
     }
@@ -291,6 +300,18 @@ impl<B: Backend> Backend for Profiled<B> {
 
     fn digest_state(&self, digests: &B::Digests) -> DigestState {
         self.inner.digest_state(digests)
+    }
+
+    fn digest_loads(&self, digests: &B::Digests, seat: SeatIndex) -> u64 {
+        self.inner.digest_loads(digests, seat)
+    }
+
+    fn overlap(&self, kv: &B::Kv) -> Overlap {
+        self.inner.overlap(kv)
+    }
+
+    fn row_tally(&self, kv: &B::Kv, seat: SeatIndex) -> RowTally {
+        self.inner.row_tally(kv, seat)
     }
 
     fn saved_tokens(&mut self, kv: &mut B::Kv, seat: SeatIndex) -> usize {

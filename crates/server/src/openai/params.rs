@@ -59,6 +59,8 @@ impl Params {
         let mut end_tokens = if ignore_eos { Vec::new() } else { app.defaults.end_tokens.clone() };
         end_tokens.extend(take_stop_token_ids(fields, app)?);
         let stream = fields.take("stream")?.unwrap_or(false);
+        let include_usage = take_stream_options(fields, stream)?;
+        let sparse = SparseParams::take(fields, app)?;
         Ok(Params {
             sampling: take_sampling(fields, app)?,
             min_tokens: fields.take("min_tokens")?.unwrap_or(0),
@@ -67,8 +69,9 @@ impl Params {
             include_stop: fields.take("include_stop_str_in_output")?.unwrap_or(false),
             skip_special_tokens: fields.take("skip_special_tokens")?.unwrap_or(true),
             stream,
-            include_usage: take_stream_options(fields, stream)?,
-            sparse: SparseParams::take(fields, app)?,
+            // A receipt comes with the counts.
+            include_usage: include_usage || sparse.receipt,
+            sparse,
             return_token_ids: fields.take("return_token_ids")?.unwrap_or(false),
             return_tokens_as_token_ids: fields.take("return_tokens_as_token_ids")?.unwrap_or(false),
         })

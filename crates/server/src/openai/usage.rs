@@ -70,8 +70,10 @@ struct TierReceipt {
     pages_hit: u64,
     /// Pages that were needed and had to be fetched.
     pages_missed: u64,
-    /// Bytes of those.
+    /// Bytes of KV that were copied to HBM for it: of those, of a shared prefix, and of what the guard read.
     fetched_bytes: u64,
+    /// Bytes of digests that were.
+    digest_bytes: u64,
     /// Pages that selections named, over as many as their tokens would fill; none without a selection.
     #[serde(skip_serializing_if = "Option::is_none")]
     page_amplification: Option<f64>,
@@ -122,11 +124,11 @@ impl Receipt {
         sum.context_tokens += attended.context_tokens;
         sum.raised_steps += attended.raised_steps;
         sum.estimated_clusters += attended.estimated_clusters;
-        let per_step = |count: u64| count as f64 / f64::from(sum.steps.max(1));
+        let per_step = |count: f64| count / f64::from(sum.steps.max(1));
         self.attended_tokens_per_step = per_step(sum.tokens);
-        self.context_tokens_per_step = per_step(sum.context_tokens);
+        self.context_tokens_per_step = per_step(sum.context_tokens as f64);
         self.estimated_clusters_per_step =
-            (sum.estimated_clusters > 0).then(|| per_step(sum.estimated_clusters));
+            (sum.estimated_clusters > 0).then(|| per_step(sum.estimated_clusters as f64));
         (self.steps, self.raised_steps) = (sum.steps, sum.raised_steps);
     }
 }
@@ -157,7 +159,8 @@ impl TierReceipt {
         let missed = pages.misses + pages.streamed;
         self.pages_hit += pages.hits;
         self.pages_missed += missed;
-        self.fetched_bytes += missed * page_bytes;
+        self.fetched_bytes += pages.fetched_bytes;
+        self.digest_bytes += pages.digest_bytes;
         let [selected, packed] = &mut self.selected;
         *selected += pages.selected;
         *packed += pages.selected_packed;

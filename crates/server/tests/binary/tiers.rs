@@ -109,8 +109,17 @@ fn answers_do_not_depend_on_the_rules() {
 
 #[test]
 fn answers_do_not_depend_on_the_size_of_hbm() {
-    let (unified, receipts, _) = answers(&[]);
-    assert!(receipts[0].get("pages_hit").is_none(), "in unified memory there are no misses: {}", receipts[0]);
+    // K and V of 16 tokens, 64 channels in f32 each.
+    let page_bytes = 2 * 16 * 64 * 4;
+    let (unified, unified_receipts, in_unified) = answers(&[]);
+    let receipt = &unified_receipts[0];
+    assert!(receipt.get("pages_hit").is_none(), "in unified memory there are no misses: {receipt}");
+    let overlap = |metrics: &str| {
+        let pages = metric(metrics, "sparseserve_selected_pages_total");
+        (pages, metric(metrics, "sparseserve_selected_pages_repeated_total"))
+    };
+    let (selected, repeated) = overlap(&in_unified);
+    assert!(0 < repeated && repeated < selected, "{in_unified}");
     let smallest = &smallest().to_string();
     for hbm in [smallest, "30%", "100%"] {
         let (tiered, receipts, metrics) = answers(&["--hbm", hbm]);
@@ -120,13 +129,36 @@ fn answers_do_not_depend_on_the_size_of_hbm() {
             |event: &str| metric(&metrics, &format!("sparseserve_kv_pages_total{{event=\"{event}\"}}"));
         assert_eq!(sum("pages_hit"), pages("hit"), "--hbm {hbm}");
         assert_eq!(sum("pages_missed"), pages("miss") + pages("streamed"), "--hbm {hbm}");
-        assert!(sum("fetched_bytes") > 0 && pages("saved") > 0, "--hbm {hbm}");
         // When all have ended, what is left of them is cached.
         let dram = |name: &str| metric(&metrics, &format!("sparseserve_dram_{name}"));
         let (capacity, cached) = (dram("capacity_bytes"), dram("bytes{state=\"cached\"}"));
         assert!(dram("bytes{state=\"used\"}") == 0 && 0 < cached && cached < capacity, "{metrics}");
         let blocks = |state: &str| metric(&metrics, &format!("sparseserve_kv_blocks{{state=\"{state}\"}}"));
         assert_eq!(cached * (blocks("free") + blocks("cached")), capacity * blocks("cached"), "{metrics}");
+        // What the server moved, it moved for somebody.
+        let moved = |to: &str| metric(&metrics, &format!("sparseserve_kv_bytes_total{{direction=\"{to}\"}}"));
+        assert_eq!(sum("fetched_bytes"), moved("fetched"), "--hbm {hbm}");
+        let digests = metric(&metrics, "sparseserve_digest_bytes_loaded_total");
+        assert_eq!(sum("digest_bytes"), digests, "--hbm {hbm}");
+        let copied = pages("miss") + pages("streamed");
+        let of_prefixes = moved("fetched").checked_sub(copied * page_bytes).expect("pages are fetched whole");
+        assert!(copied > 0 && of_prefixes.is_multiple_of(page_bytes), "--hbm {hbm}: {of_prefixes} bytes");
+        if metric(&metrics, "sparseserve_parked_total") == 0 {
+            assert_eq!(moved("saved"), pages("saved") * page_bytes, "--hbm {hbm}");
+            assert_eq!(overlap(&metrics), overlap(&in_unified), "--hbm {hbm}: selections are the same");
+        }
+        for (tiered, unified) in receipts.iter().zip(&unified_receipts) {
+            let field = "attended_tokens_per_step";
+            assert_eq!(tiered[field], unified[field], "--hbm {hbm}");
+        }
+        // Who has ended holds nothing.
+        let frames = |state: &str| metric(&metrics, &format!("sparseserve_hbm_frames{{state=\"{state}\"}}"));
+        assert_eq!(
+            (frames("resident"), metric(&metrics, "sparseserve_hbm_lent_frames")),
+            (0, 0),
+            "{metrics}"
+        );
+        assert!(frames("pinned") > 0 && metric(&metrics, "sparseserve_kv_saving_pages") == 0, "{metrics}");
         match hbm {
             "100%" => assert!(pages("hit") > pages("miss") && pages("streamed") < pages("hit"), "{metrics}"),
             "30%" => assert!(pages("hit") > 0, "{metrics}"),

@@ -77,10 +77,13 @@ async fn receipts_tell_what_was_estimated_apart() {
 async fn streams_and_chats_carry_receipts() {
     let server = start(offering(&["dense", "quest"])).await;
     let sparse = json!({"policy": "quest", "options": {"group": "max", "dense-layers": 1}, "receipt": true});
-    let mut streamed = asked(sparse.clone());
-    streamed["stream_options"] = json!({"include_usage": true});
-    let chunks = server.stream("/v1/completions", &streamed).await;
-    assert_eq!(chunks[chunks.len() - 1]["usage"]["sparse"]["steps"], json!(39));
+    // Who asks for a receipt gets the counts that it comes with.
+    for options in [json!({"include_usage": true}), Value::Null] {
+        let mut streamed = asked(sparse.clone());
+        streamed["stream_options"] = options;
+        let chunks = server.stream("/v1/completions", &streamed).await;
+        assert_eq!(chunks[chunks.len() - 1]["usage"]["sparse"]["steps"], json!(39), "{streamed}");
+    }
     let chat = json!({
         "messages": [{"role": "user", "content": "The key of Barin is 271828."}], "max_tokens": 3,
         "ignore_eos": true, "temperature": 0, "sparse": sparse,

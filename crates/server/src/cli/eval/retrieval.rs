@@ -37,7 +37,7 @@ struct Cell {
     correct: usize,
     /// The same by depth of the fact, fifths of the text.
     by_depth: [(usize, usize); DEPTHS],
-    attended_tokens: u64,
+    attended_tokens: f64,
     steps: u64,
 }
 
@@ -224,7 +224,7 @@ impl Evaluation {
                 "correct": cell.correct,
                 "accuracy": cell.accuracy(),
                 "by_depth": cell.by_depth,
-                "attended_tokens_per_step": cell.attended_tokens as f64 / cell.steps.max(1) as f64,
+                "attended_tokens_per_step": cell.attended_tokens / cell.steps.max(1) as f64,
             })
         });
         json!({

@@ -1,0 +1,43 @@
+//! What selections come to: how many tokens they name, and how much of one the next one repeats.
+//!
+//! Counted from the selections themselves, so that it is the same in unified memory and in tiers, whatever HBM holds.
+
+use crate::sparse::SelectionLimits;
+
+/// Pages that the rows of answers select, over all layers and KV heads that select, since the start. Counted are rows that come
+/// right after a row of the same sequence which selected in that layer, too, with no change of seat in between.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Overlap {
+    /// Pages with a selected slot.
+    pub pages: u64,
+    /// Those of them of which the row before selected a slot, too, for the same layer and KV head.
+    pub repeated: u64,
+}
+
+impl Overlap {
+    /// What was counted since `before`.
+    pub fn since(&self, before: &Overlap) -> Overlap {
+        Overlap { pages: self.pages - before.pages, repeated: self.repeated - before.repeated }
+    }
+}
+
+/// What the last row of a sequence selected in a step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RowTally {
+    /// Selected slots, over all layers and KV heads that selected. Pseudo-tokens are not counted.
+    pub slots: u64,
+    /// Selections: layers that selected, times KV heads.
+    pub selections: u32,
+}
+
+/// Words of a bitmap of the pages of a context.
+pub const fn page_words(limits: &SelectionLimits) -> usize {
+    limits.context_max.div_ceil(64 * limits.page_tokens)
+}
+
+/// Bytes of the last selections of so many sequences as `limits` has rows, one bit per page, layer and KV head, and of what goes
+/// with them. Those of seats that nobody takes take no memory.
+pub const fn bytes(limits: &SelectionLimits, layers: usize) -> u64 {
+    let layer = limits.heads.kv_heads * page_words(limits) * size_of::<u64>() + size_of::<u32>();
+    (limits.rows_max as u64).saturating_mul((layers * layer + size_of::<RowTally>()) as u64)
+}
