@@ -82,16 +82,18 @@ pub fn select(
             bits: first,
             clusters,
         });
-        // SAFETY: as for the bitmaps.
-        unsafe { estimated.at(place * heads.kv_heads + head).write(count as u32) };
-        let count = num_pages(first, selection.limits.page_tokens) as u32;
+        let touched = num_pages(first, selection.limits.page_tokens) as u32;
         let owned = if shared { 0..heads.kv_heads } else { head..head + 1 };
         for other in owned {
             if other != head {
                 bitmap(other).copy_from_slice(first);
             }
+            // Of every head: another method may have left pseudo-tokens in this place.
             // SAFETY: as for the bitmaps.
-            unsafe { pages.at(place * heads.kv_heads + other).write(count) };
+            unsafe {
+                pages.at(place * heads.kv_heads + other).write(touched);
+                estimated.at(place * heads.kv_heads + other).write(count as u32);
+            }
         }
     });
 }

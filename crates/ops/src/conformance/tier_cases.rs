@@ -117,6 +117,8 @@ pub(super) fn cases() -> Vec<Case> {
                 clusters(128, 232, 0),
                 Method { score: by(1), ..plain },
                 Method { partition_tokens: 8, score: by(2), ..clusters(64, 100, 1) },
+                // In a place where clusters may have left pseudo-tokens, of each head.
+                Method { score: by(1), scope: Scope::Layer, ..plain },
             ],
             window: None,
         },
