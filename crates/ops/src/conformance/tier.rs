@@ -368,12 +368,23 @@ struct Covered {
     saves: usize,
     /// Steps of sequences that begin with blocks of others.
     shared: usize,
+    /// Times that a request left its seat and kept its blocks.
+    parked: usize,
+    /// Runs in which digests came back to HBM; the oracle, which has no places, counts each.
+    loads: usize,
 }
 
 impl Covered {
     const fn everything(&self) -> bool {
-        let Covered { hits, misses, evictions, streamed, saves, shared, .. } = *self;
-        hits > 0 && misses > 0 && evictions > 0 && streamed > 0 && saves > 0 && shared > 0
+        let Covered { hits, misses, evictions, streamed, saves, shared, parked, loads, .. } = *self;
+        hits > 0
+            && misses > 0
+            && evictions > 0
+            && streamed > 0
+            && saves > 0
+            && shared > 0
+            && parked > 0
+            && loads > 0
     }
 
     fn add(&mut self, other: &Covered) {
@@ -384,6 +395,8 @@ impl Covered {
         self.extra_waves += other.extra_waves;
         self.saves += other.saves;
         self.shared += other.shared;
+        self.parked += other.parked;
+        self.loads += other.loads;
     }
 
     /// Adds what happened to the pages of a seat.
@@ -433,7 +446,6 @@ fn run<B: Backend>(
     let quota_max =
         tiered.backend.tier_state(&tiered.kv).map_or(0, |s| s.cache_frames as usize / 32 / LAYERS);
     let mut covered = Covered::default();
-    let mut parked = 0;
     for number in 0..40 {
         let what = format!("{what} step {number}");
         if traffic.random.below(12) == 0
@@ -449,7 +461,7 @@ fn run<B: Backend>(
             covered.count(&tiered, seat);
             tiered.park(seat, &traffic.requests[request].blocks);
             oracle.park(seat, &traffic.requests[request].blocks);
-            parked += 1;
+            covered.parked += 1;
         }
         traffic.arrive(selected, |seat| settle(&mut tiered, &mut oracle, seat));
         let step = Step::of(&mut traffic, quota_max);
@@ -507,10 +519,8 @@ fn run<B: Backend>(
         "{what}"
     );
     covered.extra_waves = got.extra_waves;
-    // The oracle has no places.
     let digests = tiered.backend.digest_state(&tiered.digests[0]);
-    let loads = digests.places == 0 || digests.loaded_bytes > 0;
-    assert!(parked > 0 && loads, "{what} is no test: {parked} parked, {digests:?}");
+    covered.loads += usize::from(digests.places == 0 || digests.loaded_bytes > 0);
     covered
 }
 
