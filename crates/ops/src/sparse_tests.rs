@@ -77,7 +77,7 @@ fn plans_are_sound() {
                 {
                     let always = Always { sink_tokens, recent_tokens, generated_tokens, outliers };
                     let method = Method { partition_tokens, always, open_competes, ..method() };
-                    for context in 1usize..60 {
+                    for context in 1..60usize {
                         for budget in 0..=context + 1 {
                             for prompt in [context, context.saturating_sub(6), context / 2] {
                                 with_outliers += check_plan(&method, context, prompt, budget);
@@ -95,21 +95,21 @@ fn plans_are_sound() {
 fn check_plan(method: &Method, context: usize, prompt: usize, budget: usize) -> usize {
     let plan = method.plan(context, prompt, budget);
     let length = method.partition_tokens;
-    let what = format!("{method:?} context {context} prompt {prompt} budget {budget}: {plan:?}");
-    assert!(plan.is_dense() || budget < context, "{what}: it holds everything");
+    let what = || format!("{method:?} context {context} prompt {prompt} budget {budget}: {plan:?}");
+    assert!(plan.is_dense() || budget < context, "{}: it holds everything", what());
     if plan.is_dense() {
         return 0;
     }
     let (first, end) = (plan.candidates.start, plan.candidates.end);
-    assert_eq!(plan.sink_end, first * length, "{what}");
-    assert_eq!(plan.tail_start, (end * length).min(context), "{what}");
+    assert_eq!(plan.sink_end, first * length, "{}", what());
+    assert_eq!(plan.tail_start, (end * length).min(context), "{}", what());
     let (among, outliers) = plan.outliers.clone();
-    assert!(outliers <= among.len(), "{what}");
-    assert!(outliers == 0 || first <= among.start && among.end <= end, "{what}: outliers are candidates");
-    assert!(outliers == 0 || among.end * length <= prompt, "{what}: of the prompt");
-    assert!(plan.take >= 1 && plan.take + outliers < plan.candidates.len(), "{what}");
+    assert!(outliers <= among.len(), "{}", what());
+    assert!(outliers == 0 || first <= among.start && among.end <= end, "{}: outliers are candidates", what());
+    assert!(outliers == 0 || among.end * length <= prompt, "{}: of the prompt", what());
+    assert!(plan.take >= 1 && plan.take + outliers < plan.candidates.len(), "{}", what());
     let least = plan.sink_end + context - plan.tail_start + (outliers + 1) * length;
-    assert!(plan.attended(context, length) <= budget.max(least), "{what}");
+    assert!(plan.attended(context, length) <= budget.max(least), "{}", what());
     outliers
 }
 
@@ -119,16 +119,16 @@ fn plans_by_recency_are_sound() {
     for (sink_tokens, recent_tokens) in [(0, 1), (5, 1), (3, 9), (0, 0)] {
         let always = Always { sink_tokens, recent_tokens, ..method().always };
         let method = Method { partition_tokens: 1, score: Score::Recency, always, ..method() };
-        for context in 1..60 {
+        for context in 1..60usize {
             for budget in 0..=context + 1 {
                 let plan = method.plan(context, context, budget);
-                let what = format!("{method:?} context {context} budget {budget}: {plan:?}");
+                let what = || format!("{method:?} context {context} budget {budget}: {plan:?}");
                 let least = (sink_tokens + recent_tokens.max(1)) as usize;
-                assert!(plan.candidates.is_empty() && plan.outliers.1 == 0, "{what}");
-                assert_eq!(plan.is_dense(), budget.max(least) >= context, "{what}");
+                assert!(plan.candidates.is_empty() && plan.outliers.1 == 0, "{}", what());
+                assert_eq!(plan.is_dense(), budget.max(least) >= context, "{}", what());
                 if !plan.is_dense() {
-                    assert!(plan.sink_end < plan.tail_start && plan.tail_start < context, "{what}");
-                    assert_eq!(plan.attended(context, 1), budget.max(least), "{what}");
+                    assert!(plan.sink_end < plan.tail_start && plan.tail_start < context, "{}", what());
+                    assert_eq!(plan.attended(context, 1), budget.max(least), "{}", what());
                 }
             }
         }

@@ -123,7 +123,7 @@ enum Event {
 }
 
 /// A run by lot.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Mix {
     folder: PathBuf,
     dtype: DType,
@@ -302,6 +302,11 @@ fn whatever_is_mixed_each_sequence_has_the_bits_that_it_has_alone() {
         for (at, seen) in &unified {
             assert_eq!(&alone[at], seen, "{what}: sequence and tokens {at:?}, alone and in the mix");
         }
+        // A budget that holds the context is dense, for every policy.
+        let full = Mix { budgets: [CONTEXT as u32; SEQUENCES], ..mix.clone() };
+        let dense = Mix { policies: vec!["dense".to_owned(); SEQUENCES], ..mix.clone() };
+        let full = full.run(&mut full.load(2, None), &what);
+        assert!(full == dense.run(&mut dense.load(2, None), &what), "{what}: budgets that hold the context");
         covered += unified.values().filter(|seen| seen.3.is_some()).count();
         for more in [0, 1 << (13 + random.below(8)), 1 << 30] {
             let rule = EvictionRule::ALL[random.below(EvictionRule::ALL.len())];
