@@ -3,7 +3,8 @@
 //!
 //! 1. The tests in release, with many more seeds for every fuzz and conformance check (`SPARSESERVE_SEEDS`).
 //! 2. A soak of the real server: a seeded storm of requests, shared prefixes, malformed bodies and clients that leave,
-//!    on a KV pool that is too small, every answer compared with the one it had alone.
+//!    on a KV pool that is too small, every answer compared with the one it had alone; half of the time with the defaults,
+//!    half with several policies, an HBM tier and a guard.
 #![forbid(unsafe_code)]
 
 mod soak;

@@ -25,6 +25,8 @@ pub struct TierSpec {
     pub context_max: usize,
     /// Rows of a step beyond one per sequence.
     pub inject_tokens_max: usize,
+    /// Rows of answers in a step beyond one per sequence: those that are run again after a preemption.
+    pub replay_rows: usize,
     /// Tokens of the longest partition of any method.
     pub partition_tokens_max: usize,
     /// Copies of the pages in the order of clusters: see [`OrderedCopy`].
@@ -160,10 +162,11 @@ impl TierSpec {
         STAGED_OF_PROMPTS + self.seats
     }
 
-    /// Pages that the rows of a step attend to in a layer: of each sequence those of its prompt's rows, and of one row of its
-    /// answer.
+    /// Pages that the rows of a step attend to in a layer: of each sequence those of its prompt's rows together, and those of each row
+    /// of an answer.
     pub const fn pages_listed(&self, geometry: &KvGeometry) -> usize {
-        2 * self.seats * geometry.kv_heads * self.context_max.div_ceil(geometry.page_tokens)
+        let pages = geometry.kv_heads * self.context_max.div_ceil(geometry.page_tokens);
+        (2 * self.seats + self.replay_rows) * pages
     }
 
     /// Bytes of host memory beside the frames and the tables: staging, and lists of pages to attend to and to fetch.
@@ -232,6 +235,7 @@ mod tests {
             seats: 3,
             context_max: 4096,
             inject_tokens_max: 128,
+            replay_rows: 0,
             partition_tokens_max: 32,
             copies: 0,
             eviction: EvictionRule::Bucketed,

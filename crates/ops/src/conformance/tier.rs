@@ -347,6 +347,7 @@ pub fn check_tiers<B: Backend>(make: &mut dyn FnMut() -> B, dtype: DType, seed: 
             seats: SEATS,
             context_max: CONTEXT,
             inject_tokens_max: INJECT,
+            replay_rows: INJECT,
             partition_tokens_max: partitions.max().unwrap_or(1),
             copies: DigestSpec::copies(&case.digests),
             eviction: EvictionRule::Bucketed,

@@ -220,6 +220,7 @@ impl<B: Backend> Prepared<B> {
             seats: settings.max_num_seqs,
             context_max: max_context,
             inject_tokens_max: settings.max_inject_tokens,
+            replay_rows: REPLAY_ROWS,
             partition_tokens_max: partitions.max().unwrap_or(1),
             copies: DigestSpec::copies(&digests),
             eviction: settings.eviction,

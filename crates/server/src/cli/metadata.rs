@@ -6,6 +6,7 @@
 
 use std::io::Write;
 
+use engine::REPLAY_ROWS;
 use ops::places::Places;
 use ops::residency::{EXTENT_FRAMES, Residency, ResidencyShape};
 use ops::sparse::{DigestKind, DigestSpec};
@@ -159,6 +160,7 @@ fn row(args: &BenchMetadataArgs, context: usize, requests: usize, hbm_bytes: u64
         seats: requests,
         context_max: context,
         inject_tokens_max: 0,
+        replay_rows: REPLAY_ROWS,
         partition_tokens_max: PARTITION_TOKENS,
         copies: 0,
         eviction: args.eviction.rule(),

@@ -113,8 +113,7 @@ pub fn run(args: EvalRetrievalArgs) -> Result<(), Failure> {
         let tokens = length.min(max_context).saturating_sub(QUESTION_TOKENS);
         for &task in &tasks {
             for number in 0..args.contexts {
-                let text = (task as u64) << 56 | (length as u64) << 24 | number as u64;
-                let mut random = Random::keyed(args.seed, text);
+                let mut random = Random::keyed(args.seed, (length * 1000 + number) as u64);
                 let tokenizer = &evaluation.text.tokenizer;
                 let count = |text: &str| tokenizer.encode(text, false).map_or(text.len(), |ids| ids.len());
                 let context = context(task, tokens, args.questions, &mut random, &count);
