@@ -32,35 +32,27 @@ const SPARSE: [&str; 9] = [
     r#"{"policy": "retroinfer", "budget": 4096, "receipt": true}"#,
     r#"{"dense": true}"#,
 ];
-/// The flags of its server.
-const TIERED: [&str; 10] = [
-    "--policy",
-    "arkvale",
-    "--policies",
-    "quest,shadowkv,retroinfer",
-    "--hbm",
-    "20%",
-    "--guard-rate",
-    "0.01",
-    "--guard-bytes",
-    "64KiB",
-];
+/// Memory that is short for the requests.
+const DEFAULTS: &str = "--dram 24MiB --max-num-seqs 12";
+/// Clusters take as much DRAM again, and their spans a part of HBM for each request.
+const TIERED: &str = "--dram 96MiB --max-num-seqs 8 --max-inject-tokens 128 --hbm 20% --policy arkvale \
+                      --policies quest,shadowkv,retroinfer --guard-rate 0.01";
 
 /// Storms against a server with its defaults, then against one with policies and tiers, half of `duration` each.
 ///
 /// # Errors
 /// A wrong answer, a leak, a server that does not stop.
 pub fn run(duration: Duration) -> Result<()> {
-    storm("defaults", &[], requests(), duration / 2)?;
+    storm("defaults", DEFAULTS, requests(), duration / 2)?;
     let mut requests = requests();
     for (i, request) in requests.iter_mut().enumerate() {
         request["sparse"] = serde_json::from_str(SPARSE[i % SPARSE.len()])?;
     }
-    storm("policies and tiers", &TIERED, requests, duration / 2)
+    storm("policies and tiers", TIERED, requests, duration / 2)
 }
 
 /// Storms for `duration`, then checks that nothing leaked.
-fn storm(what: &str, flags: &[&str], requests: Vec<Value>, duration: Duration) -> Result<()> {
+fn storm(what: &str, flags: &str, requests: Vec<Value>, duration: Duration) -> Result<()> {
     eprintln!("== soak of {} s, {what}, seed {SEED}", duration.as_secs());
     let mut server = Server::start(flags)?;
     let alone: HashMap<String, String> =
@@ -149,20 +141,10 @@ struct Server {
 }
 
 impl Server {
-    fn start(flags: &[&str]) -> Result<Self> {
+    fn start(flags: &str) -> Result<Self> {
         let mut process = Command::new("target/release/sparseserve")
-            .args([
-                "serve",
-                "--port",
-                "0",
-                "--dram",
-                "24MiB",
-                "--max-num-seqs",
-                "12",
-                "--max-context",
-                "4096",
-            ])
-            .args(flags)
+            .args(["serve", "--port", "0", "--max-context", "4096"])
+            .args(flags.split_whitespace())
             .stderr(Stdio::piped())
             .spawn()
             .context("target/release/sparseserve does not start")?;
