@@ -92,8 +92,8 @@ impl<'a, B: Backend> World<'a, B> {
         }
         let resolved = Batch { sequences: &sequences, ..*batch };
         self.backend.settle(&mut self.kv, &resolved);
-        self.backend.resolve(&mut self.kv, layer, case.heads, None, &resolved, None);
-        self.backend.gather(&mut self.kv, 0);
+        let waves = self.backend.resolve(&mut self.kv, layer, case.heads, None, &resolved, None);
+        (0..waves).for_each(|wave| self.backend.gather(&mut self.kv, wave));
     }
 
     /// One layer of a step; `given` selections take the place of its own.
