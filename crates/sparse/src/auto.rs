@@ -6,12 +6,13 @@ use crate::Budget;
 /// Its name.
 pub const AUTO: &str = "auto";
 
-/// Prompts of fewer tokens are attended to whole. Here the budget reaches 1,024 tokens, and a step of one request is a quarter
-/// faster than dense, one of four requests twice as fast; below, there is little to gain.
+/// Prompts of fewer tokens are attended to whole. From here on a step of one request is a quarter faster than dense and more, one of
+/// four requests nearly twice as fast, and no answer was lost. At half of it, that is 1.15 and 1.5 times, with 512 tokens to attend to
+/// and a few answers lost.
 pub const DENSE_BELOW: usize = 8192;
 
-/// The policy for longer ones: of those that need no training the one that was right most often at 512 tokens of 8K, and the
-/// fastest.
+/// The policy for longer ones. Of those that need no training, `arkvale` and `quest` were right most often; with partitions of 8 both
+/// are a little better still at 512 tokens of 8K (1.000 and 0.999, not 0.997), and read twice the digests.
 pub const POLICY: &str = "arkvale";
 
 /// Its options.
