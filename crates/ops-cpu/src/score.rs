@@ -12,8 +12,9 @@
 //! | `quest`, one line | 314 | 285 | 0.91 (0.83-0.98) |
 //! | `shadowkv`, four lines | 640 | 276 | 0.43 (0.38-0.47) |
 //!
-//! With two threads `shadowkv` takes 0.44 (0.31-0.56) at 8,000 tokens and 0.49 (0.48-0.51) at 65,000. What changed, for
-//! `shadowkv`: digests are looked up before a run begins, and 16 sums are made by one tree (0.68 together; part of what was before
+//! So much in a loop of scores alone, where the old code stalled more than it did in a step. Within decode of four sequences after
+//! 32,000 tokens on two threads (`bench engine --profile`, three interleaved rounds) scores of `shadowkv` take 0.60 (0.55-0.60) of the
+//! time before, the step 0.88 (0.79-0.89). What changed, for `shadowkv`: digests are looked up before a run begins, and 16 sums are made by one tree (0.68 together; part of what was before
 //! is a stall that depends on where the stack lies); a run fetches its first digests at once (0.62), and is as long as threads allow
 //! (0.49); digests are fetched to the nearest cache (0.47; `quest` 0.77 and not 0.91). With all digests in the second-level cache 17 us
 //! of 27 are left; leaving out the tree, the cosines, the fetches or half of the products saves about a tenth each. Leaving one line of
