@@ -14,11 +14,11 @@
 //!
 //! So much in a loop of scores alone, where the old code stalled more than it did in a step. Within decode of four sequences after
 //! 32,000 tokens on two threads (`bench engine --profile`, three interleaved rounds) scores of `shadowkv` take 0.60 (0.55-0.60) of the
-//! time before, the step 0.88 (0.79-0.89). What changed, for `shadowkv`: digests are looked up before a run begins, and 16 sums are made by one tree (0.68 together; part of what was before
-//! is a stall that depends on where the stack lies); a run fetches its first digests at once (0.62), and is as long as threads allow
-//! (0.49); digests are fetched to the nearest cache (0.47; `quest` 0.77 and not 0.91). With all digests in the second-level cache 17 us
-//! of 27 are left; leaving out the tree, the cosines, the fetches or half of the products saves about a tenth each. Leaving one line of
-//! each sixteenth digest unfetched costs a sixth.
+//! time before, the step 0.88 (0.79-0.89). What changed, for `shadowkv`: digests are looked up before a run begins, and 16 sums are
+//! made by one tree (0.68 together; part of what was before is a stall that depends on where the stack lies); a run fetches its first
+//! digests at once (0.62), and is as long as threads allow (0.49); digests are fetched to the nearest cache (0.47; `quest` 0.77 and not
+//! 0.91). With all digests in the second-level cache 17 us of 27 are left; leaving out the tree, the cosines, the fetches or half of
+//! the products saves about a tenth each. Leaving one line of each sixteenth digest unfetched costs a sixth.
 //!
 //! In fp8 digests have half the bytes and are not scored twice as fast, because widening takes as long as their memory.
 
