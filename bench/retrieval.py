@@ -190,7 +190,7 @@ def plot(args):
         lengths = unique(cell["length"] for cell in cells)
         if len(lengths) != 1:
             sys.exit("--budgets: files of one length only")
-        figure, axes = plt.subplots(figsize=(6.4, 4.4))
+        figure, axes = plt.subplots(figsize=(6.4, 5))
         asked = pool(cells, policy=policies[0], budget=budgets[0])["asked"]
         axes.set_title("Right answers by budget", loc="left", fontsize=11, pad=22)
         axes.text(
@@ -229,7 +229,7 @@ def plot(args):
         axes.set(xlabel="budget: tokens attended, and share of the context", ylabel="right answers", ylim=(-0.02, 1.04))
         axes.grid(alpha=0.3, linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8, loc="center right", bbox_to_anchor=(1, 0.38))
+        axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.2), ncol=3)
         figure.tight_layout()
         save(figure, "retrieval-budget")
 
