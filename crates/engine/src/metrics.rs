@@ -284,7 +284,7 @@ const DUPLICATES: MetricDoc = MetricDoc {
     name: "sparseserve_hbm_duplicate_bytes",
     kind: MetricKind::Gauge,
     labels: &[],
-    help: "Bytes of cached pages in HBM that another running request holds as well, because they share a prefix.",
+    help: "Bytes of cached pages in HBM that another running request holds as well, because they share a prefix; each step looks at one layer.",
 };
 const SAVING: MetricDoc = MetricDoc {
     name: "sparseserve_kv_saving_pages",

@@ -3,18 +3,7 @@
 use super::*;
 
 fn method() -> Method {
-    Method {
-        dense_layers: 0,
-        partition_tokens: 16,
-        score: Score::Digest { digests: 0 },
-        reduce: Reduce::Mean,
-        softmax: false,
-        scope: Scope::KvHead,
-        always: Always { sink_tokens: 0, recent_tokens: 1, generated_tokens: 0, outliers: 0 },
-        open_competes: false,
-        take_min: 1,
-        rule: Rule::Top,
-    }
+    crate::conformance::method(16, Score::Digest { digests: 0 })
 }
 
 #[test]

@@ -233,8 +233,8 @@ impl Tier {
         let (mut any, mut count) = (false, 0);
         for (i, s) in batch.sequences.iter().enumerate() {
             // Rows of one sequence may be several entries.
-            let known = batch.sequences[..i].iter().any(|before| before.seat == s.seat);
-            if known || !shares(s) {
+            let again = batch.sequences[..i].iter().any(|before| before.seat == s.seat);
+            if again || !shares(s) {
                 continue;
             }
             any = true;

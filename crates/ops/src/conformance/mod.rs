@@ -12,7 +12,7 @@ mod tier_cases;
 
 use crate::reference::{Matrix, Reference};
 use crate::sample::{SampleOutput, SampleRow, SamplingParams};
-use crate::sparse::{DigestKind, DigestSpec, Method};
+use crate::sparse::{Always, DigestKind, DigestSpec, Method, Reduce, Rule, Scope, Score};
 use crate::{
     Backend, Batch, BlockIndex, DType, Gate, HeadShape, KvGeometry, PAGE_TOKENS_ALLOWED, Random,
     SPLIT_TOKENS, SeatIndex, SequenceRows, Tensor, WeightView,
@@ -84,6 +84,22 @@ fn gate_of(digests: &[DigestSpec], heads: HeadShape, num_layers: usize, seed: u6
         inv_freq: (0..head_dim / 2).map(|c| 1e4f32.powf(-2.0 * c as f32 / head_dim as f32)).collect(),
         scale: 1.25,
     })
+}
+
+/// The plainest of methods, which cases vary: a row's own partition, and the best of the others.
+pub fn method(partition_tokens: usize, score: Score) -> Method {
+    Method {
+        dense_layers: 0,
+        partition_tokens,
+        score,
+        reduce: Reduce::Mean,
+        softmax: false,
+        scope: Scope::KvHead,
+        always: Always { sink_tokens: 0, recent_tokens: 1, generated_tokens: 0, outliers: 0 },
+        open_competes: false,
+        take_min: 1,
+        rule: Rule::Top,
+    }
 }
 
 /// Runs every check on fresh backends made by `make`. Returns the extra waves of its HBM tiers: a backend whose frames for them

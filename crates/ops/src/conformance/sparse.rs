@@ -1,8 +1,8 @@
 //! Digests, scores, selections and attention to them.
 
 use super::{
-    Random, Reference, Work, assert_close, assert_same_bits, attention_tolerance, gate_of, heads_of, normals,
-    tensor,
+    Random, Reference, Work, assert_close, assert_same_bits, attention_tolerance, gate_of, heads_of, method,
+    normals, tensor,
 };
 use crate::coverage::{Coverage, Inspection, Inspections, TOP_TOKENS};
 use crate::sparse::{
@@ -36,21 +36,6 @@ struct Row {
     rows: usize,
     prompt: usize,
     attention: Attention,
-}
-
-fn method(partition_tokens: usize, score: Score) -> Method {
-    Method {
-        dense_layers: 0,
-        partition_tokens,
-        score,
-        reduce: Reduce::Mean,
-        softmax: false,
-        scope: Scope::KvHead,
-        always: Always { sink_tokens: 0, recent_tokens: 1, generated_tokens: 0, outliers: 0 },
-        open_competes: false,
-        take_min: 1,
-        rule: Rule::Top,
-    }
 }
 
 pub(super) fn cases() -> Vec<Case> {

@@ -1,6 +1,6 @@
 //! What [`super::check_tiers`] tries: each kind of digest, score and rule, on shapes that differ in what tiers look at.
 
-use super::heads_of;
+use super::{heads_of, method};
 use crate::HeadShape;
 use crate::sparse::{Always, DigestKind, DigestSpec, Method, Reduce, Rule, Scope, Score, TwoSided};
 
@@ -17,18 +17,7 @@ pub(super) struct Case {
 pub(super) fn cases() -> Vec<Case> {
     let spec = |kind, partition_tokens| DigestSpec { kind, partition_tokens };
     let by = |digests| Score::Digest { digests };
-    let plain = Method {
-        dense_layers: 0,
-        partition_tokens: 16,
-        score: by(0),
-        reduce: Reduce::Mean,
-        softmax: false,
-        scope: Scope::KvHead,
-        always: Always { sink_tokens: 0, recent_tokens: 1, generated_tokens: 0, outliers: 0 },
-        open_competes: false,
-        take_min: 1,
-        rule: Rule::Top,
-    };
+    let plain = method(16, by(0));
     let sinks = Always { sink_tokens: 20, recent_tokens: 40, ..plain.always };
     let none = Always { recent_tokens: 0, ..plain.always };
     let shadow = Always { recent_tokens: 32, generated_tokens: 20, outliers: 5, ..plain.always };

@@ -3,9 +3,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use ops::reference::Reference;
-use ops::sparse::{
-    Always, Attention, Method, Reduce, Rule, Scope, Score, SelectionLimits, bitmap_words, mark,
-};
+use ops::sparse::{Attention, Method, Score, SelectionLimits, bitmap_words, mark};
 use ops::{Backend, Batch, BlockIndex, HeadShape, Random, SequenceRows};
 
 use super::*;
@@ -188,18 +186,7 @@ const PAGE_TOKENS: usize = 8;
 const HEADS: HeadShape = HeadShape { q_heads: 2, kv_heads: 2, head_dim: 32 };
 
 fn method() -> Method {
-    Method {
-        dense_layers: 0,
-        partition_tokens: 4,
-        score: Score::Random { seed: 1 },
-        reduce: Reduce::Mean,
-        softmax: false,
-        scope: Scope::KvHead,
-        always: Always { sink_tokens: 0, recent_tokens: 1, generated_tokens: 0, outliers: 0 },
-        open_competes: false,
-        take_min: 1,
-        rule: Rule::Top,
-    }
+    ops::conformance::method(4, Score::Random { seed: 1 })
 }
 
 /// Prompt, first position, rows, block table.
