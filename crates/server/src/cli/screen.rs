@@ -4,6 +4,7 @@ use std::fmt;
 
 use ops::DType;
 use ops::residency::EXTENT_FRAMES;
+use ops::sparse::DigestSpec;
 use sparse::auto;
 
 use super::load::Prepared;
@@ -46,6 +47,7 @@ impl Screen<'_> {
             policies = self.policies(),
             budget = %self.settings.sparse.budget,
             digest_token_bytes = self.digest_token_bytes(),
+            copy_token_bytes = self.copy_token_bytes(),
             device = device.kind,
             isa = device.isa,
             threads = device.threads,
@@ -63,8 +65,13 @@ impl Screen<'_> {
     /// What digests add to the KV of a token.
     fn digest_token_bytes(&self) -> u64 {
         let geometry = &self.prepared.geometry;
-        let per_block = self.prepared.digests.iter().map(|d| d.dram_block_bytes(geometry)).sum::<usize>();
+        let per_block = self.prepared.digests.iter().map(|d| d.block_bytes(geometry)).sum::<usize>();
         (per_block / geometry.page_tokens) as u64
+    }
+
+    /// What copies in the order of clusters add to it.
+    fn copy_token_bytes(&self) -> u64 {
+        (DigestSpec::copies(&self.prepared.digests) * self.prepared.geometry.token_bytes()) as u64
     }
 }
 
@@ -137,7 +144,7 @@ impl fmt::Display for Screen<'_> {
         } else {
             writeln!(
                 f,
-                "  attention    {}{}, budget {} per layer and KV head; digests {} per token",
+                "  attention    {}{}, budget {} per layer and KV head; digests {} per token{}",
                 self.policies(),
                 if sparse.served.names().next() == Some(auto::AUTO) {
                     format!(" (auto: dense below {} prompt tokens, else {})", auto::DENSE_BELOW, auto::POLICY)
@@ -146,6 +153,10 @@ impl fmt::Display for Screen<'_> {
                 },
                 sparse.budget,
                 Bytes(self.digest_token_bytes()),
+                match self.copy_token_bytes() {
+                    0 => String::new(),
+                    bytes => format!(", KV in the order of clusters {}", Bytes(bytes)),
+                },
             )?;
             if let Some(guard) = &sparse.guard {
                 writeln!(
