@@ -3,12 +3,11 @@
 //! A pseudo-token's score was computed already, by `score`; so all that attention lacks are weighted sums of mean values. They are
 //! made here, and `attention` merges the result like that of one more split.
 //!
-//! Digests lie far apart, so what costs is to fetch them: their places are computed once, sizes and mean values are read
-//! by whole vectors, and the next ones are fetched while these are worked on.
+//! Mean values lie far apart, so what costs is to fetch them: each is read and widened once for all query heads of a group, and the
+//! next ones are fetched while these are worked on. Sizes come with the scores, as a line of their own.
 
 use ops::BlockIndex;
 use ops::DType;
-use ops::cluster::ClusterLayout;
 use ops::sparse::{RowPlan, mark};
 
 use crate::digest::Digests;
@@ -18,11 +17,12 @@ use crate::select::each_best;
 use crate::simd::{LANES, Simd};
 use crate::tile::{Bf16, Element, F16, F32};
 
-/// Digests that are fetched ahead.
+/// Mean values that are fetched ahead.
 const AHEAD: usize = 8;
 
-/// Vectors of a mean value whose sums are in flight at a time: enough to hide the latency of an addition.
+/// Vectors of a mean value whose sums are in flight at a time, for each of as many query heads where there are 32 registers.
 const TOGETHER: usize = 4;
+const LINES: usize = 4;
 
 /// The clusters of a row and KV head.
 pub(crate) struct Clusters<'a> {
@@ -39,10 +39,12 @@ pub(crate) struct Clusters<'a> {
 pub(crate) struct ClusterScratch<'a> {
     /// Scores as integers of the same order.
     pub(crate) keys: &'a mut [u32],
-    /// As [`Clusters::read_sizes`] made them.
-    pub(crate) offsets: &'a [usize],
+    /// Tokens.
     pub(crate) sizes: &'a [u32],
     pub(crate) picked: &'a mut Vec<u32>,
+    /// Where mean values are.
+    pub(crate) offsets: &'a mut Vec<usize>,
+    /// One per candidate and query head.
     pub(crate) weights: &'a mut [f32],
 }
 
@@ -52,51 +54,6 @@ const fn vector_bytes<E: Element>() -> usize {
 }
 
 impl Clusters<'_> {
-    fn layout(&self) -> ClusterLayout {
-        ClusterLayout { head_dim: self.digests.head_dim() }
-    }
-
-    /// Where the digest of each cluster is in its layer, and how many tokens it has.
-    #[inline(always)]
-    pub(crate) fn read_sizes<S: Simd>(&self, s: S, offsets: &mut [usize], sizes: &mut [u32]) {
-        self.digests.offsets(self.table, self.head, offsets);
-        match self.digests.dtype() {
-            DType::Bf16 => self.read_sizes_as::<S, Bf16>(s, offsets, sizes),
-            DType::F16 => self.read_sizes_as::<S, F16>(s, offsets, sizes),
-            DType::F32 => self.read_sizes_as::<S, F32>(s, offsets, sizes),
-        }
-    }
-
-    #[inline(always)]
-    fn read_sizes_as<S: Simd, E: Element>(&self, s: S, offsets: &[usize], sizes: &mut [u32]) {
-        let at = self.layout().size_at() * self.digests.dtype().bytes();
-        for (i, (&offset, size)) in offsets.iter().zip(sizes).enumerate() {
-            self.fetch(s, offsets, i + AHEAD, at, 2);
-            let mut values = [0.0; LANES];
-            // SAFETY: the array holds a vector.
-            unsafe { s.store(values.as_mut_ptr(), self.vector::<S, E>(s, offset, at)) };
-            *size = ClusterLayout::size(values[0], values[1]) as u32;
-        }
-    }
-
-    /// 16 values of the digest at `offset`, from byte `at` on.
-    #[inline(always)]
-    fn vector<S: Simd, E: Element>(&self, s: S, offset: usize, at: usize) -> S::V {
-        let from = &self.digests.layer(self.layer)[offset + at..][..vector_bytes::<E>()];
-        // SAFETY: 16 values of the digests' type.
-        unsafe { E::widen(s, from.as_ptr()) }
-    }
-
-    /// Fetches `count` values of a digest into the cache, from byte `at` on, if there is an `i`-th.
-    #[inline(always)]
-    fn fetch<S: Simd>(&self, s: S, offsets: &[usize], i: usize, at: usize, count: usize) {
-        let Some(&offset) = offsets.get(i) else { return };
-        let from = self.digests.layer(self.layer).as_ptr().wrapping_add(offset + at);
-        for line in (0..count * self.digests.dtype().bytes()).step_by(LINE_BYTES) {
-            s.prefetch(from.wrapping_add(line));
-        }
-    }
-
     /// Marks the slots of the best clusters, and attends to the best of the others by what `line` says of each query head; returns
     /// how many those are.
     #[inline(always)]
@@ -124,7 +81,7 @@ impl Clusters<'_> {
         line: impl Fn(usize) -> &'l [f32],
         bits: &mut [u64],
     ) -> usize {
-        let ClusterScratch { keys, offsets, sizes, picked, weights } = work;
+        let ClusterScratch { keys, sizes, picked, offsets, weights } = work;
         let mut left = 0;
         for (key, &size) in keys.iter_mut().zip(sizes) {
             // Below every other.
@@ -145,14 +102,24 @@ impl Clusters<'_> {
         let estimated = plan.estimated.min(left - picked.len());
         picked.clear();
         if estimated > 0 {
-            each_best(keys, estimated, |i| picked.push(i as u32));
+            each_best(s, keys, estimated, |i| picked.push(i as u32));
+            offsets.clear();
+            offsets.extend(picked.iter().map(|&cluster| self.value_at(cluster as usize)));
             self.estimate::<S, E>(s, offsets, sizes, picked, weights, line);
         }
         estimated
     }
 
+    /// Where in its layer the mean value of a cluster is.
+    #[inline(always)]
+    fn value_at(&self, cluster: usize) -> usize {
+        let (block, within) = self.digests.block(self.table, cluster);
+        let layout = self.digests.layout();
+        block + layout.values_at + (self.head * layout.per_block + within) * layout.value_bytes
+    }
+
     /// Weighted mean values, maximum and sum for each query head: with `x = q . c log2(e) / sqrt(head_dim)` the weight of a cluster
-    /// of `n` tokens is `n 2^(x - max)`. Sums run over `clusters`, which ascend.
+    /// of `n` tokens is `n 2^(x - max)`. Sums run over `clusters`, which ascend and whose mean values are at `offsets`.
     #[inline(always)]
     fn estimate<'l, S: Simd, E: Element>(
         self,
@@ -163,11 +130,11 @@ impl Clusters<'_> {
         weights: &mut [f32],
         line: impl Fn(usize) -> &'l [f32],
     ) {
-        let (d, bytes) = (self.digests.head_dim(), self.digests.dtype().bytes());
-        let (at, stride) = (self.layout().value_at() * bytes, head_stride(d));
+        let (d, n) = (self.digests.head_dim(), clusters.len());
+        let (stride, of_line) = (head_stride(d), carry_stride(d));
         let factor = std::f32::consts::LOG2_E / (d as f32).sqrt();
-        let weights = &mut weights[..clusters.len()];
-        for g in 0..self.to.len() / carry_stride(d) {
+        let group = self.to.len() / of_line;
+        for (g, weights) in weights.chunks_exact_mut(n).enumerate().take(group) {
             let scores = line(g);
             let mut max = f32::NEG_INFINITY;
             for (weight, &cluster) in weights.iter_mut().zip(clusters) {
@@ -187,32 +154,66 @@ impl Clusters<'_> {
                 *weight *= sizes[cluster as usize] as f32;
                 sum += *weight;
             }
-            let mut first = 0;
-            while first < stride {
-                let vectors = ((stride - first) / LANES).min(TOGETHER);
-                let mut sums = [s.splat(0.0); TOGETHER];
-                for (i, (&weight, &cluster)) in weights.iter().zip(clusters).enumerate() {
-                    if let Some(&next) = clusters.get(i + AHEAD) {
-                        self.fetch(s, offsets, next as usize, at + first * bytes, vectors * LANES);
-                    }
-                    let (weight, at) = (s.splat(weight), at + first * bytes);
-                    for v in 0..TOGETHER {
-                        if v < vectors {
-                            let at = at + v * vector_bytes::<E>();
-                            let value = self.vector::<S, E>(s, offsets[cluster as usize], at);
-                            sums[v] = s.mul_add(value, weight, sums[v]);
-                        }
-                    }
-                }
-                for v in 0..vectors {
-                    let to = &mut self.to[g * carry_stride(d) + first + v * LANES..][..LANES];
-                    // SAFETY: a vector is there.
-                    unsafe { s.store(to.as_mut_ptr(), sums[v]) };
-                }
-                first += vectors * LANES;
-            }
-            let rest = &mut self.to[g * carry_stride(d) + stride..];
+            let rest = &mut self.to[g * of_line + stride..];
             (rest[0], rest[1]) = (max * factor, sum);
+        }
+        let mut sums =
+            WeightedSums { values: self.digests.layer(self.layer), offsets, weights, to: self.to, of_line };
+        for first in (0..stride).step_by(TOGETHER * LANES) {
+            let vectors = ((stride - first) / LANES).min(TOGETHER);
+            let mut g = 0;
+            while const { S::TILE_VECTORS > 1 } && g + LINES <= group {
+                sums.add::<S, E, LINES>(s, g, first, vectors);
+                g += LINES;
+            }
+            while g < group {
+                sums.add::<S, E, 1>(s, g, first, vectors);
+                g += 1;
+            }
+        }
+    }
+}
+
+/// Sums of values at `offsets`, with weights `[line][value]`, to lines of `of_line` floats.
+struct WeightedSums<'a> {
+    values: &'a [u8],
+    offsets: &'a [usize],
+    weights: &'a [f32],
+    to: &'a mut [f32],
+    of_line: usize,
+}
+
+impl WeightedSums<'_> {
+    /// Those of `L` lines from `line` on, `vectors` vectors of each from channel `first` on.
+    #[inline(always)]
+    fn add<S: Simd, E: Element, const L: usize>(&mut self, s: S, line: usize, first: usize, vectors: usize) {
+        let at = first * vector_bytes::<E>() / LANES;
+        let mut sums = [[s.splat(0.0); TOGETHER]; L];
+        for (i, &offset) in self.offsets.iter().enumerate() {
+            if let Some(&next) = self.offsets.get(i + AHEAD) {
+                let next = self.values.as_ptr().wrapping_add(next + at);
+                for ahead in (0..vectors * vector_bytes::<E>()).step_by(LINE_BYTES) {
+                    s.prefetch(next.wrapping_add(ahead));
+                }
+            }
+            let values = &self.values[offset + at..][..vectors * vector_bytes::<E>()];
+            for v in 0..TOGETHER {
+                if v < vectors {
+                    // SAFETY: 16 values of their type.
+                    let value = unsafe { E::widen(s, values.as_ptr().add(v * vector_bytes::<E>())) };
+                    for l in 0..L {
+                        let weight = s.splat(self.weights[(line + l) * self.offsets.len() + i]);
+                        sums[l][v] = s.mul_add(value, weight, sums[l][v]);
+                    }
+                }
+            }
+        }
+        for l in 0..L {
+            for v in 0..vectors {
+                let to = &mut self.to[(line + l) * self.of_line + first + v * LANES..][..LANES];
+                // SAFETY: a vector is there.
+                unsafe { s.store(to.as_mut_ptr(), sums[l][v]) };
+            }
         }
     }
 }

@@ -1,13 +1,13 @@
 //! Digests of partitions: their place, and how they are made.
 //!
-//! Those of a block lie together, `[head][partition of the block][value]`, in the type of K or fp8 and padded to whole vectors,
-//! so that scoring a run of partitions for all heads reads memory in pieces of some KiB. Making them costs less than a
-//! hundredth of prefill, so that is plain code.
+//! Those of a block lie together as [`DigestLayout`] says, in the type of K or fp8, so that scoring a run of partitions for all
+//! heads reads memory in pieces of some KiB. Making them costs less than a hundredth of prefill, so that is plain code.
 
 use half::{bf16, f16};
+use ops::cluster::ClusterLayout;
 use ops::cluster::{CLUSTER_TOKENS_MAX, Clustering, OrderedCopy};
 use ops::places::{DigestState, Places};
-use ops::sparse::{DigestKind, DigestSpec, padded_width};
+use ops::sparse::{DigestKind, DigestLayout, DigestSpec};
 use ops::{Batch, BlockIndex, DType, Error, KvGeometry, SeatIndex, SequenceRows};
 
 use crate::fp8;
@@ -25,11 +25,9 @@ pub struct Digests {
     spec: DigestSpec,
     geometry: KvGeometry,
     num_blocks: usize,
-    /// Partitions that end in a block.
-    per_block: usize,
+    layout: DigestLayout,
     /// Blocks of a partition, 1 where it is shorter.
     blocks: usize,
-    digest_bytes: usize,
     /// In DRAM, by block.
     layers: Vec<Buffer<u8>>,
     /// Those of some blocks once more, by place, where HBM is apart.
@@ -79,12 +77,11 @@ impl Digests {
         ops::Gate::check(gate, spec, &geometry)?;
         let gate = gate.filter(|_| matches!(spec.kind, DigestKind::Gate { .. }));
         spec.check(geometry.page_tokens)?;
-        let block_bytes = spec.block_bytes(&geometry) / geometry.num_layers;
+        let layout = DigestLayout::new(&spec, &geometry);
         let layers = |blocks: usize| {
-            let layer = || Buffer::zeroed(blocks.saturating_mul(block_bytes), "digests");
+            let layer = || Buffer::zeroed(blocks.saturating_mul(layout.block_bytes), "digests");
             (0..geometry.num_layers).map(|_| layer()).collect::<Result<Vec<_>, Error>>()
         };
-        let per_block = spec.per_block(geometry.page_tokens);
         let hbm = places.map(|count| -> Result<_, Error> {
             let places = Places::new(num_blocks, count);
             Ok(Hbm {
@@ -105,20 +102,8 @@ impl Digests {
             }
             _ => None,
         };
-        let digest_bytes = spec.kind.bytes(spec.width(geometry.head_dim), geometry.dtype);
         let blocks = spec.partition_tokens.div_ceil(geometry.page_tokens);
-        Ok(Digests {
-            spec,
-            geometry,
-            num_blocks,
-            per_block,
-            blocks,
-            digest_bytes,
-            layers,
-            hbm,
-            gate,
-            clusters,
-        })
+        Ok(Digests { spec, geometry, num_blocks, layout, blocks, layers, hbm, gate, clusters })
     }
 
     /// What they are.
@@ -131,28 +116,10 @@ impl Digests {
         self.gate.as_ref()
     }
 
-    /// Bytes of one digest.
+    /// Where the parts of a digest lie within a block.
     #[inline(always)]
-    pub fn digest_bytes(&self) -> usize {
-        self.digest_bytes
-    }
-
-    /// Bytes of a digest that scores are made of, with padding.
-    #[inline(always)]
-    pub fn scored_bytes(&self) -> usize {
-        match self.spec.kind {
-            DigestKind::Cluster { .. } => padded_width(self.geometry.head_dim) * self.geometry.dtype.bytes(),
-            _ => self.digest_bytes,
-        }
-    }
-
-    /// The digest of a partition and head.
-    ///
-    /// # Panics
-    /// When its block does not exist.
-    pub fn digest(&self, layer: usize, table: &[BlockIndex], partition: usize, head: usize) -> &[u8] {
-        let start = self.offset(table, partition) + head * self.head_bytes();
-        &self.layer(layer)[start..start + self.digest_bytes()]
+    pub fn layout(&self) -> &DigestLayout {
+        &self.layout
     }
 
     /// Channels of a head.
@@ -165,47 +132,29 @@ impl Digests {
         self.geometry.dtype
     }
 
-    /// Bytes from the digest of a partition for one head to that for the next.
-    #[inline(always)]
-    pub fn head_bytes(&self) -> usize {
-        self.per_block * self.digest_bytes()
-    }
-
-    /// Offset in its [layer](Digests::layer) of the digest of a partition for head 0.
+    /// Where in its [layer](Digests::layer) the digests are among which that of a partition is, and which of them it is for
+    /// head 0.
     ///
     /// # Panics
     /// When its block does not exist, or its digests are not in HBM.
     #[inline(always)]
-    pub fn offset(&self, table: &[BlockIndex], partition: usize) -> usize {
+    pub fn block(&self, table: &[BlockIndex], partition: usize) -> (usize, usize) {
         let (block, within) = self.home(table, partition);
         let place = match &self.hbm {
             None => block.at(),
             Some(hbm) => hbm.places.of(block).expect("the digests that a step reads are in HBM"),
         };
-        self.offset_at(place, within)
-    }
-
-    /// The same of partitions `0..to.len()`, for one head.
-    #[inline(always)]
-    pub(crate) fn offsets(&self, table: &[BlockIndex], head: usize, to: &mut [usize]) {
-        for (partition, to) in to.iter_mut().enumerate() {
-            *to = self.offset(table, partition) + head * self.head_bytes();
-        }
+        (place * self.layout.block_bytes, within)
     }
 
     /// The block in which a partition ends, and which of those that end there it is.
     #[inline(always)]
     fn home(&self, table: &[BlockIndex], partition: usize) -> (BlockIndex, usize) {
         // Pages and what divides them are powers of two.
-        let within = partition & (self.per_block - 1);
-        let block = table[((partition >> self.per_block.trailing_zeros()) + 1) * self.blocks - 1];
+        let within = partition & (self.layout.per_block - 1);
+        let block = table[((partition >> self.layout.per_block.trailing_zeros()) + 1) * self.blocks - 1];
         assert!(block.at() < self.num_blocks, "{block:?} of {}", self.num_blocks);
         (block, within)
-    }
-
-    #[inline(always)]
-    fn offset_at(&self, place: usize, within: usize) -> usize {
-        place * self.geometry.kv_heads * self.head_bytes() + within * self.digest_bytes()
     }
 
     /// All digests of a layer that a step may read.
@@ -216,8 +165,7 @@ impl Digests {
 
     /// See [`ops::Backend::place_digests`].
     pub fn place(&mut self, pool: &mut Pool, batch: &Batch) {
-        let (block_bytes, page_tokens) =
-            (self.geometry.kv_heads * self.head_bytes(), self.geometry.page_tokens);
+        let (block_bytes, page_tokens) = (self.layout.block_bytes, self.geometry.page_tokens);
         let Some(Hbm { layers, places, loads, loads_of, loaded_bytes }) = &mut self.hbm else { return };
         loads.clear();
         let readers = || batch.sequences.iter().filter(|s| batch.reads_digests(s));
@@ -266,24 +214,35 @@ impl Digests {
 
     /// Bytes that the last step loaded for `seat`.
     pub fn loads(&self, seat: SeatIndex) -> u64 {
-        let block_bytes = self.geometry.kv_heads * self.head_bytes() * self.layers.len();
+        let block_bytes = self.layout.block_bytes * self.layers.len();
         let of_seat = self.hbm.iter().flat_map(|hbm| &hbm.loads_of).filter(|(of, _)| *of == seat);
         of_seat.map(|(_, blocks)| blocks * block_bytes as u64).sum()
     }
 
-    /// The digests of a block and head, without padding.
+    /// The digests of a block and head, without padding of scored values.
     pub fn read(&self, layer: usize, block: BlockIndex, head: usize) -> Vec<f32> {
-        let dtype = self.geometry.dtype;
-        let start = (block.at() * self.geometry.kv_heads + head) * self.head_bytes();
-        let bytes = &self.layers[layer].as_slice()[start..start + self.head_bytes()];
-        let width = self.spec.width(self.geometry.head_dim);
-        let digests = bytes.chunks_exact(self.digest_bytes());
-        let value = |digest: &[u8], i: usize| match self.spec.kind {
-            DigestKind::Fp8(_) => fp8::read(digest, padded_width(width), i),
-            DigestKind::Landmark if i + 1 == width => dtype.read(digest, padded_width(i)),
-            _ => dtype.read(digest, i),
-        };
-        digests.flat_map(|digest| (0..width).map(move |i| value(digest, i))).collect()
+        let bytes = &self.layers[layer].as_slice()[block.at() * self.layout.block_bytes..];
+        (0..self.layout.per_block).flat_map(|within| self.decode(bytes, head, within)).collect()
+    }
+
+    /// One digest of the block whose digests are `bytes`.
+    fn decode(&self, bytes: &[u8], head: usize, within: usize) -> Vec<f32> {
+        let [scored, tag, value, ids] = self.layout.parts(head, within).map(|part| &bytes[part]);
+        let (kind, d, dtype) = (self.spec.kind, self.geometry.head_dim, self.geometry.dtype);
+        let tag = || f32::from_le_bytes(tag.try_into().expect("a tag is four bytes"));
+        let all =
+            |part: &[u8]| (0..part.len() / dtype.bytes()).map(|i| dtype.read(part, i)).collect::<Vec<_>>();
+        match kind {
+            DigestKind::Fp8(_) => {
+                scored[..kind.width(d)].iter().map(|&code| fp8::decode(code, tag())).collect()
+            }
+            DigestKind::Landmark => [&all(scored)[..d], &[tag()]].concat(),
+            DigestKind::Cluster { .. } => {
+                let size = ClusterLayout::digits(tag() as usize);
+                [&all(scored)[..], &all(value), &size, &all(ids)].concat()
+            }
+            _ => all(scored)[..kind.width(d)].to_vec(),
+        }
     }
 }
 
@@ -294,33 +253,58 @@ impl Digests {
         Targets { dram: Shared(self.layers[layer].as_mut_ptr()), hbm }
     }
 
-    /// Has `encode` write the first `bytes` bytes of a digest in DRAM, and copies them to HBM if its block has a place there.
+    /// Writes a digest, of these values, to DRAM, and to HBM if its block has a place there.
     ///
     /// # Safety
     /// `to` is this layer's, and nobody else touches the digest.
-    unsafe fn write(
-        &self,
-        to: Targets,
-        table: &[BlockIndex],
-        partition: usize,
-        head: usize,
-        bytes: usize,
-        encode: impl FnOnce(&mut [u8]),
-    ) {
+    unsafe fn write(&self, to: Targets, table: &[BlockIndex], partition: usize, head: usize, values: &[f32]) {
+        let mut bytes = [0; DIGEST_BYTES_MAX];
+        let bytes = &mut bytes[..self.layout.digest_bytes()];
+        self.encode(values, bytes);
         let (block, within) = self.home(table, partition);
-        let at = |place: usize| self.offset_at(place, within) + head * self.head_bytes();
-        // SAFETY: `home` checked that the block exists, and a place lies in HBM; the rest is the caller's promise.
-        unsafe {
-            let digest = to.dram.at(at(block.at()));
-            encode(std::slice::from_raw_parts_mut(digest, bytes));
-            if let Some((hbm, to)) = self.hbm.as_ref().zip(to.hbm)
-                && let Some(place) = hbm.places.of(block)
-            {
-                to.at(at(place)).copy_from_nonoverlapping(digest, bytes);
+        let place = self.hbm.as_ref().and_then(|hbm| hbm.places.of(block));
+        let hbm = to.hbm.zip(place);
+        for (to, place) in [(to.dram, block.at())].into_iter().chain(hbm) {
+            let mut rest = &*bytes;
+            for part in self.layout.parts(head, within) {
+                let (from, after) = rest.split_at(part.len());
+                // SAFETY: `home` checked that the block exists, and a place lies in HBM; the rest is the caller's promise.
+                unsafe {
+                    let to = to.at(place * self.layout.block_bytes + part.start);
+                    to.copy_from_nonoverlapping(from.as_ptr(), from.len());
+                }
+                rest = after;
             }
         }
     }
+
+    /// The parts of a digest one after the other, rounded.
+    fn encode(&self, values: &[f32], to: &mut [u8]) {
+        let (kind, d, dtype) = (self.spec.kind, self.geometry.head_dim, self.geometry.dtype);
+        let (scored, rest) = to.split_at_mut(self.layout.scored_bytes);
+        let (tag, rest) = rest.split_at_mut(self.layout.tag_bytes);
+        match kind {
+            DigestKind::Fp8(_) => tag.copy_from_slice(&fp8::encode(scored, values).to_le_bytes()),
+            DigestKind::Landmark => {
+                store(scored, &values[..d], dtype);
+                tag.copy_from_slice(&dtype.round(values[d]).to_le_bytes());
+            }
+            DigestKind::Cluster { .. } => {
+                let layout = ClusterLayout { head_dim: d };
+                store(scored, &values[..layout.value_at()], dtype);
+                let size = ClusterLayout::size(values[layout.size_at()], values[layout.size_at() + 1]);
+                tag.copy_from_slice(&(size as f32).to_le_bytes());
+                let (value, ids) = rest.split_at_mut(self.layout.value_bytes);
+                store(value, &values[layout.value_at()..layout.size_at()], dtype);
+                store(ids, &values[layout.ids_at()..], dtype);
+            }
+            _ => store(scored, values, dtype),
+        }
+    }
 }
+
+/// Bytes of the widest digest: of one whose two sides are f32, or of a cluster.
+const DIGEST_BYTES_MAX: usize = 4 * (2 * HEAD_DIM_MAX + 1 + CLUSTER_TOKENS_MAX);
 
 /// Partitions that the rows of a sequence complete.
 fn completed(sequence: &SequenceRows, partition_tokens: usize) -> std::ops::Range<usize> {
@@ -363,13 +347,8 @@ pub fn digest(pool: &mut Pool, digests: &mut Digests, kv: &mut Kv, layer: usize,
                     None => summarise(digests.spec.kind.unrounded(), &keys, &mut values),
                 }
                 let width = digests.spec.kind.width(digests.geometry.head_dim);
-                let encode = |bytes: &mut [u8]| match digests.spec.kind {
-                    DigestKind::Fp8(_) => fp8::encode(bytes, &values[..width]),
-                    DigestKind::Landmark => store_landmark(bytes, &values[..width], digests.geometry.dtype),
-                    _ => store(bytes, &values[..width], digests.geometry.dtype),
-                };
                 // SAFETY: the digest belongs to this partition alone; rows of one batch complete a partition of a block once.
-                unsafe { digests.write(to, pages.table, partition, head, digests.digest_bytes(), encode) };
+                unsafe { digests.write(to, pages.table, partition, head, &values[..width]) };
             }
             return;
         }
@@ -419,11 +398,9 @@ fn cluster_spans(
             let first = start / digests.spec.partition_tokens;
             for partition in 0..span_tokens / digests.spec.partition_tokens {
                 clustering.digest(partition, &mut values[..width]);
-                let encode = |bytes: &mut [u8]| store(bytes, &values[..width], digests.geometry.dtype);
-                let bytes = width * digests.geometry.dtype.bytes();
                 // SAFETY: the digest belongs to this span and head alone: blocks are shared by whole spans, and rows of one batch
                 // complete a span once.
-                unsafe { digests.write(to, pages.table, first + partition, head, bytes, encode) };
+                unsafe { digests.write(to, pages.table, first + partition, head, &values[..width]) };
             }
             let KvGeometry { page_tokens, .. } = digests.geometry;
             for (page, tokens) in clustering.order().chunks_exact(page_tokens).enumerate() {
@@ -600,14 +577,6 @@ impl Keys<'_> {
             }
         }
     }
-}
-
-/// Rounds a mean and, after its padding, its cosine to `dtype`.
-pub(crate) fn store_landmark(bytes: &mut [u8], values: &[f32], dtype: DType) {
-    let (mean, cosine) = values.split_at(values.len() - 1);
-    let (first, rest) = bytes.split_at_mut(padded_width(mean.len()) * dtype.bytes());
-    store(first, mean, dtype);
-    store(rest, cosine, dtype);
 }
 
 /// Rounds `values` to `dtype`.

@@ -3,8 +3,7 @@
 //! e4m3 is widened to f32, and its queries stay f32 whatever K is: a bf16 pair of it would need a query scaled by 2^120, since
 //! the products of bf16 flush what is below 2^-126.
 
-use ops::fp8::{EXPONENTS, SCALE_BYTES, number, value};
-use ops::sparse::padded_width;
+use ops::fp8::{EXPONENTS, number, value};
 
 use crate::simd::{LANES, Simd};
 use crate::tile::Element;
@@ -36,16 +35,15 @@ pub trait Stored: Copy {
     /// 16 steps of the query are readable.
     unsafe fn mul_add_lanes<S: Simd>(s: S, acc: S::V, left: *const Self::Left, right: Self::Right<S>)
     -> S::V;
-    /// The score of `digest`, of `width` values, with `sum` over its products.
-    ///
-    /// # Safety
-    /// The digest is readable.
-    unsafe fn finish(sum: f32, digest: *const u8, width: usize) -> f32;
-    /// Writes a digest of `width` values, a multiple of 16; those after `used` are padding.
+    /// Whether the tag of a digest is the scale of its values.
+    const SCALED: bool;
+    /// The score of a digest with this tag and `sum` over its products.
+    fn finish(sum: f32, tag: f32) -> f32;
+    /// Writes the scored values of a digest, `width` of them, a multiple of 16, and returns its scale; those after `used` are padding.
     ///
     /// # Safety
     /// The values are readable, the digest is writable.
-    unsafe fn store<S: Simd>(s: S, to: *mut u8, values: *const f32, used: usize, width: usize);
+    unsafe fn store<S: Simd>(s: S, to: *mut u8, values: *const f32, used: usize, width: usize) -> f32;
 }
 
 impl<E: Element> Stored for E {
@@ -53,6 +51,7 @@ impl<E: Element> Stored for E {
     const VECTOR_BYTES: usize = E::VECTOR_BYTES;
     type Left = E::Left;
     type Right<S: Simd> = E::Right<S>;
+    const SCALED: bool = false;
 
     #[inline(always)]
     unsafe fn store_left<S: Simd>(s: S, to: *mut E::Left, v: S::V) {
@@ -73,12 +72,12 @@ impl<E: Element> Stored for E {
     }
 
     #[inline(always)]
-    unsafe fn finish(sum: f32, _: *const u8, _: usize) -> f32 {
+    fn finish(sum: f32, _: f32) -> f32 {
         sum
     }
 
     #[inline(always)]
-    unsafe fn store<S: Simd>(s: S, to: *mut u8, values: *const f32, _: usize, width: usize) {
+    unsafe fn store<S: Simd>(s: S, to: *mut u8, values: *const f32, _: usize, width: usize) -> f32 {
         let bytes_per_value = E::VECTOR_BYTES / LANES / E::K_PER_STEP;
         let mut c = 0;
         while c < width {
@@ -86,10 +85,11 @@ impl<E: Element> Stored for E {
             unsafe { E::store_right(s, to.add(c * bytes_per_value), s.load(values.add(c))) };
             c += LANES;
         }
+        1.0
     }
 }
 
-/// e4m3 with a scale after the padded values.
+/// e4m3 with a scale in the tag.
 #[derive(Clone, Copy, Debug)]
 pub struct E4m3;
 
@@ -98,6 +98,7 @@ impl Stored for E4m3 {
     const VECTOR_BYTES: usize = LANES;
     type Left = f32;
     type Right<S: Simd> = S::V;
+    const SCALED: bool = true;
 
     #[inline(always)]
     unsafe fn store_left<S: Simd>(s: S, to: *mut f32, v: S::V) {
@@ -118,19 +119,17 @@ impl Stored for E4m3 {
     }
 
     #[inline(always)]
-    unsafe fn finish(sum: f32, digest: *const u8, width: usize) -> f32 {
-        // SAFETY: the caller's promise.
-        let scale = unsafe { digest.add(width).cast::<f32>().read_unaligned() };
+    fn finish(sum: f32, tag: f32) -> f32 {
         // Not by both at once: the product of the largest scale with 2^8 is no number.
-        sum * (1.0 / E4M3_UNIT) * scale
+        sum * (1.0 / E4M3_UNIT) * tag
     }
 
     #[inline(always)]
-    unsafe fn store<S: Simd>(_: S, to: *mut u8, values: *const f32, used: usize, width: usize) {
+    unsafe fn store<S: Simd>(_: S, to: *mut u8, values: *const f32, used: usize, width: usize) -> f32 {
         // SAFETY: the caller's promise.
         unsafe {
             let values = std::slice::from_raw_parts(values, used);
-            encode(std::slice::from_raw_parts_mut(to, width + SCALE_BYTES), values);
+            encode(std::slice::from_raw_parts_mut(to, width), values)
         }
     }
 }
@@ -138,20 +137,19 @@ impl Stored for E4m3 {
 /// What [`Simd::load_e4m3`] makes of 1: so the bits of e4m3 are those of an f16.
 pub const E4M3_UNIT: f32 = 1.0 / 256.0;
 
-/// Writes a two-sided digest, as [`ops::fp8`] says.
-pub fn encode(digest: &mut [u8], values: &[f32]) {
-    let (codes, scale) = digest.split_at_mut(padded_width(values.len()));
+/// Writes the values of a two-sided digest, as [`ops::fp8`] says; returns their scale.
+pub fn encode(codes: &mut [u8], values: &[f32]) -> f32 {
     let largest = values.iter().fold(0f32, |m, v| m.max(v.abs())).to_bits();
     // 448 is 1.75 * 2^8.
     let exponent = (largest >> 23) as i32 - 127 - 8 + i32::from(largest & 0x007f_ffff > 0x0060_0000);
     let exponent = exponent.clamp(*EXPONENTS.start(), *EXPONENTS.end());
     let power = |n: i32| f32::from_bits(((n + 127) as u32) << 23);
-    scale.copy_from_slice(&power(exponent).to_le_bytes());
     let inverse = power(-exponent);
     let middle = values.len() / 2;
     for (i, (code, &v)) in codes.iter_mut().zip(values).enumerate() {
         *code = code_of(v, inverse, v.is_sign_negative() != (i < middle));
     }
+    power(exponent)
 }
 
 /// The code next to `v * inverse`: away from zero or towards it.
@@ -168,8 +166,7 @@ fn code_of(v: f32, inverse: f32, away: bool) -> u8 {
     if code > 0 && v.is_sign_negative() { code | 0x80 } else { code }
 }
 
-/// Value `index` of a digest that was written as fp8, of `width` values with padding.
-pub fn read(digest: &[u8], width: usize, index: usize) -> f32 {
-    let scale = f32::from_le_bytes(digest[width..][..SCALE_BYTES].try_into().expect("four bytes"));
-    value(number(digest[index]), scale)
+/// What `code` stands for beside this scale.
+pub fn decode(code: u8, scale: f32) -> f32 {
+    value(number(code), scale)
 }

@@ -25,14 +25,13 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use half::f16;
 use ops::sparse::{
     Attention, DIGEST_ALIGN, DigestKind, Method, Reduce, Scope, Score, padded_width, random_score,
     replay_rate, replay_score,
 };
 use ops::{Batch, DType, HeadShape, Tensor};
 
-use crate::digest::{Digests, Keys, store_landmark, summarise};
+use crate::digest::{Digests, Keys, summarise};
 use crate::fp8::{E4m3, Stored};
 use crate::isa::{Isa, Kernel};
 use crate::memory::{LINE_BYTES, Shared};
@@ -229,7 +228,9 @@ impl<E: Stored> Kernel for ScoreAs<'_, E> {
         let width = padded_width(kind.scored_width(w.heads.head_dim));
         let lines = w.method.query_lines(w.heads);
         let layer = w.digests.layer(w.layer);
-        let (head_bytes, scored_bytes) = (w.digests.head_bytes(), w.digests.scored_bytes());
+        let layout = w.digests.layout();
+        let (scored_bytes, per_block) = (layout.scored_bytes, layout.per_block);
+        let head_bytes = per_block * scored_bytes;
         let mut lifted = [0.0; LIFTED_MAX];
         for head in 0..w.heads.kv_heads {
             for line in 0..lines {
@@ -252,20 +253,22 @@ impl<E: Stored> Kernel for ScoreAs<'_, E> {
         // At most the last candidate is not full.
         let full_end = w.run.end.min(w.context / w.method.partition_tokens);
         let num_full = full_end.saturating_sub(w.run.start);
-        let shape = Shape {
-            steps: width / E::K_PER_STEP,
-            values_bytes: width / E::K_PER_STEP / LANES * E::VECTOR_BYTES,
-            lines,
-            cosines: (w.method.always.outliers > 0).then_some(w.digests.dtype()),
-        };
+        let shape = Shape { steps: width / E::K_PER_STEP, lines, reads_tags: w.method.reads_tags() };
         // All of them first: looking them up between sums costs as much again.
         let mut places = [std::ptr::null(); RUN_MAX + AHEAD];
         if num_full > 0 {
             for (i, place) in places[..num_full.next_multiple_of(TOGETHER) + AHEAD].iter_mut().enumerate() {
                 let partition = (w.run.start + i).min(full_end - 1);
-                *place = layer[w.digests.offset(w.pages.table, partition)..].as_ptr();
+                let (block, within) = w.digests.block(w.pages.table, partition);
+                *place = layer[block + within * scored_bytes..].as_ptr();
             }
         }
+        let has_tags = E::SCALED || shape.reads_tags;
+        // From the values of a partition for head 0 to its tag for head 0.
+        let to_tag = |partition: usize| {
+            let within = partition & (per_block - 1);
+            layout.tags_at.wrapping_sub(within * scored_bytes).wrapping_add(within * layout.tag_bytes)
+        };
         for &digest in &places[..AHEAD.min(num_full)] {
             for head in 0..w.heads.kv_heads {
                 s.prefetch(digest.wrapping_add(head * head_bytes));
@@ -277,8 +280,15 @@ impl<E: Stored> Kernel for ScoreAs<'_, E> {
                 ([std::ptr::null::<u8>(); TOGETHER], [std::ptr::null::<u8>(); TOGETHER]);
             rows.copy_from_slice(&places[first..first + TOGETHER]);
             next.copy_from_slice(&places[first + AHEAD..first + AHEAD + TOGETHER]);
-            for digest in next {
-                s.prefetch(digest);
+            let mut tags = [std::ptr::null::<f32>(); TOGETHER];
+            for i in 0..TOGETHER {
+                s.prefetch(next[i]);
+                if has_tags {
+                    s.prefetch(next[i].wrapping_add(to_tag(w.run.start + first + AHEAD + i)));
+                    // Those after the last are the last once more.
+                    let partition = (w.run.start + first + i).min(full_end - 1);
+                    tags[i] = rows[i].wrapping_add(to_tag(partition)).cast();
+                }
             }
             for head in 0..w.heads.kv_heads {
                 // Digests of all heads follow one another.
@@ -287,18 +297,25 @@ impl<E: Stored> Kernel for ScoreAs<'_, E> {
                     fetch(s, digest.wrapping_add(at), scored_bytes);
                 }
                 let rows = rows.map(|row| row.wrapping_add(at));
-                // SAFETY: the digests lie in the layer.
-                unsafe { w.score_some::<S, E>(s, &shape, head, rows, w.run.start + first, num_full - first) };
+                // SAFETY: the digests lie in the layer, and tags where they have some.
+                unsafe {
+                    let tags = match has_tags {
+                        true => tags.map(|tag| tag.wrapping_add(head * per_block).read_unaligned()),
+                        false => [1.0; TOGETHER],
+                    };
+                    let (partition, count) = (w.run.start + first, num_full - first);
+                    w.score_some::<S, E>(s, &shape, head, rows, tags, partition, count);
+                }
             }
         }
         if full_end < w.run.end {
             let partition = w.run.end - 1;
             for head in 0..w.heads.kv_heads {
                 let mut open = [0u32; LIFTED_MAX];
-                open_digest::<S, E>(s, &w, head, partition, &mut open);
-                let rows = [open.as_ptr().cast(); TOGETHER];
+                let tag = open_digest::<S, E>(s, &w, head, partition, &mut open);
+                let (rows, tags) = ([open.as_ptr().cast(); TOGETHER], [tag; TOGETHER]);
                 // SAFETY: the array has room for the widest digest.
-                unsafe { w.score_some::<S, E>(s, &shape, head, rows, partition, 1) };
+                unsafe { w.score_some::<S, E>(s, &shape, head, rows, tags, partition, 1) };
             }
         }
     }
@@ -308,11 +325,9 @@ impl<E: Stored> Kernel for ScoreAs<'_, E> {
 struct Shape {
     /// Steps of a lifted query.
     steps: usize,
-    /// Bytes of a digest before its scale or cosine.
-    values_bytes: usize,
     lines: usize,
-    /// Type of cosines, if they are read.
-    cosines: Option<DType>,
+    /// Whether tags are a line of their own.
+    reads_tags: bool,
 }
 
 /// Fetches the cache lines that begin in a digest of `bytes`; the one before them is also of the digest that precedes it.
@@ -326,8 +341,8 @@ fn fetch<S: Simd>(s: S, digest: *const u8, bytes: usize) {
 }
 
 impl ScoreRun<'_> {
-    /// Scores the digests `rows` of a head for all its lines, and writes those of the first `count` partitions from
-    /// `partition` on.
+    /// Scores the digests `rows` of a head, with these tags, for all its lines, and writes those of the first `count` partitions
+    /// from `partition` on.
     ///
     /// # Safety
     /// The digests are readable, and queries are lifted.
@@ -338,6 +353,7 @@ impl ScoreRun<'_> {
         shape: &Shape,
         head: usize,
         rows: [*const u8; TOGETHER],
+        tags: [f32; TOGETHER],
         partition: usize,
         count: usize,
     ) {
@@ -352,53 +368,39 @@ impl ScoreRun<'_> {
                 let left = left.add(line * shape.steps);
                 let sums = s.reduce_all(dots::<S, E, LINES>(s, left, shape.steps, rows));
                 for l in 0..LINES {
-                    self.write::<E>(sums[l], rows, shape, to.add((line + l) * self.line_stride), count);
+                    finish_some::<E>(sums[l], tags, to.add((line + l) * self.line_stride), count);
                 }
                 line += LINES;
             }
             while line < lines {
                 let left = left.add(line * shape.steps);
                 let [sums] = dots::<S, E, 1>(s, left, shape.steps, rows);
-                let to = to.add(line * self.line_stride);
-                self.write::<E>(s.reduce_sums(sums), rows, shape, to, count);
+                finish_some::<E>(s.reduce_sums(sums), tags, to.add(line * self.line_stride), count);
                 line += 1;
             }
-            if let Some(dtype) = shape.cosines {
-                // The value after the padding tells outliers, as it is.
-                let last = rows.map(|row| row.add(shape.values_bytes));
-                let cosines = match dtype {
-                    DType::F32 => last.map(|at| at.cast::<f32>().read_unaligned()),
-                    DType::F16 => last.map(|at| f16::from_bits(at.cast::<u16>().read_unaligned()).to_f32()),
-                    DType::Bf16 => {
-                        last.map(|at| f32::from_bits(u32::from(at.cast::<u16>().read_unaligned()) << 16))
-                    }
-                };
-                write_some(cosines, to.add(lines * self.line_stride), count);
+            if shape.reads_tags {
+                write_some(tags, to.add(lines * self.line_stride), count);
             }
         }
     }
+}
 
-    /// Writes the scores of `count` digests with these sums.
-    ///
-    /// # Safety
-    /// The digests are readable, `count` scores writable.
-    #[inline(always)]
-    unsafe fn write<E: Stored>(
-        &self,
-        mut sums: [f32; TOGETHER],
-        rows: [*const u8; TOGETHER],
-        shape: &Shape,
-        to: *mut f32,
-        count: usize,
-    ) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            for i in 0..TOGETHER {
-                sums[i] = E::finish(sums[i], rows[i], shape.steps * E::K_PER_STEP);
-            }
-            write_some(sums, to, count);
-        }
+/// Writes the scores of `count` digests with these sums and tags.
+///
+/// # Safety
+/// They are writable.
+#[inline(always)]
+unsafe fn finish_some<E: Stored>(
+    mut sums: [f32; TOGETHER],
+    tags: [f32; TOGETHER],
+    to: *mut f32,
+    count: usize,
+) {
+    for i in 0..TOGETHER {
+        sums[i] = E::finish(sums[i], tags[i]);
     }
+    // SAFETY: the caller's promise.
+    unsafe { write_some(sums, to, count) };
 }
 
 /// Writes the first `count` values.
@@ -454,7 +456,7 @@ fn lift(w: &ScoreRun, kind: DigestKind, head: usize, line: usize, to: &mut [f32;
     }
 }
 
-/// The digest of a partition that is not full, of what it holds, as it would be stored.
+/// The scored values of a partition that is not full, of what it holds, as they would be stored; returns the tag.
 #[inline(always)]
 fn open_digest<S: Simd, E: Stored>(
     s: S,
@@ -462,21 +464,18 @@ fn open_digest<S: Simd, E: Stored>(
     head: usize,
     partition: usize,
     to: &mut [u32; LIFTED_MAX],
-) {
-    let kind = w.digests.spec().kind;
+) -> f32 {
+    let (kind, d) = (w.digests.spec().kind, w.heads.head_dim);
     let mut values = [0.0; LIFTED_MAX];
     let positions = partition * w.method.partition_tokens..w.context;
     let keys = Keys { kv: w.kv, layer: w.layer, pages: w.pages, head, positions };
     summarise(kind.unrounded(), &keys, &mut values);
-    let used = kind.width(w.heads.head_dim);
+    let cosine = w.digests.dtype().round(values[d]);
+    let used = kind.scored_width(d);
     values[used..].fill(0.0);
-    if kind == DigestKind::Landmark {
-        // SAFETY: the array has room for the widest digest.
-        let bytes = unsafe { std::slice::from_raw_parts_mut(to.as_mut_ptr().cast(), size_of_val(to)) };
-        return store_landmark(bytes, &values[..used], w.digests.dtype());
-    }
-    // SAFETY: both arrays have room for the widest digest, with a scale: one of fp8 takes a quarter of its place.
-    unsafe { E::store(s, to.as_mut_ptr().cast(), values.as_ptr(), used, padded_width(used)) };
+    // SAFETY: both arrays have room for the widest digest.
+    let scale = unsafe { E::store(s, to.as_mut_ptr().cast(), values.as_ptr(), used, padded_width(used)) };
+    if kind == DigestKind::Landmark { cosine } else { scale }
 }
 
 /// Lane sums of the dot products of `L` lifted queries, `steps` long and as far apart, with some digests.

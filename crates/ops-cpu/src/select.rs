@@ -18,7 +18,7 @@ use crate::isa::{Isa, Kernel};
 use crate::memory::Shared;
 use crate::merge::carry_stride;
 use crate::pool::Pool;
-use crate::selection::{Scratch, Selections, num_pages};
+use crate::selection::{Scratch, Selections, num_pages, ones};
 use crate::simd::{LANES, Simd};
 use crate::tile::round_to_lanes;
 
@@ -128,7 +128,7 @@ impl Kernel for SelectRow<'_> {
             return 0;
         }
         let count = plan.candidates.len();
-        let Scratch { reduced, keys, masked, outliers, offsets, sizes, picked, .. } = scratch;
+        let Scratch { reduced, keys, masked, outliers, offsets, sizes, picked, weights, .. } = scratch;
         let padded = round_to_lanes(count);
         let (reduced, masked) = (&mut reduced[..padded], &mut masked[..padded]);
         let of = if method.scope == Scope::Layer { 0..heads.kv_heads } else { head..head + 1 };
@@ -141,11 +141,12 @@ impl Kernel for SelectRow<'_> {
             for (key, &cosine) in keys.iter_mut().zip(&selection.line_of(place, head, lines)[among.clone()]) {
                 *key = !order_key(cosine);
             }
-            each_best(keys, num_outliers, |i| outliers.push((among.start + i) as u32));
+            each_best(s, keys, num_outliers, |i| outliers.push((among.start + i) as u32));
         }
-        if let Some(clusters) = &clusters {
+        if clusters.is_some() {
             // Those without a token are left out, like outliers.
-            clusters.read_sizes(s, &mut offsets[..count], &mut sizes[..count]);
+            let tags = &selection.line_of(place, head, lines)[..count];
+            sizes[..count].iter_mut().zip(tags).for_each(|(size, &tag)| *size = tag as u32);
             outliers.extend((0..count as u32).filter(|&p| sizes[p as usize] == 0));
         }
         let first = plan.candidates.start;
@@ -162,7 +163,7 @@ impl Kernel for SelectRow<'_> {
                 reduce(s, reduced, masked, sum, method.reduce, i + line == 0);
             }
         }
-        let (reduced, masked) = (&mut reduced[..count], &mut masked[..count]);
+        let reduced = &mut reduced[..count];
         if method.reduce != Reduce::Max {
             for score in reduced.iter_mut() {
                 *score /= num_lines as f32;
@@ -173,8 +174,7 @@ impl Kernel for SelectRow<'_> {
             *key = order_key(score);
         }
         if let Some(clusters) = clusters {
-            let (offsets, sizes) = (&offsets[..count], &sizes[..count]);
-            let work = ClusterScratch { keys, offsets, sizes, picked, weights: masked };
+            let work = ClusterScratch { keys, sizes: &sizes[..count], picked, offsets, weights };
             let line = |line: usize| selection.line_of(place, head, line);
             return clusters.select(s, plan, work, line, bits);
         }
@@ -187,7 +187,7 @@ impl Kernel for SelectRow<'_> {
             // Below every score.
             keys[outlier as usize - first] = 0;
         }
-        each_best(keys, plan.take, |i| match method.rule {
+        each_best(s, keys, plan.take, |i| match method.rule {
             Rule::Threshold(least) if reduced[i] < least => {}
             _ => take_in(first + i),
         });
@@ -242,24 +242,27 @@ fn reduce<S: Simd>(s: S, reduced: &mut [f32], scores: &[f32], sum: Option<f32>, 
 
 /// Visits the places of the `take` largest keys in ascending order; of equal keys the first.
 #[inline(always)]
-pub(crate) fn each_best(keys: &[u32], take: usize, mut visit: impl FnMut(usize)) {
+pub(crate) fn each_best<S: Simd>(s: S, keys: &[u32], take: usize, mut visit: impl FnMut(usize)) {
     let (least, mut ties) = threshold(keys, take);
-    let (chunks, rest) = keys.as_chunks::<LANES>();
-    for c in 0..=chunks.len() {
-        let chunk = match chunks.get(c) {
-            // Most have none, which vectors see at once.
-            Some(chunk) if !chunk.iter().fold(false, |any, &key| any | (key >= least)) => continue,
-            Some(chunk) => chunk,
-            None => rest,
-        };
-        for (i, &key) in chunk.iter().enumerate() {
-            let tie = key == least && ties > 0;
+    each_at_least(s, keys, least, |i| {
+        let tie = keys[i] == least;
+        if !tie || ties > 0 {
             ties -= usize::from(tie);
-            if key > least || tie {
-                visit(c * LANES + i);
-            }
+            visit(i);
         }
+    });
+}
+
+/// Visits the places of keys that are at least `least`, in ascending order.
+#[inline(always)]
+pub(crate) fn each_at_least<S: Simd>(s: S, keys: &[u32], least: u32, mut visit: impl FnMut(usize)) {
+    let (chunks, rest) = keys.as_chunks::<LANES>();
+    for (c, chunk) in chunks.iter().enumerate() {
+        // A branch per key would be guessed wrong at every one that is taken.
+        ones(u64::from(s.at_least(chunk, least))).for_each(|i| visit(c * LANES + i));
     }
+    let first = keys.len() - rest.len();
+    rest.iter().enumerate().filter(|(_, key)| **key >= least).for_each(|(i, _)| visit(first + i));
 }
 
 /// How many keys are at least `least`.

@@ -64,10 +64,12 @@ pub(crate) struct Scratch {
     pub(crate) keys: Vec<u32>,
     /// Partitions, ascending.
     pub(crate) outliers: Vec<u32>,
-    /// Where the digests of clusters are, how many tokens each has, and clusters that were picked.
-    pub(crate) offsets: Vec<usize>,
+    /// How many tokens each cluster has, those that were picked, where their mean values are, and their weights, query head by query
+    /// head.
     pub(crate) sizes: Vec<u32>,
     pub(crate) picked: Vec<u32>,
+    pub(crate) offsets: Vec<usize>,
+    pub(crate) weights: Vec<f32>,
 }
 
 impl Scratch {
@@ -79,8 +81,9 @@ impl Scratch {
                 + self.keys.len()
                 + self.outliers.capacity()
                 + self.sizes.len()
-                + self.picked.capacity())
-            + size_of::<usize>() * self.offsets.len()
+                + self.picked.capacity()
+                + self.weights.len())
+            + size_of::<usize>() * self.offsets.capacity()
     }
 }
 
@@ -106,9 +109,10 @@ impl Selections {
                 masked: vec![0.0; round_to_lanes(partitions)],
                 keys: vec![0; partitions],
                 outliers: Vec::with_capacity(partitions),
-                offsets: vec![0; clusters],
                 sizes: vec![0; clusters],
                 picked: Vec::with_capacity(clusters),
+                offsets: Vec::with_capacity(clusters),
+                weights: vec![0.0; limits.heads.group() * clusters],
             }),
         })
     }
@@ -234,11 +238,32 @@ impl Selections {
     }
 }
 
+/// The first slot of each page of `page_tokens` slots that has a bit in `word`.
+#[inline(always)]
+pub(crate) fn page_starts(word: u64, page_tokens: usize) -> u64 {
+    let mut any = word;
+    let mut half = page_tokens / 2;
+    while half > 0 {
+        any |= any >> half;
+        half /= 2;
+    }
+    // A bit at every multiple of the page.
+    any & u64::MAX / (u64::MAX >> (64 - page_tokens))
+}
+
+/// The places of the bits of `mask`, in ascending order.
+#[inline(always)]
+pub(crate) fn ones(mut mask: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let place = mask.trailing_zeros();
+        mask &= mask.wrapping_sub(1);
+        (place < u64::BITS).then_some(place as usize)
+    })
+}
+
 /// Pages of `page_tokens` slots with a bit in `bits`.
 pub(crate) fn num_pages(bits: &[u64], page_tokens: usize) -> usize {
-    let page = u64::MAX >> (64 - page_tokens);
-    let of_word = |word: u64| (0..64).step_by(page_tokens).filter(|&shift| word >> shift & page != 0).count();
-    bits.iter().filter(|&&word| word != 0).map(|&word| of_word(word)).sum()
+    bits.iter().map(|&word| page_starts(word, page_tokens).count_ones() as usize).sum()
 }
 
 #[cfg(test)]
@@ -249,5 +274,7 @@ mod tests {
     fn pages_are_counted() {
         let bits = [0b1, 0, 1 << 63 | 1 << 8, u64::MAX];
         assert_eq!([8, 16, 32, 64].map(|page| num_pages(&bits, page)), [1 + 2 + 8, 1 + 2 + 4, 1 + 2 + 2, 3]);
+        let starts: Vec<usize> = ones(page_starts(1 << 63 | 1 << 9 | 1 << 7, 8)).collect();
+        assert_eq!(starts, [0, 8, 56]);
     }
 }

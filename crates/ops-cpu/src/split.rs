@@ -17,6 +17,7 @@ use ops::SPLIT_TOKENS;
 
 use crate::memory::Buffer;
 use crate::merge::{Partial, Running, head_stride};
+use crate::selection::{ones, page_starts};
 use crate::simd::{LANES, Simd};
 use crate::tensor::odd_stride;
 use crate::tile::{
@@ -218,28 +219,20 @@ impl Split {
         let mut skip = split * per_split;
         let mut num_pages = 0;
         for (i, &word) in bits.iter().enumerate() {
-            if word == 0 {
+            let starts = page_starts(word, page_tokens);
+            let count = starts.count_ones() as usize;
+            if skip >= count {
+                skip -= count;
                 continue;
             }
-            let mut shift = 0;
-            while shift < 64 {
-                let slots = word >> shift & of_page;
-                let page = (i * 64 + shift) / page_tokens;
-                shift += page_tokens;
-                if slots == 0 {
-                    continue;
-                }
-                if skip > 0 {
-                    skip -= 1;
-                    continue;
-                }
-                if num_pages == per_split {
-                    self.end = round_to_lanes(num_pages * page_tokens);
-                    return num_pages;
-                }
-                self.keep(num_pages, view.page(page), slots);
+            for shift in ones(starts).skip(skip).take(per_split - num_pages) {
+                self.keep(num_pages, view.page((i * 64 + shift) / page_tokens), word >> shift & of_page);
                 num_pages += 1;
             }
+            if num_pages == per_split {
+                break;
+            }
+            skip = 0;
         }
         self.end = round_to_lanes(num_pages * page_tokens);
         num_pages

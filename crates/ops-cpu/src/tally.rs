@@ -7,7 +7,7 @@ use ops::sparse::SelectionLimits;
 use ops::tally::{Overlap, RowTally, page_words};
 use ops::{Batch, SeatIndex};
 
-use crate::selection::Selections;
+use crate::selection::{Selections, ones, page_starts};
 
 /// No row came before.
 const NONE: u32 = u32::MAX;
@@ -102,17 +102,15 @@ impl Tally {
 /// Puts the pages of `bits` in the place of those in `last`, of which `known` words mean anything; returns the slots of `bits`, and
 /// the pages that both have.
 fn replace(last: &mut [u64], known: usize, bits: &[u64], page_tokens: usize) -> (u64, u64) {
-    let (of_page, of_word) = (u64::MAX >> (64 - page_tokens), 64 / page_tokens);
+    let of_word = 64 / page_tokens;
     let (mut slots, mut repeated) = (0, 0);
     // A word of pages is that of as many words of slots as a page has slots.
     for (at, (last, bits)) in last.iter_mut().zip(bits.chunks(page_tokens)).enumerate() {
         let mut pages = 0;
-        if bits.iter().fold(0, |any, word| any | word) != 0 {
-            for (i, &word) in bits.iter().enumerate().filter(|(_, word)| **word != 0) {
-                slots += u64::from(word.count_ones());
-                for page in 0..of_word {
-                    pages |= u64::from(word >> (page * page_tokens) & of_page != 0) << (i * of_word + page);
-                }
+        for (i, &word) in bits.iter().enumerate() {
+            slots += u64::from(word.count_ones());
+            for start in ones(page_starts(word, page_tokens)) {
+                pages |= 1 << (i * of_word + start / page_tokens);
             }
         }
         let before = if at < known { *last } else { 0 };

@@ -66,6 +66,11 @@ impl ClusterLayout {
     pub fn size(high: f32, low: f32) -> usize {
         high as usize * 256 + low as usize
     }
+
+    /// The two digits of a size.
+    pub const fn digits(size: usize) -> [f32; 2] {
+        [(size / 256) as f32, (size % 256) as f32]
+    }
 }
 
 /// A copy of the pages of all blocks in the order of clusters ([`order`]), beside those in the order of positions. A
@@ -325,8 +330,7 @@ impl Clustering {
         for (to, sum) in to[layout.value_at()..].iter_mut().zip(&self.values[of]) {
             *to = if size > 0 { sum / size as f32 } else { 0.0 };
         }
-        to[layout.size_at()] = (size / 256) as f32;
-        to[layout.size_at() + 1] = (size % 256) as f32;
+        to[layout.size_at()..layout.ids_at()].copy_from_slice(&ClusterLayout::digits(size as usize));
         let tokens = self.span_tokens / self.clusters;
         let ids = &self.ids[partition * tokens..(partition + 1) * tokens];
         for (to, &id) in to[layout.ids_at()..].iter_mut().zip(ids) {

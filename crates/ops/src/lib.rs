@@ -15,6 +15,7 @@ mod batch;
 pub mod cluster;
 pub mod conformance;
 pub mod coverage;
+mod digest;
 mod dtype;
 pub mod fp8;
 mod gate;

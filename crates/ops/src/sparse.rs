@@ -7,8 +7,9 @@
 
 use std::ops::Range;
 
-use crate::cluster::{CLUSTER_TOKENS_MAX, CLUSTERS_MAX, ClusterLayout, OrderedCopy, OrderedSlots};
-use crate::{DType, Error, Gate, HeadShape, KvGeometry, Random, fp8};
+use crate::cluster::{OrderedCopy, OrderedSlots};
+pub use crate::digest::{DIGEST_ALIGN, DigestKind, DigestLayout, DigestSpec, TwoSided, padded_width};
+use crate::{HeadShape, Random};
 
 /// How a sequence attends. Rows of its prompt always attend to everything before them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -23,209 +24,6 @@ pub enum Attention {
         /// Slots to attend to at most, per KV head and layer, those always attended included.
         budget: u32,
     },
-}
-
-/// What a digest keeps of the keys of a partition.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum DigestKind {
-    /// `[max_j k_j | min_j k_j]`, channel by channel (Quest, Tang et al. 2024).
-    MinMax,
-    /// `[c + r | c - r]` with `c = (min_j k_j + max_j k_j) / 2` and `r = mean_j |c - k_j|` (ArkVale, Chen et al. 2024,
-    /// "cuboid-mean").
-    CuboidMean,
-    /// One of these, rounded outward to fp8: [`crate::fp8`] says how.
-    Fp8(TwoSided),
-    /// `mean_j k_j`.
-    Mean,
-    /// `[mean_j k_j | min_j cos(k_j, mean)]`: ShadowKV's landmark (Sun et al. 2024), and how well it stands for the worst of
-    /// its keys.
-    Landmark,
-    /// What a learned gate makes of the keys' extremes and mean (SeerAttention-R, Gao et al. 2025): [`crate::Gate`] says how.
-    Gate {
-        /// Values per digest; 0 as long as nobody has read the weights, which say.
-        dim: usize,
-    },
-    /// A cluster of the keys of a span (RetroInfer, Chen et al. 2025), and to which clusters the tokens of the partition belong:
-    /// [`crate::cluster`] says how. So what partition `p` selects is not its own tokens but those of the `p`-th cluster.
-    Cluster {
-        /// Consecutive tokens that are clustered together: `[i * span_tokens, (i + 1) * span_tokens)`. A multiple of the page and
-        /// of the partition.
-        span_tokens: usize,
-        /// The first tokens of a sequence belong to no cluster.
-        sink_tokens: usize,
-        /// Which of the [copies](OrderedCopy) of the pages is in their order.
-        copy: usize,
-    },
-}
-
-/// Digests of an upper and a lower value per channel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum TwoSided {
-    /// [`DigestKind::MinMax`].
-    MinMax,
-    /// [`DigestKind::CuboidMean`].
-    CuboidMean,
-}
-
-impl DigestKind {
-    /// The same in the type of K.
-    pub const fn unrounded(self) -> Self {
-        match self {
-            DigestKind::Fp8(TwoSided::MinMax) => DigestKind::MinMax,
-            DigestKind::Fp8(TwoSided::CuboidMean) => DigestKind::CuboidMean,
-            other => other,
-        }
-    }
-
-    /// Bytes of a digest of `width` values where K has the type `dtype`: values with padding, and after them the scale of fp8 or
-    /// the cosine of a landmark, in four bytes.
-    pub const fn bytes(self, width: usize, dtype: DType) -> usize {
-        match self {
-            DigestKind::Fp8(_) => padded_width(width) + fp8::SCALE_BYTES,
-            DigestKind::Landmark => padded_width(width - 1) * dtype.bytes() + 4,
-            _ => padded_width(width) * dtype.bytes(),
-        }
-    }
-
-    /// Values per digest, for heads of `head_dim` channels, without those of its tokens: see [`DigestSpec::width`].
-    pub const fn width(self, head_dim: usize) -> usize {
-        match self {
-            DigestKind::MinMax | DigestKind::CuboidMean | DigestKind::Fp8(_) => 2 * head_dim,
-            DigestKind::Mean => head_dim,
-            DigestKind::Landmark => head_dim + 1,
-            DigestKind::Gate { dim } => dim,
-            DigestKind::Cluster { .. } => ClusterLayout { head_dim }.ids_at(),
-        }
-    }
-
-    /// Values at the front of a digest that dot products are made of.
-    pub const fn scored_width(self, head_dim: usize) -> usize {
-        match self {
-            DigestKind::Cluster { .. } | DigestKind::Landmark => head_dim,
-            other => other.width(head_dim),
-        }
-    }
-}
-
-/// The digests of one kind, over one cut of the context into partitions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct DigestSpec {
-    /// What is kept.
-    pub kind: DigestKind,
-    /// Consecutive tokens per partition; divides [`KvGeometry::page_tokens`] or is a multiple of it.
-    pub partition_tokens: usize,
-}
-
-impl DigestSpec {
-    /// Digests that lie with a block: those of the partitions that end in it. A partition longer than a page leaves
-    /// the places of its other blocks unused, because those may be shared with a sequence that goes on differently.
-    pub const fn per_block(&self, page_tokens: usize) -> usize {
-        let whole = page_tokens / self.partition_tokens;
-        if whole == 0 { 1 } else { whole }
-    }
-
-    /// Values per digest, for heads of `head_dim` channels.
-    pub const fn width(&self, head_dim: usize) -> usize {
-        let of_tokens = match self.kind {
-            DigestKind::Cluster { .. } => self.partition_tokens,
-            _ => 0,
-        };
-        self.kind.width(head_dim) + of_tokens
-    }
-
-    /// Consecutive tokens whose digests are made together, when the last of them is there.
-    pub const fn made_together(&self) -> usize {
-        match self.kind {
-            DigestKind::Cluster { span_tokens, .. } => span_tokens,
-            _ => self.partition_tokens,
-        }
-    }
-
-    /// Consecutive tokens, a multiple of `page_tokens`, that sequences share as a whole or not at all. Digests that lie with
-    /// blocks before the last token that they depend on would else be made anew by a sequence that goes on differently.
-    pub const fn shared_together(&self, page_tokens: usize) -> usize {
-        match self.kind {
-            DigestKind::Cluster { span_tokens, .. } => span_tokens,
-            _ => page_tokens,
-        }
-    }
-
-    /// The copy of the pages that comes with them, if any does.
-    pub const fn copy(&self) -> Option<OrderedCopy> {
-        match self.kind {
-            DigestKind::Cluster { copy, .. } => Some(OrderedCopy(copy)),
-            _ => None,
-        }
-    }
-
-    /// The same with the copy of this number, if any comes with them.
-    pub const fn with_copy(self, number: usize) -> Self {
-        match self.kind {
-            DigestKind::Cluster { span_tokens, sink_tokens, .. } => {
-                DigestSpec { kind: DigestKind::Cluster { span_tokens, sink_tokens, copy: number }, ..self }
-            }
-            _ => self,
-        }
-    }
-
-    /// Copies that come with all of `specs`.
-    pub fn copies(specs: &[DigestSpec]) -> usize {
-        specs.iter().filter_map(DigestSpec::copy).map(|copy| copy.0 + 1).max().unwrap_or(0)
-    }
-
-    /// Whether such digests can lie with pages of `page_tokens` tokens.
-    ///
-    /// # Errors
-    /// Partitions and pages of which neither divides the other; spans that do not consist of whole pages and partitions or have
-    /// too many.
-    pub fn check(&self, page_tokens: usize) -> Result<(), Error> {
-        let length = self.partition_tokens;
-        if length == 0 || !(page_tokens.is_multiple_of(length) || length.is_multiple_of(page_tokens)) {
-            return Err(Error::Unsupported(format!(
-                "partitions of {length} tokens on pages of {page_tokens}; one must divide the other (--page-tokens)"
-            )));
-        }
-        let DigestKind::Cluster { span_tokens: span, .. } = self.kind else { return Ok(()) };
-        let whole = span > 0 && span.is_multiple_of(length) && span.is_multiple_of(page_tokens);
-        if !whole || span / length > CLUSTERS_MAX || length > CLUSTER_TOKENS_MAX {
-            return Err(Error::Unsupported(format!(
-                "spans of {span} tokens with partitions of {length} on pages of {page_tokens}; a span is a multiple of both \
-                 and has at most {CLUSTERS_MAX} partitions, of at most {CLUSTER_TOKENS_MAX} tokens"
-            )));
-        }
-        Ok(())
-    }
-
-    /// Bytes that a block of `geometry` takes in DRAM because of them: digests, and a copy of its pages where one comes with them.
-    pub const fn dram_block_bytes(&self, geometry: &KvGeometry) -> usize {
-        self.block_bytes(geometry) + if self.copy().is_some() { geometry.block_bytes() } else { 0 }
-    }
-
-    /// Bytes that digests add to a block of `geometry`, over all layers and heads.
-    pub const fn block_bytes(&self, geometry: &KvGeometry) -> usize {
-        let digest = self.kind.bytes(self.width(geometry.head_dim), geometry.dtype);
-        geometry.num_layers * geometry.kv_heads * self.per_block(geometry.page_tokens) * digest
-    }
-}
-
-impl DigestSpec {
-    /// The same, with the size that the weights of `gate` give to its digests.
-    pub fn with_gate(self, gate: Option<&Gate>) -> Self {
-        match (self.kind, gate) {
-            (DigestKind::Gate { .. }, Some(gate)) => {
-                DigestSpec { kind: DigestKind::Gate { dim: gate.dim }, ..self }
-            }
-            _ => self,
-        }
-    }
-}
-
-/// Digests are stored in whole runs of this many values, zeros at their end.
-pub const DIGEST_ALIGN: usize = 32;
-
-/// `width` rounded up to [`DIGEST_ALIGN`].
-pub const fn padded_width(width: usize) -> usize {
-    width.next_multiple_of(DIGEST_ALIGN)
 }
 
 /// Where the scores of partitions come from.
@@ -516,7 +314,7 @@ impl Method {
         RowPlan { sink_end, tail_start, candidates, take, outliers: (among, outliers), ..all }
     }
 
-    /// Most lines, whatever the reduction and whether there are outliers.
+    /// Most lines, whatever the reduction and whether tags are needed.
     const fn lines_max(&self, heads: HeadShape) -> usize {
         match self.score {
             Score::Digest { .. } => heads.group() + 1,
@@ -532,9 +330,14 @@ impl Method {
         }
     }
 
-    /// Lines, with one more for what tells outliers.
+    /// Whether selections need the tags of digests: cosines tell outliers, sizes what of clusters fits.
+    pub const fn reads_tags(&self) -> bool {
+        self.always.outliers > 0 || matches!(self.rule, Rule::Clusters { .. })
+    }
+
+    /// Lines of scores, with one more for tags where selections need them.
     pub const fn lines(&self, heads: HeadShape) -> usize {
-        self.query_lines(heads) + (self.always.outliers > 0) as usize
+        self.query_lines(heads) + self.reads_tags() as usize
     }
 
     /// Scores per KV head that are kept apart until selection: one per query head where they cannot be merged before.

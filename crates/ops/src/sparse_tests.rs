@@ -205,18 +205,6 @@ fn replay_rates_have_their_bounds() {
 }
 
 #[test]
-fn digests_are_a_sixteenth_of_kv_for_a_page() {
-    let geometry =
-        KvGeometry { num_layers: 2, kv_heads: 3, head_dim: 128, page_tokens: 16, dtype: DType::Bf16 };
-    let bytes = |kind, partition_tokens| DigestSpec { kind, partition_tokens }.block_bytes(&geometry);
-    assert_eq!(bytes(DigestKind::MinMax, 16) * 16, geometry.block_bytes());
-    assert_eq!(bytes(DigestKind::MinMax, 32) * 16, geometry.block_bytes());
-    assert_eq!(bytes(DigestKind::Mean, 8) * 16, geometry.block_bytes());
-    let fp8 = bytes(DigestKind::Fp8(TwoSided::MinMax), 16);
-    assert_eq!(fp8, 2 * 3 * (256 + 4), "a byte per value, and a scale");
-}
-
-#[test]
 fn whole_clusters_fill_what_the_always_set_leaves() {
     let always = Always { sink_tokens: 4, recent_tokens: 64, ..method().always };
     let rule = Rule::Clusters { span_tokens: 256, estimate_permille: 232, copy: 0 };

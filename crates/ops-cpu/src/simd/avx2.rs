@@ -265,6 +265,20 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn at_least(self, keys: &[u32; 16], least: u32) -> u16 {
+        // SAFETY: features as above; the array holds two registers.
+        unsafe {
+            let least = _mm256_set1_epi32(least as i32);
+            let mask = |half: usize| {
+                let keys = _mm256_loadu_si256(keys.as_ptr().cast::<__m256i>().add(half));
+                let above = _mm256_cmpeq_epi32(_mm256_max_epu32(keys, least), keys);
+                _mm256_movemask_ps(_mm256_castsi256_ps(above))
+            };
+            (mask(0) | mask(1) << 8) as u16
+        }
+    }
+
+    #[inline(always)]
     fn reduce_max(self, v: Self::V) -> f32 {
         // SAFETY: features as above.
         unsafe {

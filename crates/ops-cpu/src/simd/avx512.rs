@@ -204,6 +204,15 @@ macro_rules! common {
         }
 
         #[inline(always)]
+        fn at_least(self, keys: &[u32; 16], least: u32) -> u16 {
+            // SAFETY: features as above; the array holds a vector.
+            unsafe {
+                let keys = _mm512_loadu_si512(keys.as_ptr().cast());
+                _mm512_cmpge_epu32_mask(keys, _mm512_set1_epi32(least as i32))
+            }
+        }
+
+        #[inline(always)]
         fn reduce_max(self, v: __m512) -> f32 {
             // SAFETY: features as above.
             unsafe { _mm512_reduce_max_ps(v) }

@@ -79,6 +79,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn keep(self, v: Self::V, mask: u16) -> Self::V;
     /// A bit for each lane in which both are equal, the lowest for the first.
     fn equal(self, a: Self::V, b: Self::V) -> u16;
+    /// A bit for each integer that is at least `least`, the lowest for the first.
+    fn at_least(self, keys: &[u32; LANES], least: u32) -> u16;
     /// Largest lane.
     fn reduce_max(self, v: Self::V) -> f32;
     /// Sum of the lanes, always in the same order.
@@ -184,6 +186,7 @@ mod tests {
         bf16_loaded: [f32; LANES],
         kept: [f32; LANES],
         equal: u16,
+        at_least: u16,
         part: [f32; LANES],
         sum: f32,
         sums: [f32; 4],
@@ -206,6 +209,7 @@ mod tests {
                 bf16_loaded: zeros,
                 kept: zeros,
                 equal: 0,
+                at_least: 0,
                 part: [9.0; LANES],
                 sum: 0.0,
                 sums: [0.0; 4],
@@ -224,6 +228,8 @@ mod tests {
                 s.store_f16(f16.as_mut_ptr(), v);
                 s.store(made.f16.as_mut_ptr(), s.load_f16(f16.as_ptr()));
                 s.store(made.bf16_loaded.as_mut_ptr(), s.load_bf16(made.bf16.as_ptr()));
+                let bits = self.0.map(f32::to_bits);
+                made.at_least = s.at_least(&bits, bits[3]);
                 made.equal = s.equal(v, s.keep(v, 0b0100_0000_1010_0011));
                 s.store(made.kept.as_mut_ptr(), s.keep(v, 0b1000_0000_0111_0001));
                 s.store_part(made.part.as_mut_ptr(), s.load_part(self.0.as_ptr(), 11), 13);
@@ -277,6 +283,8 @@ mod tests {
                     let dot = exact + 3.0 * high + 4.0;
                     assert!((f64::from(made.dot[i]) - dot).abs() < 1e-4 * f64::from(scale), "{dot} {what}");
                 }
+                let at_least = |i: usize| u16::from(x[i].to_bits() >= x[3].to_bits()) << i;
+                assert_eq!(made.at_least, (0..LANES).map(at_least).sum::<u16>(), "{what}");
                 assert_eq!(made.equal, 0b0100_0000_1010_0011, "{what}");
                 let sum = x.iter().map(|&x| f64::from(x)).sum::<f64>();
                 assert!((f64::from(made.sum) - sum).abs() < 1e-4 * f64::from(scale), "{what}");

@@ -116,6 +116,11 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn at_least(self, keys: &[u32; LANES], least: u32) -> u16 {
+        (0..LANES).fold(0, |mask, i| mask | u16::from(keys[i] >= least) << i)
+    }
+
+    #[inline(always)]
     fn reduce_max(self, v: Self::V) -> f32 {
         v.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }

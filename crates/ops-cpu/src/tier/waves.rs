@@ -11,7 +11,7 @@ use super::Tier;
 use crate::memory::Shared;
 use crate::pages::Layers;
 use crate::pool::Pool;
-use crate::selection::Selections;
+use crate::selection::{Selections, ones, page_starts};
 use crate::simd::LANES;
 
 /// Pages per task of a copy.
@@ -413,14 +413,8 @@ impl Tier {
 fn pages_of(bits: &[u64], page_tokens: usize, mut visit: impl FnMut(usize, usize)) {
     let of_page = u64::MAX >> (64 - page_tokens);
     for (i, &word) in bits.iter().enumerate() {
-        if word == 0 {
-            continue;
-        }
-        for shift in (0..64).step_by(page_tokens) {
-            let of_page = word >> shift & of_page;
-            if of_page != 0 {
-                visit((i * 64 + shift) / page_tokens, of_page.count_ones() as usize);
-            }
+        for shift in ones(page_starts(word, page_tokens)) {
+            visit((i * 64 + shift) / page_tokens, (word >> shift & of_page).count_ones() as usize);
         }
     }
 }

@@ -516,8 +516,14 @@ fn score_line(
         }
     };
     if line == method.query_lines(heads) {
-        // How well the digest stands for its keys.
-        digest[d]
+        // Its tag.
+        match kind {
+            DigestKind::Cluster { .. } => {
+                let at = ClusterLayout { head_dim: d }.size_at();
+                ClusterLayout::size(digest[at], digest[at + 1]) as f32
+            }
+            _ => digest[d],
+        }
     } else if method.reduce == Reduce::MeanQuery {
         let mean: Vec<f32> =
             (0..d).map(|c| (0..group).map(|g| query(g)[c]).sum::<f32>() / group as f32).collect();

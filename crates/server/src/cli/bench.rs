@@ -11,7 +11,7 @@ use model::DeviceKv;
 use ops::coverage::Inspections;
 use ops::residency::{EXTENT_FRAMES, SeatCounters};
 use ops::sample::{SampleOutput, SampleRow, SamplingParams};
-use ops::sparse::{Attention, Method, Score};
+use ops::sparse::{Attention, DigestLayout, Method, Score};
 use ops::tally::Overlap;
 use ops::{Backend, Batch, BlockIndex, DType, KvGeometry, Random, SeatIndex, SequenceRows};
 use ops_cpu::bench::{Bound, Options, Row};
@@ -351,8 +351,8 @@ impl Work {
     ) -> Self {
         let geometry = prepared.geometry;
         let digest = |index: u16| {
-            let kind = prepared.digests[index as usize].kind;
-            (kind.bytes(kind.width(geometry.head_dim), geometry.dtype) * geometry.kv_heads) as f64
+            let layout = DigestLayout::new(&prepared.digests[index as usize], &geometry);
+            ((layout.scored_bytes + layout.tag_bytes) * geometry.kv_heads) as f64
         };
         let digest_bytes = match sparse.map(|s| s.method.score) {
             Some(Score::Digest { digests } | Score::Gate { digests }) => digest(digests),
