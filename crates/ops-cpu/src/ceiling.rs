@@ -132,7 +132,7 @@ unsafe fn rate_tile<S: Simd, E: Element, const R: usize, const N: usize>(s: S, o
         for n in 1..N {
             right[n] = right_start.add(n * E::VECTOR_BYTES);
         }
-        accumulate::<S, E, _, R, N>(
+        accumulate::<S, E, _, _, R, N>(
             s,
             &mut acc,
             left,

@@ -570,7 +570,7 @@ impl Keys<'_> {
             let (keys, _) = page.as_chunks::<BYTES>();
             let slot = position % page_tokens;
             for step in 0..head_dim / per_step {
-                let first = (step * page_tokens + slot) * per_step;
+                let first = self.kv.dram.key_element(slot, step * per_step);
                 for (i, key) in keys[first..first + per_step].iter().enumerate() {
                     visit(step * per_step + i, decode(key));
                 }

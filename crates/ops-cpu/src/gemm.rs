@@ -286,7 +286,7 @@ unsafe fn product_tile<S: Simd, E: Element, const R: usize, const N: usize>(
             right[n] = start.add(n * E::VECTOR_BYTES);
         }
         let left = p.left.add(row * p.left_stride + slice.first);
-        accumulate::<S, E, _, R, N>(
+        accumulate::<S, E, _, _, R, N>(
             s,
             &mut acc,
             left,

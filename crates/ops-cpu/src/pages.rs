@@ -1,9 +1,9 @@
 //! KV pages: their layout, and writing to them.
 //!
-//! A page holds K, then V, of `page_tokens` slots. Both are right operands of the register tile, so they lie as packed
-//! weights do: K with slots as outputs, `[head_dim / 2][page_tokens][2]` in bf16 and `[head_dim][page_tokens]`
-//! otherwise; V with channels as outputs, `[page_tokens / 2][head_dim][2]` and `[page_tokens][head_dim]`. One
-//! instruction then scores 16 tokens, with no sum across lanes.
+//! A page holds K, then V, of `page_tokens` slots, each in *runs* of 8 slots. Both are right operands of the register tile, so
+//! they lie as packed weights do: a run of K with slots as outputs, `[head_dim / 2][8][2]` in bf16 and `[head_dim][8]` otherwise;
+//! one of V with channels as outputs, `[4][head_dim][2]` and `[8][head_dim]`. One instruction then scores two runs, with no sum
+//! across lanes; they need not lie side by side, so what is not selected is not read.
 
 use std::marker::PhantomData;
 
@@ -25,6 +25,9 @@ use crate::tally::Tally;
 use crate::tensor::CpuTensor;
 use crate::tier::Tier;
 use crate::tile::{Bf16, Element, F16, F32};
+
+/// Slots that are read or left alone together: those of the smallest page.
+pub const RUN: usize = 8;
 
 /// Widest head.
 pub const HEAD_DIM_MAX: usize = 256;
@@ -205,9 +208,11 @@ impl Layers {
     }
 
     /// Element of a page that holds channel `c` of K at `slot`.
-    fn key_element(&self, slot: usize, c: usize) -> usize {
+    pub(crate) fn key_element(&self, slot: usize, c: usize) -> usize {
         let per_step = k_per_step(self.geometry.dtype);
-        (c / per_step * self.geometry.page_tokens + slot) * per_step + c % per_step
+        slot / RUN * RUN * self.geometry.head_dim
+            + (c / per_step * RUN + slot % RUN) * per_step
+            + c % per_step
     }
 
     /// Element of a page that holds channel `c` of V at `slot`.
@@ -340,7 +345,6 @@ pub fn append(
                     page: pages.at(page),
                     page_bytes,
                     value_offset,
-                    page_tokens,
                     slot: position - block_start,
                 };
                 match dtype {
@@ -363,7 +367,6 @@ struct AppendRow<'a> {
     page: *mut u8,
     page_bytes: usize,
     value_offset: usize,
-    page_tokens: usize,
     slot: usize,
 }
 
@@ -394,9 +397,10 @@ impl<E: Element> Kernel for AppendAs<'_, E> {
                 let k = a.qkv.add((q_heads + head) * head_dim);
                 let v = a.qkv.add((q_heads + kv_heads + head) * head_dim);
                 let per_step = E::K_PER_STEP;
-                // Element (slot, c) of K is at `(c / per_step * page_tokens + slot) * per_step + c % per_step`.
-                scatter::<S, E>(s, page, k, head_dim, a.slot * per_step, per_step, a.page_tokens * per_step);
-                // Element (slot, c) of V is at `(slot / per_step * head_dim + c) * per_step + slot % per_step`.
+                // As `Layers::key_element` says.
+                let first = a.slot / RUN * RUN * head_dim + a.slot % RUN * per_step;
+                scatter::<S, E>(s, page, k, head_dim, first, per_step, RUN * per_step);
+                // As `Layers::value_element` says.
                 let first = a.slot / per_step * head_dim * per_step + a.slot % per_step;
                 scatter::<S, E>(s, page.add(a.value_offset), v, head_dim, first, 1, per_step);
             }

@@ -3,20 +3,17 @@
 //! Everything works in powers of two: queries are scaled by `log2(e) / sqrt(head_dim)` before they are rounded, so
 //! `softmax` is `2^(s - max)`. Masked slots weigh exactly 0.
 //!
-//! With few lines memory is the limit, and the next 64 slots are fetched while these are worked on, four pages side by
-//! side. Measured with one thread of Zen 4, 16 query and 8 KV heads of 128 in bf16: 13.5 GB/s without, 12.3 when
-//! fetched into the first-level cache, 18.2 into the second. Also tried: only the first 8, 16 or 32 lines of a page
-//! (11 to 14 GB/s), K and V of a page together (16.5), V by runs of four lines so that both passes over it wait alike
-//! (18.2: the same).
+//! What is looked at are *runs* of 8 slots, as pages hold them; where slots are selected, those with one that is. Two of them at a
+//! time are scored by one vector, wherever they lie.
 //!
-//! Where slots are selected in runs shorter than a page, values of runs without one are neither read nor fetched; of K one
-//! cache line holds all slots of a page, so that is read whole. As [`crate::score`] measures: `shadowkv` with chunks of 8 on
-//! pages of 16 463 us a layer and not 535 (0.88, 0.85-0.90), `quest` `partition=8` 0.88 (0.85-0.88), whole pages 0.98.
+//! With few lines memory is the limit, and the next runs are fetched while these are worked on, eight side by side: the hardware
+//! does not see pieces of some KiB as a stream.
 
 use ops::SPLIT_TOKENS;
 
-use crate::memory::Buffer;
+use crate::memory::{Buffer, LINE_BYTES};
 use crate::merge::{Partial, Running, head_stride};
+use crate::pages::RUN;
 use crate::selection::{ones, page_starts};
 use crate::simd::{LANES, Simd};
 use crate::tensor::odd_stride;
@@ -29,11 +26,11 @@ use crate::view::{Frames, HeadView};
 /// number of cache lines, so that rows do not share cache sets.
 const SCORES_STRIDE: usize = odd_stride(SPLIT_TOKENS + (KEY_VECTORS - 1) * LANES, LANES);
 
-/// Most pages in a split.
-const PAGES_MAX: usize = SPLIT_TOKENS / 8;
+/// Most runs in a split.
+const RUNS_MAX: usize = SPLIT_TOKENS / RUN;
 
-/// Slots whose values are read or left alone together, where slots are selected: those of the smallest page.
-const RUN: usize = 8;
+/// Runs that are fetched side by side, while as many are worked on: those of a tile of keys.
+const FETCHED: usize = KEY_VECTORS * LANES / RUN;
 
 /// Vectors of keys per register tile, at most.
 const KEY_VECTORS: usize = 4;
@@ -51,8 +48,6 @@ pub struct SplitScratch {
     queries: Buffer<u32>,
     /// Scores, then in their place weights as left operands, `[height][SPLIT_TOKENS]`.
     scores: Buffer<f32>,
-    /// Keys of pairs of 8-slot pages, joined to vectors of 16.
-    joined: Buffer<u8>,
     /// A partial and a running result.
     results: Buffer<f32>,
 }
@@ -66,7 +61,6 @@ impl SplitScratch {
             head_dim,
             queries: Buffer::zeroed(height * odd_stride(head_dim, LANES), WHAT)?,
             scores: Buffer::zeroed(height * SCORES_STRIDE, WHAT)?,
-            joined: Buffer::zeroed(KEY_VECTORS * head_dim * LANES * size_of::<f32>(), WHAT)?,
             results: Buffer::zeroed(2 * Partial::len(height, head_dim), WHAT)?,
         })
     }
@@ -78,7 +72,7 @@ impl SplitScratch {
 
     /// Its size.
     pub fn bytes(&self) -> usize {
-        (self.queries.len() + self.scores.len() + self.results.len()) * size_of::<f32>() + self.joined.len()
+        (self.queries.len() + self.scores.len() + self.results.len()) * size_of::<f32>()
     }
 
     /// A place for results of splits, and a running result of nothing yet.
@@ -131,60 +125,57 @@ struct Split {
     queries: *const u32,
     queries_stride: usize,
     scores: *mut f32,
-    /// Pages of the split.
-    pages: [*const u8; PAGES_MAX],
-    /// Which of the 16 slots of a vector are attended to, where slots are selected.
-    kept: [u16; SPLIT_TOKENS / LANES],
-    page_tokens: usize,
+    /// Keys of runs, in order; their values lie `value_offset` further.
+    runs: [*const u8; RUNS_MAX],
+    /// Runs, where it is odd without the last once more that makes it even.
+    num_runs: usize,
+    /// Which slots of a run are attended to, where slots are selected.
+    kept: [u8; RUNS_MAX],
     head_dim: usize,
+    run_bytes: usize,
     value_offset: usize,
-    /// Slots to be looked at: from a whole vector and page on, to the end of a vector or of the last page.
+    /// Slots of runs to be looked at, in whole vectors.
     first: usize,
     end: usize,
     /// Where weighted values go.
     values: *mut f32,
-    /// The runs of [`RUN`] slots with one that is attended to, where that is not true of all.
-    runs: [u16; SPLIT_TOKENS / RUN],
-    num_runs: usize,
-    /// Few lines per page: memory is the limit, and pages are to be fetched ahead.
+    /// Few lines per run: memory is the limit, and runs are to be fetched ahead.
     stream: bool,
 }
 
 impl Split {
-    /// Of no pages yet; weighted values will go to `values`.
+    /// Of nothing yet; weighted values will go to `values`.
     #[inline(always)]
     fn new<E: Element>(view: &HeadView, scratch: &mut SplitScratch, values: *mut f32) -> Self {
         Split {
             queries: scratch.queries.as_ptr(),
             queries_stride: queries_stride::<E>(view.head_dim),
             scores: scratch.scores.as_mut_ptr(),
-            pages: [std::ptr::null(); PAGES_MAX],
-            kept: [0; SPLIT_TOKENS / LANES],
-            page_tokens: view.page_tokens,
+            runs: [std::ptr::null(); RUNS_MAX],
+            num_runs: 0,
+            kept: [0; RUNS_MAX],
             head_dim: view.head_dim,
+            run_bytes: view.head_dim / E::K_PER_STEP * E::VECTOR_BYTES / (LANES / RUN),
             value_offset: view.kv.value_offset(),
             first: 0,
             end: 0,
             values,
-            runs: [0; SPLIT_TOKENS / RUN],
-            num_runs: 0,
-            stream: view.height() <= STREAM_HEIGHT_MAX && view.page_tokens >= LANES,
+            stream: view.height() <= STREAM_HEIGHT_MAX,
         }
     }
 
-    /// Sets the pages of split `split` of the context, as far as any row attends to it; returns how many pages the split
-    /// has up to the last of them.
+    /// Sets the runs of split `split` of the context, as far as any row attends to it.
     #[inline(always)]
-    fn take_all(&mut self, view: &HeadView, split: usize) -> usize {
-        let page_tokens = self.page_tokens;
+    fn take_all(&mut self, view: &HeadView, split: usize) {
+        let page_tokens = view.page_tokens;
         let (first, _) = view.attended(0, split);
         let (_, end) = view.attended(view.num_rows - 1, split);
         let num_pages = end.div_ceil(page_tokens);
         self.first = first / page_tokens.max(LANES) * page_tokens.max(LANES);
-        self.end = round_to_lanes(end);
         let first_page = split * (SPLIT_TOKENS / page_tokens);
+        self.num_runs = self.first / RUN;
         for page in self.first / page_tokens..num_pages {
-            self.pages[page] = match view.frames {
+            let start = match view.frames {
                 None => view.page(first_page + page),
                 Some(Frames { tier, entries, first_page: first_entry }) => {
                     let entry = entries[first_page + page - first_entry];
@@ -192,32 +183,34 @@ impl Split {
                     tier.frame(entry.frame as usize).as_ptr()
                 }
             };
+            for run in 0..page_tokens / RUN {
+                self.push(start, run, 0);
+            }
         }
-        num_pages
+        // Those of no row, and none at all where the first page begins after the last row.
+        self.num_runs = match round_to_lanes(end) / RUN {
+            end if end > self.first / RUN => self.num_runs.min(end),
+            _ => 0,
+        };
+        self.close();
     }
 
-    /// Sets the pages of split `split` among those with a selected slot, and which slots are; returns how many it has.
+    /// Sets the runs with a selected slot of the pages of split `split` among those with one, and which slots are.
     #[inline(always)]
-    fn take_selected(&mut self, view: &HeadView, bits: &[u64], split: usize) -> usize {
-        let page_tokens = self.page_tokens;
+    fn take_selected(&mut self, view: &HeadView, bits: &[u64], split: usize) {
+        let page_tokens = view.page_tokens;
         let per_split = SPLIT_TOKENS / page_tokens;
         let of_page = u64::MAX >> (64 - page_tokens);
         if let Some(Frames { tier, entries, .. }) = view.frames {
             let first = (split * per_split).min(entries.len());
-            let entries = &entries[first..entries.len().min(first + per_split)];
-            for (i, entry) in entries.iter().enumerate() {
+            for entry in &entries[first..entries.len().min(first + per_split)] {
                 let slot = entry.page as usize * page_tokens;
-                self.keep(
-                    i,
-                    tier.frame(entry.frame as usize).as_ptr(),
-                    bits[slot / 64] >> (slot % 64) & of_page,
-                );
+                let page = tier.frame(entry.frame as usize).as_ptr();
+                self.keep(page, bits[slot / 64] >> (slot % 64) & of_page);
             }
-            self.end = round_to_lanes(entries.len() * page_tokens);
-            return entries.len();
+            return self.close();
         }
-        let mut skip = split * per_split;
-        let mut num_pages = 0;
+        let (mut skip, mut left) = (split * per_split, per_split);
         for (i, &word) in bits.iter().enumerate() {
             let starts = page_starts(word, page_tokens);
             let count = starts.count_ones() as usize;
@@ -225,69 +218,44 @@ impl Split {
                 skip -= count;
                 continue;
             }
-            for shift in ones(starts).skip(skip).take(per_split - num_pages) {
-                self.keep(num_pages, view.page((i * 64 + shift) / page_tokens), word >> shift & of_page);
-                num_pages += 1;
+            for shift in ones(starts).skip(skip).take(left) {
+                self.keep(view.page((i * 64 + shift) / page_tokens), word >> shift & of_page);
             }
-            if num_pages == per_split {
+            left -= left.min(count - skip);
+            if left == 0 {
                 break;
             }
             skip = 0;
         }
-        self.end = round_to_lanes(num_pages * page_tokens);
-        num_pages
+        self.close();
     }
 
-    /// Sets page `i` of the split, and which of its slots are attended to.
+    /// Adds the runs of a page with a bit in `slots`.
     #[inline(always)]
-    fn keep(&mut self, i: usize, page: *const u8, slots: u64) {
-        self.pages[i] = page;
-        let first = i * self.page_tokens;
-        if self.page_tokens < LANES {
-            self.kept[first / LANES] |= (slots << (first % LANES)) as u16;
-        } else {
-            for vector in 0..self.page_tokens / LANES {
-                self.kept[first / LANES + vector] = (slots >> (vector * LANES)) as u16;
-            }
+    fn keep(&mut self, page: *const u8, slots: u64) {
+        for start in ones(page_starts(slots, RUN)) {
+            self.push(page, start / RUN, (slots >> start) as u8);
         }
     }
 
-    /// Notes which runs of slots up to `end` have a selected one, unless all have.
+    /// Adds run `run` of a page, and which of its slots are selected.
     #[inline(always)]
-    fn find_runs(&mut self, end: usize) {
-        let mut count = 0;
-        for run in 0..end / RUN {
-            self.runs[count] = run as u16;
-            count += usize::from(self.kept[run * RUN / LANES] >> (run * RUN % LANES) & 0xff != 0);
-        }
-        self.num_runs = if count < end / RUN { count } else { 0 };
+    fn push(&mut self, page: *const u8, run: usize, kept: u8) {
+        // Within a page.
+        self.runs[self.num_runs] = page.wrapping_add(run * self.run_bytes);
+        self.kept[self.num_runs] = kept;
+        self.num_runs += 1;
     }
 
-    /// The values of run `i`.
-    ///
-    /// # Safety
-    /// There are runs, and their pages are set.
+    /// Makes whole vectors of the runs that were added.
     #[inline(always)]
-    unsafe fn values_of_run<E: Element>(&self, i: usize) -> *const u8 {
-        let slot = self.runs[i] as usize * RUN;
-        let row_bytes = self.head_dim * (E::VECTOR_BYTES / LANES);
-        let step = slot % self.page_tokens / E::K_PER_STEP;
-        // SAFETY: the caller's promise.
-        unsafe { self.pages[slot / self.page_tokens].add(self.value_offset + step * row_bytes) }
-    }
-
-    /// The values of the [`KEY_VECTORS`] runs from run `i` on, if there is one, to be fetched at `lines` lines per step.
-    ///
-    /// # Safety
-    /// As for [`Split::values_of_run`].
-    #[inline(always)]
-    unsafe fn runs_ahead<E: Element>(&self, i: usize, lines: usize) -> Ahead {
-        let mut pieces = [std::ptr::null(); KEY_VECTORS];
-        for piece in 0..KEY_VECTORS {
-            // SAFETY: the caller's promise.
-            pieces[piece] = unsafe { self.values_of_run::<E>((i + piece).min(self.num_runs - 1)) };
+    fn close(&mut self) {
+        self.end = round_to_lanes(self.num_runs * RUN);
+        if self.num_runs % 2 == 1 {
+            // Its scores are of no slot.
+            self.runs[self.num_runs] = self.runs[self.num_runs - 1];
+            self.kept[self.num_runs] = 0;
         }
-        Ahead { pieces, stride: E::VECTOR_BYTES, lines: if i < self.num_runs { lines } else { 0 } }
     }
 
     /// Removes the scores of slots that are not selected.
@@ -297,7 +265,7 @@ impl Split {
     #[inline(always)]
     unsafe fn keep_selected<S: Simd>(&self, s: S, scores: *mut f32) {
         for vector in 0..self.end / LANES {
-            let kept = self.kept[vector];
+            let kept = u16::from_le_bytes([self.kept[2 * vector], self.kept[2 * vector + 1]]);
             if kept != u16::MAX {
                 // SAFETY: the caller's promise.
                 unsafe {
@@ -308,41 +276,25 @@ impl Split {
         }
     }
 
-    /// The 16 slots from `slot` on of K, where a page has as many.
-    ///
-    /// # Safety
-    /// The page of the slot is set.
+    /// `count` runs from `run` on, if there are any, `offset` bytes after their keys, to be fetched at `lines` lines per step.
     #[inline(always)]
-    unsafe fn vector<E: Element>(&self, slot: usize) -> *const u8 {
-        let vector = slot % self.page_tokens / LANES;
-        // SAFETY: the caller's promise.
-        unsafe { self.pages[slot / self.page_tokens].add(vector * E::VECTOR_BYTES) }
-    }
-
-    /// What lies `offset` bytes into the pages of the 64 slots from `slot` on, if there are such slots, to be fetched
-    /// at `lines` lines per step.
-    ///
-    /// # Safety
-    /// Pages below the end of the split are set.
-    #[inline(always)]
-    unsafe fn ahead<E: Element>(&self, slot: usize, offset: usize, lines: usize) -> Ahead {
-        let mut pieces = [std::ptr::null(); KEY_VECTORS];
-        for i in 0..KEY_VECTORS {
-            let slot = (slot + i * LANES).min(self.end - LANES);
-            // SAFETY: the caller's promise.
-            pieces[i] = unsafe { self.vector::<E>(slot).wrapping_add(offset) };
+    fn ahead(&self, run: usize, count: usize, offset: usize, lines: usize) -> Ahead {
+        let mut runs = [std::ptr::null(); FETCHED];
+        for i in 0..count {
+            runs[i] = self.runs[(run + i).min(self.num_runs - 1)].wrapping_add(offset);
         }
-        let lines = if slot < self.end { lines } else { 0 };
-        Ahead { pieces, stride: self.page_tokens / LANES * E::VECTOR_BYTES, lines }
+        Ahead { runs, count, next: 0, offset: 0, lines: if run < self.num_runs { lines } else { 0 } }
     }
 }
 
-/// Four pieces of memory that are fetched into the cache side by side, some lines of each per step.
+/// Runs that are fetched into the cache side by side, some lines per step.
 struct Ahead {
-    /// Where the next line of each is.
-    pieces: [*const u8; KEY_VECTORS],
-    /// Bytes from line to line.
-    stride: usize,
+    runs: [*const u8; FETCHED],
+    /// So many there are.
+    count: usize,
+    /// The next line, one of each run in turn.
+    next: usize,
+    offset: usize,
     /// Lines per step.
     lines: usize,
 }
@@ -351,9 +303,10 @@ impl Fetch for &mut Ahead {
     #[inline(always)]
     fn step<S: Simd>(&mut self, s: S) {
         for _ in 0..self.lines {
-            for piece in &mut self.pieces {
-                s.prefetch(*piece);
-                *piece = piece.wrapping_add(self.stride);
+            s.prefetch(self.runs[self.next].wrapping_add(self.offset));
+            self.next += 1;
+            if self.next == self.count {
+                (self.next, self.offset) = (0, self.offset + LINE_BYTES);
             }
         }
     }
@@ -372,11 +325,11 @@ pub unsafe fn split_partial<S: Simd, E: Element>(
     to: Partial,
 ) {
     let mut p = Split::new::<E>(view, scratch, to.values);
-    let num_pages = match view.selected {
+    match view.selected {
         None => p.take_all(view, split),
         Some(bits) => p.take_selected(view, bits, split),
-    };
-    if num_pages == 0 {
+    }
+    if p.num_runs == 0 {
         // SAFETY: the caller's promise. Nothing is attended to: this changes no result that it is merged with.
         unsafe {
             for line in 0..view.height() {
@@ -386,12 +339,9 @@ pub unsafe fn split_partial<S: Simd, E: Element>(
         }
         return;
     }
-    if view.selected.is_some() && p.page_tokens > RUN {
-        p.find_runs(num_pages * p.page_tokens);
-    }
-    // SAFETY: the caller's promise; pages from `p.first` to `p.end` were just set.
+    // SAFETY: the caller's promise; runs from `p.first` to `p.end` were just set.
     unsafe {
-        scores::<S, E>(s, view, &p, num_pages, scratch.joined.as_mut_ptr());
+        scores::<S, E>(s, view, &p);
         for line in 0..view.height() {
             let scores = p.scores.add(line * SCORES_STRIDE);
             let (first, end) = match view.selected {
@@ -405,8 +355,6 @@ pub unsafe fn split_partial<S: Simd, E: Element>(
             *to.max.add(line) = max;
             *to.sum.add(line) = sum;
         }
-        // The last page may end before the last vector of scores.
-        p.end = p.end.min(num_pages * p.page_tokens);
         let vectors = view.head_dim.div_ceil(LANES);
         let mut vector = 0;
         while vector < vectors {
@@ -434,10 +382,10 @@ pub unsafe fn split_scores<S: Simd, E: Element>(
     mut each: impl FnMut(usize, *const f32),
 ) {
     let mut p = Split::new::<E>(view, scratch, std::ptr::null_mut());
-    let num_pages = p.take_all(view, split);
-    // SAFETY: the caller's promise; pages up to `p.end` were just set.
+    p.take_all(view, split);
+    // SAFETY: the caller's promise; runs up to `p.end` were just set.
     unsafe {
-        scores::<S, E>(s, view, &p, num_pages, scratch.joined.as_mut_ptr());
+        scores::<S, E>(s, view, &p);
         for line in 0..view.height() {
             each(line, p.scores.add(line * SCORES_STRIDE));
         }
@@ -450,51 +398,22 @@ pub unsafe fn split_scores<S: Simd, E: Element>(
 /// # Safety
 /// As for [`split_partial`].
 #[inline(always)]
-unsafe fn scores<S: Simd, E: Element>(s: S, view: &HeadView, p: &Split, num_pages: usize, joined: *mut u8) {
+unsafe fn scores<S: Simd, E: Element>(s: S, view: &HeadView, p: &Split) {
     let mut slot = p.first;
     while slot < p.end {
-        let mut keys = [std::ptr::null(); KEY_VECTORS];
+        let mut keys = [[std::ptr::null(); 2]; KEY_VECTORS];
+        for i in 0..S::TILE_VECTORS {
+            let run = (slot + i * LANES).min(p.end - LANES) / RUN;
+            keys[i] = [p.runs[run], p.runs[run + 1]];
+        }
         // SAFETY: the caller's promise.
         unsafe {
-            for i in 0..S::TILE_VECTORS {
-                let slot = (slot + i * LANES).min(p.end - LANES);
-                keys[i] = if p.page_tokens < LANES {
-                    let to = joined.add(i * p.head_dim.div_ceil(E::K_PER_STEP) * E::VECTOR_BYTES);
-                    join_pages::<E>(to, p, slot / p.page_tokens, num_pages);
-                    to.cast_const()
-                } else {
-                    p.vector::<E>(slot)
-                };
-            }
-            let stride = p.page_tokens.div_ceil(LANES) * E::VECTOR_BYTES;
             let mut tiles = RowTiles::new::<S>(view.height());
             while let Some((line, lines)) = tiles.next_tile() {
-                with_tile!(S, lines, all, scores_tile, (s, p, line, slot, &keys, stride));
+                with_tile!(S, lines, all, scores_tile, (s, p, line, slot, &keys));
             }
         }
         slot += S::TILE_VECTORS * LANES;
-    }
-}
-
-/// Joins the keys of pages `page` and `page + 1`, of 8 slots each, to vectors of 16. A page beyond the last counts
-/// as zeros.
-///
-/// # Safety
-/// `to` has room for them; pages below `num_pages` are valid.
-#[inline(always)]
-unsafe fn join_pages<E: Element>(to: *mut u8, p: &Split, page: usize, num_pages: usize) {
-    let half = E::VECTOR_BYTES / 2;
-    for step in 0..p.head_dim.div_ceil(E::K_PER_STEP) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let to = to.add(step * E::VECTOR_BYTES);
-            to.copy_from_nonoverlapping(p.pages[page].add(step * half), half);
-            if page + 1 < num_pages {
-                to.add(half).copy_from_nonoverlapping(p.pages[page + 1].add(step * half), half);
-            } else {
-                to.add(half).write_bytes(0, half);
-            }
-        }
     }
 }
 
@@ -506,8 +425,7 @@ unsafe fn scores_tile<S: Simd, E: Element, const R: usize, const N: usize>(
     p: &Split,
     line: usize,
     slot: usize,
-    keys: &[*const u8; KEY_VECTORS],
-    stride: usize,
+    keys: &[[*const u8; 2]; KEY_VECTORS],
 ) {
     let mut acc = [[s.splat(0.0); N]; R];
     let mut right = [keys[0]; N];
@@ -516,19 +434,29 @@ unsafe fn scores_tile<S: Simd, E: Element, const R: usize, const N: usize>(
     unsafe {
         let left = p.queries.cast::<E::Left>().add(line * p.queries_stride);
         let (left_stride, steps) = (p.queries_stride, p.head_dim.div_ceil(E::K_PER_STEP));
+        let stride = E::VECTOR_BYTES / (LANES / RUN);
         if p.stream && line == 0 {
-            // After the last keys come the values, which take as many bytes in as many pieces.
-            let next = slot + KEY_VECTORS * LANES;
-            let mut ahead = if next < p.end {
-                p.ahead::<E>(next, 0, 1)
-            } else if p.num_runs > 0 {
-                p.runs_ahead::<E>(0, 1)
+            // So many lines per step that the next runs have come in when these are done: they have as many bytes.
+            let (next, count) = ((slot + KEY_VECTORS * LANES) / RUN, 2 * N);
+            let lines = (count * stride).div_ceil(LINE_BYTES);
+            let mut ahead = if next < p.num_runs {
+                p.ahead(next, count, 0, lines)
             } else {
-                p.ahead::<E>(p.first, p.value_offset, 1)
+                // After the last keys come the values.
+                p.ahead(p.first / RUN, FETCHED, p.value_offset, lines)
             };
-            accumulate::<S, E, _, R, N>(s, &mut acc, left, left_stride, right, stride, steps, &mut ahead);
+            accumulate::<S, E, _, _, R, N>(s, &mut acc, left, left_stride, right, stride, steps, &mut ahead);
         } else {
-            accumulate::<S, E, _, R, N>(s, &mut acc, left, left_stride, right, stride, steps, FetchNothing);
+            accumulate::<S, E, _, _, R, N>(
+                s,
+                &mut acc,
+                left,
+                left_stride,
+                right,
+                stride,
+                steps,
+                FetchNothing,
+            );
         }
         for r in 0..R {
             for n in 0..N {
@@ -618,39 +546,30 @@ unsafe fn values_tile<S: Simd, E: Element, const R: usize, const N: usize>(
     // and their lanes are not stored.
     unsafe {
         let weights = p.scores.cast::<E::Left>().add(line * left_stride);
-        let mut slot = p.first;
         let stream = p.stream && line == 0 && vector == 0;
-        let mut ahead = Ahead { pieces: [std::ptr::null(); KEY_VECTORS], stride: 0, lines: 0 };
-        // So many lines per step that the next slots have come in when these are done.
-        let lines = p.head_dim.div_ceil(KEY_VECTORS * LANES);
-        // Weights of the other runs are zeros, which add nothing.
-        for i in 0..p.num_runs {
-            let start = p.values_of_run::<E>(i).add(vector * E::VECTOR_BYTES);
+        let mut ahead = p.ahead(p.num_runs, 1, 0, 0);
+        // So many lines per step that the next runs have come in when these are done.
+        let lines = row_bytes.div_ceil(LINE_BYTES);
+        let mut run = p.first / RUN;
+        while run < p.num_runs {
+            if stream && run.is_multiple_of(FETCHED) {
+                ahead = p.ahead(run + FETCHED, FETCHED, p.value_offset, lines);
+            }
+            // Those that follow one another are one.
+            let most = (p.num_runs - run).min(FETCHED - run % FETCHED);
+            let mut count = 1;
+            while count < most && p.runs[run + count] == p.runs[run + count - 1].wrapping_add(p.run_bytes) {
+                count += 1;
+            }
+            let start = p.runs[run].add(p.value_offset + vector * E::VECTOR_BYTES);
             let mut right = [start; N];
             for n in 1..N {
                 right[n] = start.add(n * E::VECTOR_BYTES);
             }
-            if stream && i.is_multiple_of(KEY_VECTORS) {
-                ahead = p.runs_ahead::<E>(i + KEY_VECTORS, lines);
-            }
-            let left = weights.add(p.runs[i] as usize * RUN / E::K_PER_STEP);
-            let steps = RUN / E::K_PER_STEP;
-            accumulate::<S, E, _, R, N>(s, &mut acc, left, left_stride, right, row_bytes, steps, &mut ahead);
-        }
-        while slot < p.end && p.num_runs == 0 {
-            let slots = (p.end - slot).min(p.page_tokens);
-            let start = p.pages[slot / p.page_tokens].add(p.value_offset + vector * E::VECTOR_BYTES);
-            let mut right = [start; N];
-            for n in 1..N {
-                right[n] = start.add(n * E::VECTOR_BYTES);
-            }
-            let left = weights.add(slot / E::K_PER_STEP);
-            let steps = slots / E::K_PER_STEP;
+            let left = weights.add(run * RUN / E::K_PER_STEP);
+            let steps = count * RUN / E::K_PER_STEP;
             if stream {
-                if (slot - p.first).is_multiple_of(KEY_VECTORS * LANES) {
-                    ahead = p.ahead::<E>(slot + KEY_VECTORS * LANES, p.value_offset, lines);
-                }
-                accumulate::<S, E, _, R, N>(
+                accumulate::<S, E, _, _, R, N>(
                     s,
                     &mut acc,
                     left,
@@ -661,7 +580,7 @@ unsafe fn values_tile<S: Simd, E: Element, const R: usize, const N: usize>(
                     &mut ahead,
                 );
             } else {
-                accumulate::<S, E, _, R, N>(
+                accumulate::<S, E, _, _, R, N>(
                     s,
                     &mut acc,
                     left,
@@ -672,7 +591,7 @@ unsafe fn values_tile<S: Simd, E: Element, const R: usize, const N: usize>(
                     FetchNothing,
                 );
             }
-            slot += slots;
+            run += count;
         }
         for r in 0..R {
             for n in 0..N {

@@ -26,6 +26,11 @@ pub trait Element: Copy + Send + Sync + 'static {
     /// # Safety
     /// `VECTOR_BYTES` are readable.
     unsafe fn load<S: Simd>(s: S, from: *const u8) -> Self::Right<S>;
+    /// Loads 8 outputs, and 8 more from elsewhere.
+    ///
+    /// # Safety
+    /// Half of `VECTOR_BYTES` is readable at each place.
+    unsafe fn load_halves<S: Simd>(s: S, from: [*const u8; 2]) -> Self::Right<S>;
     /// `acc + left * right`.
     fn mul_add<S: Simd>(s: S, acc: S::V, left: Self::Left, right: Self::Right<S>) -> S::V;
     /// `acc + left * right`, lane by lane, for the next `16 * K_PER_STEP` values of a left row and of a right one that was loaded
@@ -80,6 +85,12 @@ impl Element for Bf16 {
     }
 
     #[inline(always)]
+    unsafe fn load_halves<S: Simd>(s: S, [low, high]: [*const u8; 2]) -> S::Pairs {
+        // SAFETY: the caller's promise.
+        unsafe { s.load_pairs_halves(low.cast(), high.cast()) }
+    }
+
+    #[inline(always)]
     fn mul_add<S: Simd>(s: S, acc: S::V, left: u32, right: S::Pairs) -> S::V {
         s.dot_pairs(acc, s.splat_pair(left), right)
     }
@@ -128,6 +139,12 @@ impl Element for F16 {
     }
 
     #[inline(always)]
+    unsafe fn load_halves<S: Simd>(s: S, [low, high]: [*const u8; 2]) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { s.load_f16_halves(low.cast(), high.cast()) }
+    }
+
+    #[inline(always)]
     fn mul_add<S: Simd>(s: S, acc: S::V, left: f32, right: S::V) -> S::V {
         s.mul_add(s.splat(left), right, acc)
     }
@@ -173,6 +190,12 @@ impl Element for F32 {
     unsafe fn load<S: Simd>(s: S, from: *const u8) -> S::V {
         // SAFETY: the caller's promise.
         unsafe { s.load(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_halves<S: Simd>(s: S, [low, high]: [*const u8; 2]) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { s.load_halves(low.cast(), high.cast()) }
     }
 
     #[inline(always)]
@@ -226,18 +249,45 @@ impl Fetch for FetchNothing {
     fn step<S: Simd>(&mut self, _: S) {}
 }
 
+/// Where the vectors of a right operand are.
+pub trait Place: Copy {
+    /// The one of step `step`.
+    ///
+    /// # Safety
+    /// It is readable.
+    unsafe fn load<S: Simd, E: Element>(self, s: S, step: usize, stride: usize) -> E::Right<S>;
+}
+
+/// Each in one piece.
+impl Place for *const u8 {
+    #[inline(always)]
+    unsafe fn load<S: Simd, E: Element>(self, s: S, step: usize, stride: usize) -> E::Right<S> {
+        // SAFETY: the caller's promise.
+        unsafe { E::load(s, self.add(step * stride)) }
+    }
+}
+
+/// Each in two halves.
+impl Place for [*const u8; 2] {
+    #[inline(always)]
+    unsafe fn load<S: Simd, E: Element>(self, s: S, step: usize, stride: usize) -> E::Right<S> {
+        // SAFETY: the caller's promise.
+        unsafe { E::load_halves(s, self.map(|half| half.add(step * stride))) }
+    }
+}
+
 /// `acc[r][n] += sum over steps of left[r][step] * right[n][step]`, in ascending order of steps. The left rows are
 /// `left_stride` apart, the steps of a right vector `right_stride` bytes.
 ///
 /// # Safety
 /// All of that is readable.
 #[inline(always)]
-pub unsafe fn accumulate<S: Simd, E: Element, F: Fetch, const R: usize, const N: usize>(
+pub unsafe fn accumulate<S: Simd, E: Element, P: Place, F: Fetch, const R: usize, const N: usize>(
     s: S,
     acc: &mut [[S::V; N]; R],
     left: *const E::Left,
     left_stride: usize,
-    right: [*const u8; N],
+    right: [P; N],
     right_stride: usize,
     steps: usize,
     mut fetch: F,
@@ -246,9 +296,9 @@ pub unsafe fn accumulate<S: Simd, E: Element, F: Fetch, const R: usize, const N:
         fetch.step(s);
         // SAFETY: the caller's promise.
         unsafe {
-            let mut vectors = [E::load(s, right[0].add(step * right_stride)); N];
+            let mut vectors = [right[0].load::<S, E>(s, step, right_stride); N];
             for n in 1..N {
-                vectors[n] = E::load(s, right[n].add(step * right_stride));
+                vectors[n] = right[n].load::<S, E>(s, step, right_stride);
             }
             for r in 0..R {
                 let l = *left.add(r * left_stride + step);

@@ -335,6 +335,20 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn load_halves(self, low: *const f32, high: *const f32) -> Self::V {
+        // SAFETY: features as above; the caller vouches for the memory.
+        unsafe { Two(_mm256_loadu_ps(low), _mm256_loadu_ps(high)) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16_halves(self, low: *const u16, high: *const u16) -> Self::V {
+        // SAFETY: as for `load_f16`.
+        unsafe {
+            Two(_mm256_cvtph_ps(_mm_loadu_si128(low.cast())), _mm256_cvtph_ps(_mm_loadu_si128(high.cast())))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn load_e4m3(self, from: *const u8) -> Self::V {
         // SAFETY: as for `load_f16`. The sign moves to the top, the other bits to where f16 has them.
         unsafe {
@@ -384,6 +398,12 @@ impl Simd for Avx2 {
     unsafe fn load_pairs(self, from: *const u32) -> Self::Pairs {
         // SAFETY: as for `load_f16`.
         unsafe { Two(_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(LANES / 2).cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_pairs_halves(self, low: *const u32, high: *const u32) -> Self::Pairs {
+        // SAFETY: as for `load_f16`.
+        unsafe { Two(_mm256_loadu_si256(low.cast()), _mm256_loadu_si256(high.cast())) }
     }
 
     #[inline(always)]

@@ -50,6 +50,19 @@ unsafe fn narrow(v: __m512) -> __m512i {
     }
 }
 
+/// 32 bytes, and 32 more from elsewhere.
+///
+/// # Safety
+/// AVX-512 F; they are readable.
+#[inline(always)]
+unsafe fn join(low: *const u8, high: *const u8) -> __m512i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let low = _mm512_castsi256_si512(_mm256_loadu_si256(low.cast()));
+        _mm512_inserti64x4::<1>(low, _mm256_loadu_si256(high.cast()))
+    }
+}
+
 /// The lower values of pairs, widened.
 ///
 /// # Safety
@@ -255,6 +268,21 @@ macro_rules! common {
         }
 
         #[inline(always)]
+        unsafe fn load_halves(self, low: *const f32, high: *const f32) -> __m512 {
+            // SAFETY: features as above; the caller vouches for the memory.
+            unsafe { _mm512_castsi512_ps(join(low.cast(), high.cast())) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_f16_halves(self, low: *const u16, high: *const u16) -> __m512 {
+            // SAFETY: features as above; the caller vouches for the memory.
+            unsafe {
+                let (low, high) = (_mm_loadu_si128(low.cast()), _mm_loadu_si128(high.cast()));
+                _mm512_cvtph_ps(_mm256_set_m128i(high, low))
+            }
+        }
+
+        #[inline(always)]
         unsafe fn load_e4m3(self, from: *const u8) -> __m512 {
             // SAFETY: as for `load_f16`. The sign moves to the top, the other bits to where f16 has them.
             unsafe {
@@ -306,6 +334,12 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn load_pairs_halves(self, low: *const u32, high: *const u32) -> __m512i {
+        // SAFETY: `self` proves the features; the caller vouches for the memory.
+        unsafe { join(low.cast(), high.cast()) }
+    }
+
+    #[inline(always)]
     fn splat_pair(self, pair: u32) -> __m512i {
         // SAFETY: `self` proves the features.
         unsafe { _mm512_set1_epi32(pair as i32) }
@@ -339,6 +373,12 @@ impl Simd for Avx512Bf16 {
     unsafe fn load_pairs(self, from: *const u32) -> __m512bh {
         // SAFETY: the caller vouches for the memory; both are 64 bytes of plain data.
         unsafe { from.cast::<__m512bh>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn load_pairs_halves(self, low: *const u32, high: *const u32) -> __m512bh {
+        // SAFETY: `self` proves the features; the caller vouches for the memory; both types are 64 bytes of plain data.
+        unsafe { std::mem::transmute::<__m512i, __m512bh>(join(low.cast(), high.cast())) }
     }
 
     #[inline(always)]

@@ -102,6 +102,16 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// They are readable.
     unsafe fn load_f16(self, from: *const u16) -> Self::V;
+    /// 8 values, and 8 more from elsewhere.
+    ///
+    /// # Safety
+    /// They are readable.
+    unsafe fn load_halves(self, low: *const f32, high: *const f32) -> Self::V;
+    /// 8 f16 values, and 8 more from elsewhere.
+    ///
+    /// # Safety
+    /// They are readable.
+    unsafe fn load_f16_halves(self, low: *const u16, high: *const u16) -> Self::V;
     /// 16 numbers of e4m3, times [`crate::fp8::E4M3_UNIT`].
     ///
     /// # Safety
@@ -130,6 +140,11 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// They are readable.
     unsafe fn load_pairs(self, from: *const u32) -> Self::Pairs;
+    /// 8 pairs, and 8 more from elsewhere.
+    ///
+    /// # Safety
+    /// They are readable.
+    unsafe fn load_pairs_halves(self, low: *const u32, high: *const u32) -> Self::Pairs;
     /// All lanes `pair`.
     fn splat_pair(self, pair: u32) -> Self::Pairs;
     /// `acc + a.0 * b.0 + a.1 * b.1` per lane, in an order and with roundings fixed per instruction set.

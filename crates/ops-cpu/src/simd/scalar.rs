@@ -33,6 +33,12 @@ fn high(pair: u32) -> f32 {
     f32::from_bits(pair & 0xffff_0000)
 }
 
+/// Value `i` of 8 from `low` on and 8 from `high` on.
+#[inline(always)]
+fn half<T>(low: *const T, high: *const T, i: usize) -> *const T {
+    if i < LANES / 2 { low.wrapping_add(i) } else { high.wrapping_add(i - LANES / 2) }
+}
+
 impl Simd for Scalar {
     const TILE_ROWS: usize = 2;
     const TILE_VECTORS: usize = 1;
@@ -160,6 +166,18 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    unsafe fn load_halves(self, low: *const f32, high: *const f32) -> Self::V {
+        // SAFETY: the caller's promise.
+        lanes(|i| unsafe { *half(low, high, i) })
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16_halves(self, low: *const u16, high: *const u16) -> Self::V {
+        // SAFETY: the caller's promise.
+        lanes(|i| f16::from_bits(unsafe { *half(low, high, i) }).to_f32())
+    }
+
+    #[inline(always)]
     unsafe fn load_e4m3(self, from: *const u8) -> Self::V {
         lanes(|i| {
             // SAFETY: the caller's promise.
@@ -200,6 +218,12 @@ impl Simd for Scalar {
     unsafe fn load_pairs(self, from: *const u32) -> Self::Pairs {
         // SAFETY: the caller's promise.
         unsafe { from.cast::<Self::Pairs>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn load_pairs_halves(self, low: *const u32, high: *const u32) -> Self::Pairs {
+        // SAFETY: the caller's promise.
+        std::array::from_fn(|i| unsafe { *half(low, high, i) })
     }
 
     #[inline(always)]
