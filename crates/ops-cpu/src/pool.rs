@@ -1,6 +1,8 @@
 //! Fork and join: threads that wait for the operations of a step.
 //!
-//! An operation is a fork of independent tasks. Tasks are claimed one by one from a counter, so a thread that the
+//! An operation is a fork of independent tasks. Every thread has a share of them, one after the other, so that what it wrote in
+//! one operation is what it reads in the next: a line that another core's cache holds costs more than one in memory. Tasks are
+//! claimed one by one, and who is done with its own share takes from those of others, so a thread that the
 //! system takes away holds up one task, not a share of the work. A worker *joins* a fork when it gets to it; the
 //! caller, who works too, closes the fork once everything is claimed and waits only for workers that did join. So
 //! on a machine with fewer free cores than threads a late worker costs nothing.
@@ -13,6 +15,7 @@
 
 use std::any::Any;
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -42,8 +45,8 @@ const EPOCH: u64 = 1 << 17;
 struct Fork {
     /// Epoch of the fork in the high bits, then the open bit, then how many workers have joined and not yet left.
     state: AtomicU64,
-    /// Next task to be claimed.
-    next: AtomicUsize,
+    /// Of each thread.
+    shares: Vec<Share>,
     /// Valid while the fork is open or somebody is joined.
     job: UnsafeCell<Option<(&'static Job<'static>, usize)>>,
     /// First panic of a task.
@@ -51,6 +54,10 @@ struct Fork {
     parked: Vec<AtomicBool>,
     stop: AtomicBool,
 }
+
+/// The next task to be claimed of a thread's share, in lines of its own.
+#[repr(align(128))]
+struct Share(AtomicUsize);
 
 // SAFETY: `job` is written only by the caller while the fork is closed and nobody is joined, and read only between
 // joining and leaving; `state` orders the two.
@@ -82,7 +89,7 @@ impl Pool {
         }
         let fork = Arc::new(Fork {
             state: AtomicU64::new(0),
-            next: AtomicUsize::new(0),
+            shares: (0..threads).map(|_| Share(AtomicUsize::new(0))).collect(),
             job: UnsafeCell::new(None),
             panic: Mutex::new(None),
             parked: (1..threads).map(|_| AtomicBool::new(false)).collect(),
@@ -125,7 +132,9 @@ impl Pool {
         let job: &'static Job<'static> = unsafe { std::mem::transmute::<&Job, &'static Job<'static>>(job) };
         // SAFETY: the last fork was closed and left by all, and `&mut self` excludes another caller.
         unsafe { *fork.job.get() = Some((job, num_tasks)) };
-        fork.next.store(0, Ordering::Relaxed);
+        for (thread, share) in fork.shares.iter().enumerate() {
+            share.0.store(fork.share(thread, num_tasks).start, Ordering::Relaxed);
+        }
         let epoch = fork.state.load(Ordering::Relaxed) / EPOCH;
         // Sequentially consistent, as is a worker's `parked` store and its look at the state after it: either the
         // worker sees this fork or we see the worker parked.
@@ -164,19 +173,30 @@ impl Drop for Pool {
 }
 
 impl Fork {
-    /// Claims and runs tasks until none is left.
+    /// The tasks of a thread.
+    fn share(&self, thread: usize, num_tasks: usize) -> Range<usize> {
+        let threads = self.shares.len();
+        // At most THREADS_MAX times what lies in memory, so no product overflows.
+        thread * num_tasks / threads..(thread + 1) * num_tasks / threads
+    }
+
+    /// Claims and runs tasks until none is left, those of this thread first.
     fn claim(&self, job: &Job, num_tasks: usize, thread: usize) {
+        let threads = self.shares.len();
         let run = AssertUnwindSafe(|| {
-            loop {
-                let task = self.next.fetch_add(1, Ordering::Relaxed);
-                if task >= num_tasks {
-                    break;
+            for owner in (thread..threads).chain(0..thread) {
+                let end = self.share(owner, num_tasks).end;
+                loop {
+                    let task = self.shares[owner].0.fetch_add(1, Ordering::Relaxed);
+                    if task >= end {
+                        break;
+                    }
+                    job(task, thread);
                 }
-                job(task, thread);
             }
         });
         if let Err(panic) = catch_unwind(run) {
-            self.next.store(num_tasks, Ordering::Relaxed);
+            self.shares.iter().for_each(|share| share.0.store(num_tasks, Ordering::Relaxed));
             self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
         }
     }
