@@ -263,7 +263,8 @@ pub(crate) fn ones(mut mask: u64) -> impl Iterator<Item = usize> {
 
 /// Pages of `page_tokens` slots with a bit in `bits`.
 pub(crate) fn num_pages(bits: &[u64], page_tokens: usize) -> usize {
-    bits.iter().map(|&word| page_starts(word, page_tokens).count_ones() as usize).sum()
+    let of_word = |&word: &u64| page_starts(word, page_tokens).count_ones() as usize;
+    bits.iter().filter(|&&word| word != 0).map(of_word).sum()
 }
 
 #[cfg(test)]

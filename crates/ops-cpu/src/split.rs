@@ -212,6 +212,10 @@ impl Split {
         }
         let (mut skip, mut left) = (split * per_split, per_split);
         for (i, &word) in bits.iter().enumerate() {
+            if word == 0 {
+                // Most are.
+                continue;
+            }
             let starts = page_starts(word, page_tokens);
             let count = starts.count_ones() as usize;
             if skip >= count {
