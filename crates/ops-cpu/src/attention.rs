@@ -201,8 +201,8 @@ impl Scratch {
                     selection.is_of(place, s.rows.start as usize + row),
                     "a selection is made for the batch at hand"
                 );
-                let pages = (0..heads.kv_heads).filter_map(|head| selection.get(place, head));
-                let plan = match pages.map(|(_, pages)| pages).max() {
+                let selected = (0..heads.kv_heads).filter_map(|head| selection.get(place, head));
+                let plan = match selected.map(|s| s.counts.pages as usize).max() {
                     None => cut.plan(sequence, row..row + 1, None, all(row..row + 1)),
                     Some(pages) => {
                         let splits = 0..pages.div_ceil(SPLIT_TOKENS / page_tokens);
@@ -429,7 +429,7 @@ impl Unit<'_> {
             num_rows: rows.len(),
             selected: self.plan.place.map(|place| {
                 let selected = self.selection.and_then(|selection| selection.get(place, head));
-                selected.map_or(&[][..], |(bits, _)| bits)
+                selected.expect("a row that was planned by its selection has one")
             }),
             ordered: self
                 .plan

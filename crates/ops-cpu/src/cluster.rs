@@ -39,6 +39,7 @@ pub(crate) struct Clusters<'a> {
 pub(crate) struct ClusterScratch<'a> {
     /// Scores as integers of the same order.
     pub(crate) keys: &'a mut [u32],
+    pub(crate) narrowed: &'a mut [u32],
     /// Tokens.
     pub(crate) sizes: &'a [u32],
     pub(crate) picked: &'a mut Vec<u32>,
@@ -81,7 +82,7 @@ impl Clusters<'_> {
         line: impl Fn(usize) -> &'l [f32],
         bits: &mut [u64],
     ) -> usize {
-        let ClusterScratch { keys, sizes, picked, offsets, weights } = work;
+        let ClusterScratch { keys, narrowed, sizes, picked, offsets, weights } = work;
         let mut left = 0;
         for (key, &size) in keys.iter_mut().zip(sizes) {
             // Below every other.
@@ -102,7 +103,7 @@ impl Clusters<'_> {
         let estimated = plan.estimated.min(left - picked.len());
         picked.clear();
         if estimated > 0 {
-            each_best(s, keys, estimated, |i| picked.push(i as u32));
+            each_best(s, keys, estimated, narrowed, |i| picked.push(i as u32));
             offsets.clear();
             offsets.extend(picked.iter().map(|&cluster| self.value_at(cluster as usize)));
             self.estimate::<S, E>(s, offsets, sizes, picked, weights, line);

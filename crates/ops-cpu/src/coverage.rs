@@ -87,7 +87,7 @@ fn of_row(
         let covered = Shared(covered.as_mut_ptr());
         let (dram, threads) = (&kv.dram, &*threads);
         pool.run(heads.kv_heads, &|head, thread| {
-            let (bits, _) = selection.get(place, head).expect("all heads select or none");
+            let bits = selection.get(place, head).expect("all heads select or none").slots;
             let view = HeadView {
                 kv: dram,
                 layer,

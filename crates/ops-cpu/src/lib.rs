@@ -457,7 +457,7 @@ impl Backend for CpuBackend {
     }
 
     fn read_selection(&mut self, selection: &Selections, place: usize, head: usize) -> Option<Vec<u64>> {
-        selection.get(place, head).map(|(bits, _)| bits.to_vec())
+        selection.get(place, head).map(|selected| selected.slots.to_vec())
     }
 
     fn write_selection(&mut self, selection: &mut Selections, place: usize, head: usize, bits: &[u64]) {

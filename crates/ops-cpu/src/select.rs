@@ -10,6 +10,7 @@
 //! and what is taken. Within a decode step it is 0.94 (0.90-0.94). A fifth of what is left are exponentials, a quarter counts.
 
 use ops::sparse::{Method, Reduce, RowPlan, Rule, Scope, Score, bitmap_words, mark, order_key};
+use ops::tally::page_words;
 use ops::{Batch, HeadShape};
 
 use crate::cluster::{ClusterScratch, Clusters};
@@ -18,7 +19,7 @@ use crate::isa::{Isa, Kernel};
 use crate::memory::Shared;
 use crate::merge::carry_stride;
 use crate::pool::Pool;
-use crate::selection::{Scratch, Selections, num_pages, ones};
+use crate::selection::{Scratch, Selections, mark_pages, ones};
 use crate::simd::{LANES, Simd};
 use crate::tile::round_to_lanes;
 
@@ -37,7 +38,9 @@ pub fn select(
     let estimated = Shared(selection.estimated.as_mut_ptr());
     let words = bitmap_words(selection.limits.context_max);
     let bits = Shared(selection.bits.as_mut_ptr());
-    let pages = Shared(selection.pages.as_mut_ptr());
+    let page_words = page_words(&selection.limits);
+    let pages = Shared(selection.page_bits.as_mut_ptr());
+    let counts = Shared(selection.counts.as_mut_ptr());
     let selection = &*selection;
     pool.run(selection.rows.len() * heads.kv_heads, &|task, thread| {
         let (place, head) = (task / heads.kv_heads, task % heads.kv_heads);
@@ -82,7 +85,7 @@ pub fn select(
             bits: first,
             clusters,
         });
-        let touched = num_pages(first, selection.limits.page_tokens) as u32;
+        let page_tokens = selection.limits.page_tokens;
         let owned = if shared { 0..heads.kv_heads } else { head..head + 1 };
         for other in owned {
             if other != head {
@@ -91,8 +94,10 @@ pub fn select(
             // Of every head: another method may have left pseudo-tokens in this place.
             // SAFETY: as for the bitmaps.
             unsafe {
-                pages.at(place * heads.kv_heads + other).write(touched);
-                estimated.at(place * heads.kv_heads + other).write(count as u32);
+                let at = place * heads.kv_heads + other;
+                let pages = std::slice::from_raw_parts_mut(pages.at(at * page_words), page_words);
+                counts.at(at).write(mark_pages(first, page_tokens, pages));
+                estimated.at(at).write(count as u32);
             }
         }
     });
@@ -128,7 +133,8 @@ impl Kernel for SelectRow<'_> {
             return 0;
         }
         let count = plan.candidates.len();
-        let Scratch { reduced, keys, masked, outliers, offsets, sizes, picked, weights, .. } = scratch;
+        let Scratch { reduced, keys, narrowed, masked, outliers, offsets, sizes, picked, weights, .. } =
+            scratch;
         let padded = round_to_lanes(count);
         let (reduced, masked) = (&mut reduced[..padded], &mut masked[..padded]);
         let of = if method.scope == Scope::Layer { 0..heads.kv_heads } else { head..head + 1 };
@@ -141,7 +147,7 @@ impl Kernel for SelectRow<'_> {
             for (key, &cosine) in keys.iter_mut().zip(&selection.line_of(place, head, lines)[among.clone()]) {
                 *key = !order_key(cosine);
             }
-            each_best(s, keys, num_outliers, |i| outliers.push((among.start + i) as u32));
+            each_best(s, keys, num_outliers, narrowed, |i| outliers.push((among.start + i) as u32));
         }
         if clusters.is_some() {
             // Those without a token are left out, like outliers.
@@ -174,7 +180,7 @@ impl Kernel for SelectRow<'_> {
             *key = order_key(score);
         }
         if let Some(clusters) = clusters {
-            let work = ClusterScratch { keys, sizes: &sizes[..count], picked, offsets, weights };
+            let work = ClusterScratch { keys, narrowed, sizes: &sizes[..count], picked, offsets, weights };
             let line = |line: usize| selection.line_of(place, head, line);
             return clusters.select(s, plan, work, line, bits);
         }
@@ -187,7 +193,7 @@ impl Kernel for SelectRow<'_> {
             // Below every score.
             keys[outlier as usize - first] = 0;
         }
-        each_best(s, keys, plan.take, |i| match method.rule {
+        each_best(s, keys, plan.take, narrowed, |i| match method.rule {
             Rule::Threshold(least) if reduced[i] < least => {}
             _ => take_in(first + i),
         });
@@ -226,7 +232,7 @@ fn reduce<S: Simd>(s: S, reduced: &mut [f32], scores: &[f32], sum: Option<f32>, 
         unsafe {
             let line = s.load(from.as_ptr());
             let line = match sum {
-                Some(sum) => s.div(line, s.splat(sum)),
+                Some(sum) => s.mul(line, s.splat(1.0 / sum)),
                 None => line,
             };
             let before = s.load(to.as_ptr());
@@ -240,10 +246,17 @@ fn reduce<S: Simd>(s: S, reduced: &mut [f32], scores: &[f32], sum: Option<f32>, 
     }
 }
 
-/// Visits the places of the `take` largest keys in ascending order; of equal keys the first.
+/// Visits the places of the `take` largest keys in ascending order; of equal keys the first. `narrowed` is memory of
+/// [`narrowed_len`].
 #[inline(always)]
-pub(crate) fn each_best<S: Simd>(s: S, keys: &[u32], take: usize, mut visit: impl FnMut(usize)) {
-    let (least, mut ties) = threshold(keys, take);
+pub(crate) fn each_best<S: Simd>(
+    s: S,
+    keys: &[u32],
+    take: usize,
+    narrowed: &mut [u32],
+    mut visit: impl FnMut(usize),
+) {
+    let (least, mut ties) = threshold(s, keys, take, narrowed);
     each_at_least(s, keys, least, |i| {
         let tie = keys[i] == least;
         if !tie || ties > 0 {
@@ -277,26 +290,64 @@ fn count(keys: &[u32], least: u32) -> usize {
 
 /// The `take`-th largest key, and how many keys that equal it are among the `take` largest.
 #[inline(always)]
-fn threshold(keys: &[u32], take: usize) -> (u32, usize) {
+fn threshold<S: Simd>(s: S, keys: &[u32], take: usize, narrowed: &mut [u32]) -> (u32, usize) {
     // Bits in which all keys agree are those of the result, too.
     let (all, any) = keys.iter().fold((u32::MAX, 0), |(all, any), &key| (all & key, any | key));
-    let mut least = all;
+    // Those that may still be it are at least `least`, in the bits that were looked at; `larger` keys are beyond them.
+    let (mut least, mut as_large, mut larger) = (all, keys.len(), 0);
+    let (mut rest, mut beyond_rest, mut narrow) = (keys, 0, Some(narrowed));
     for bit in (0..32).rev().filter(|bit| (all ^ any) >> bit & 1 == 1) {
         let candidate = least & (u32::MAX << bit) | 1 << bit;
-        let as_large = count(keys, candidate);
-        if as_large >= take {
-            least |= 1 << bit;
+        let found = beyond_rest + count(rest, candidate);
+        if found >= take {
+            (least, as_large) = (least | 1 << bit, found);
+        } else {
+            larger = found;
         }
-        if as_large == take {
+        if found == take {
             // These are the ones, and the bits to come say only which is the least of them.
             // Smaller keys wrap around to a distance beyond theirs.
             let distance = |&key: &u32| key.wrapping_sub(candidate);
-            least = candidate.wrapping_add(keys.iter().map(distance).fold(u32::MAX, u32::min));
+            least = candidate.wrapping_add(rest.iter().map(distance).fold(u32::MAX, u32::min));
             break;
         }
+        if 4 * (as_large - larger) <= rest.len()
+            && let Some(to) = narrow.take()
+        {
+            let low = least & (u32::MAX << bit);
+            let count = within(s, rest, low, low.checked_add(1 << bit), to);
+            (rest, beyond_rest) = (&to[..count], larger);
+        }
     }
-    let larger = least.checked_add(1).map_or(0, |above| count(keys, above));
+    let larger = least.checked_add(1).map_or(0, |above| beyond_rest + count(rest, above));
     (least, take - larger)
+}
+
+/// Memory for the keys of `count` that [`within`] copies: a vector is written where one key is left.
+pub(crate) const fn narrowed_len(count: usize) -> usize {
+    count / 4 + LANES
+}
+
+/// Copies the keys from `low` on, and below `end` if there is an end; returns how many those are. `to` has room for
+/// a vector after them.
+#[inline(always)]
+fn within<S: Simd>(s: S, keys: &[u32], low: u32, end: Option<u32>, to: &mut [u32]) -> usize {
+    let (chunks, last) = keys.as_chunks::<LANES>();
+    let is_within = |key: u32| key >= low && end.is_none_or(|end| key < end);
+    let mut count = 0;
+    for chunk in chunks {
+        let beyond = end.map_or(0, |end| s.at_least(chunk, end));
+        let mask = s.at_least(chunk, low) & !beyond;
+        if let Some(to) = to[count..].first_chunk_mut() {
+            s.compress(chunk, mask, to);
+        }
+        count += mask.count_ones() as usize;
+    }
+    for &key in last.iter().filter(|key| is_within(**key)) {
+        to[count] = key;
+        count += 1;
+    }
+    count
 }
 
 #[cfg(test)]
@@ -304,6 +355,20 @@ mod tests {
     use ops::Random;
 
     use super::*;
+
+    struct Threshold<'a> {
+        keys: &'a [u32],
+        take: usize,
+    }
+
+    impl Kernel for Threshold<'_> {
+        type Output = (u32, usize);
+
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> (u32, usize) {
+            threshold(s, self.keys, self.take, &mut vec![0; narrowed_len(self.keys.len())])
+        }
+    }
 
     #[test]
     fn thresholds_are_those_of_a_sort() {
@@ -316,7 +381,10 @@ mod tests {
                 for take in 1..=count {
                     let least = sorted[take - 1];
                     let ties = sorted[..take].iter().filter(|&&k| k == least).count();
-                    assert_eq!(threshold(&keys, take), (least, ties), "seed 11: {take} of {keys:?}");
+                    for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
+                        let found = isa.run(Threshold { keys: &keys, take });
+                        assert_eq!(found, (least, ties), "seed 11, {isa}: {take} of {keys:?}");
+                    }
                 }
             }
         }

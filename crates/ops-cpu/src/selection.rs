@@ -2,12 +2,14 @@
 
 use ops::cluster::OrderedSlots;
 use ops::sparse::{Method, RowPlan, SelectionLimits, bitmap_words};
+use ops::tally::page_words;
 use ops::{Batch, Error, HeadShape, SparseRow};
 
 use crate::memory::{Buffer, PerThread};
 use crate::merge::carry_stride;
 use crate::pages::HEAD_DIM_MAX;
 use crate::score::{even_run, run_of};
+use crate::select::narrowed_len;
 use crate::tile::round_to_lanes;
 
 /// Values of a lifted query, at most.
@@ -25,14 +27,49 @@ pub struct Selections {
     pub(crate) gated: Buffer<f32>,
     /// `[place][kv head][word]`.
     pub(crate) bits: Vec<u64>,
-    /// Pages with a selected slot, `[place][kv head]`.
-    pub(crate) pages: Vec<u32>,
+    /// Pages with a selected slot, `[place][kv head][word]`.
+    pub(crate) page_bits: Vec<u64>,
+    /// `[place][kv head]`.
+    pub(crate) counts: Vec<Counts>,
     /// Attention to pseudo-tokens, one line of [`carry_stride`] floats for each `[place][query head]`: weighted values, maximum
     /// and sum, as of a split.
     pub(crate) estimates: Buffer<f32>,
     /// Pseudo-tokens, `[place][kv head]`.
     pub(crate) estimated: Vec<u32>,
     pub(crate) threads: PerThread<Scratch>,
+}
+
+/// How much is selected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    pub(crate) slots: u32,
+    /// With a selected slot.
+    pub(crate) pages: u32,
+}
+
+/// The selection of a row and KV head.
+#[derive(Clone, Copy, Debug)]
+pub struct Selected<'a> {
+    /// A bit per slot.
+    pub slots: &'a [u64],
+    /// A bit per page, of those with a selected slot.
+    pub pages: &'a [u64],
+    pub(crate) counts: Counts,
+    page_tokens: usize,
+}
+
+impl Selected<'_> {
+    /// The selected slots of a page, its first the lowest bit.
+    #[inline(always)]
+    pub fn of_page(&self, page: usize) -> u64 {
+        let first = page * self.page_tokens;
+        self.slots[first / 64] >> (first % 64) & (u64::MAX >> (64 - self.page_tokens))
+    }
+
+    /// The pages with a selected slot, in order.
+    pub fn each_page(&self) -> impl Iterator<Item = usize> {
+        self.pages.iter().enumerate().flat_map(|(i, &word)| ones(word).map(move |page| i * 64 + page))
+    }
 }
 
 /// A sparse row and what it attends to.
@@ -62,6 +99,8 @@ pub(crate) struct Scratch {
     /// Scores of a line, without those of outliers.
     pub(crate) masked: Vec<f32>,
     pub(crate) keys: Vec<u32>,
+    /// Some of them.
+    pub(crate) narrowed: Vec<u32>,
     /// Partitions, ascending.
     pub(crate) outliers: Vec<u32>,
     /// How many tokens each cluster has, those that were picked, where their mean values are, and their weights, query head by query
@@ -79,6 +118,7 @@ impl Scratch {
                 + self.reduced.len()
                 + self.masked.len()
                 + self.keys.len()
+                + self.narrowed.len()
                 + self.outliers.capacity()
                 + self.sizes.len()
                 + self.picked.capacity()
@@ -100,7 +140,8 @@ impl Selections {
             scores: Buffer::zeroed(heads * limits.lines_max * partitions, "scores")?,
             gated: Buffer::zeroed(heads * limits.heads.head_dim, "queries of a gate")?,
             bits: vec![0; heads * bitmap_words(limits.context_max)],
-            pages: vec![0; heads],
+            page_bits: vec![0; heads * page_words(&limits)],
+            counts: vec![Counts::default(); heads],
             estimates: Buffer::zeroed(lines * carry_stride(limits.heads.head_dim), "pseudo-tokens")?,
             estimated: vec![0; heads],
             threads: PerThread::new(threads, || Scratch {
@@ -108,6 +149,7 @@ impl Selections {
                 reduced: vec![0.0; round_to_lanes(partitions)],
                 masked: vec![0.0; round_to_lanes(partitions)],
                 keys: vec![0; partitions],
+                narrowed: vec![0; narrowed_len(partitions)],
                 outliers: Vec::with_capacity(partitions),
                 sizes: vec![0; clusters],
                 picked: Vec::with_capacity(clusters),
@@ -122,21 +164,22 @@ impl Selections {
         let scratch: usize = self.threads.iter_mut().map(|t| t.bytes()).sum();
         let rows = self.rows.capacity() * size_of::<PlannedRow>();
         (4 * (self.scores.len() + self.gated.len() + self.estimates.len())
-            + 8 * self.bits.len()
-            + 4 * (self.pages.len() + self.estimated.len())
+            + 8 * (self.bits.len() + self.page_bits.len() + self.counts.len())
+            + 4 * self.estimated.len()
             + scratch
             + rows) as u64
     }
 
-    /// The selection of a sparse row and KV head as a bitmap of slots, and how many pages it touches; `None` if the row
-    /// attends to everything.
-    pub fn get(&self, place: usize, head: usize) -> Option<(&[u64], usize)> {
+    /// The selection of a sparse row and KV head; `None` if the row attends to everything.
+    pub fn get(&self, place: usize, head: usize) -> Option<Selected<'_>> {
         let row = &self.rows[place];
         row.plan.as_ref()?;
         let at = place * self.limits.heads.kv_heads + head;
-        let words = bitmap_words(self.limits.context_max);
-        let bits = &self.bits[at * words..][..bitmap_words(row.position + 1)];
-        Some((bits, self.pages[at] as usize))
+        let (words, page_words) = (bitmap_words(self.limits.context_max), page_words(&self.limits));
+        let page_tokens = self.limits.page_tokens;
+        let slots = &self.bits[at * words..][..bitmap_words(row.position + 1)];
+        let pages = &self.page_bits[at * page_words..][..slots.len().div_ceil(page_tokens)];
+        Some(Selected { slots, pages, counts: self.counts[at], page_tokens })
     }
 
     /// Attention to the pseudo-tokens of a sparse row and KV head: a line of [`carry_stride`] floats per query head; `None` if
@@ -193,7 +236,8 @@ impl Selections {
         let at = place * self.limits.heads.kv_heads + head;
         let words = bitmap_words(self.limits.context_max);
         self.bits[at * words..][..bits.len()].copy_from_slice(bits);
-        self.pages[at] = num_pages(bits, self.limits.page_tokens) as u32;
+        let pages = &mut self.page_bits[at * page_words(&self.limits)..];
+        self.counts[at] = mark_pages(bits, self.limits.page_tokens, pages);
         self.estimated[at] = 0;
     }
 
@@ -261,10 +305,22 @@ pub(crate) fn ones(mut mask: u64) -> impl Iterator<Item = usize> {
     })
 }
 
-/// Pages of `page_tokens` slots with a bit in `bits`.
-pub(crate) fn num_pages(bits: &[u64], page_tokens: usize) -> usize {
-    let of_word = |&word: &u64| page_starts(word, page_tokens).count_ones() as usize;
-    bits.iter().filter(|&&word| word != 0).map(of_word).sum()
+/// Writes which pages of `page_tokens` slots have a bit in `bits` to as many words as there are for these pages.
+#[inline(always)]
+pub(crate) fn mark_pages(bits: &[u64], page_tokens: usize, pages: &mut [u64]) -> Counts {
+    let mut counts = Counts::default();
+    // A word of pages is that of as many words of slots as a page has slots.
+    for (pages, bits) in pages.iter_mut().zip(bits.chunks(page_tokens)) {
+        *pages = 0;
+        for (i, &word) in bits.iter().enumerate().filter(|(_, word)| **word != 0) {
+            counts.slots += word.count_ones();
+            for start in ones(page_starts(word, page_tokens)) {
+                *pages |= 1 << ((i * 64 + start) / page_tokens);
+            }
+        }
+        counts.pages += pages.count_ones();
+    }
+    counts
 }
 
 #[cfg(test)]
@@ -272,10 +328,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pages_are_counted() {
+    fn pages_are_marked() {
         let bits = [0b1, 0, 1 << 63 | 1 << 8, u64::MAX];
-        assert_eq!([8, 16, 32, 64].map(|page| num_pages(&bits, page)), [1 + 2 + 8, 1 + 2 + 4, 1 + 2 + 2, 3]);
-        let starts: Vec<usize> = ones(page_starts(1 << 63 | 1 << 9 | 1 << 7, 8)).collect();
-        assert_eq!(starts, [0, 8, 56]);
+        for (page_tokens, of_words) in
+            [(8, [1, 0, 2, 8]), (16, [1, 0, 2, 4]), (32, [1, 0, 2, 2]), (64, [1, 0, 1, 1])]
+        {
+            let mut pages = [u64::MAX];
+            let counts = mark_pages(&bits, page_tokens, &mut pages);
+            let selected = Selected { slots: &bits, pages: &pages, counts, page_tokens };
+            let found: Vec<usize> = selected.each_page().collect();
+            let wanted: Vec<usize> =
+                (0..256 / page_tokens).filter(|&page| selected.of_page(page) != 0).collect();
+            assert_eq!(found, wanted, "pages of {page_tokens}");
+            assert_eq!(counts, Counts { slots: 67, pages: of_words.iter().sum() }, "pages of {page_tokens}");
+        }
+        assert_eq!(ones(page_starts(1 << 63 | 1 << 9 | 1 << 7, 8)).collect::<Vec<_>>(), [0, 8, 56]);
     }
 }

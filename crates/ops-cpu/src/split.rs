@@ -14,7 +14,7 @@ use ops::SPLIT_TOKENS;
 use crate::memory::{Buffer, LINE_BYTES};
 use crate::merge::{Partial, Running, head_stride};
 use crate::pages::RUN;
-use crate::selection::{ones, page_starts};
+use crate::selection::{Selected, ones, page_starts};
 use crate::simd::{LANES, Simd};
 use crate::tensor::odd_stride;
 use crate::tile::{
@@ -197,33 +197,25 @@ impl Split {
 
     /// Sets the runs with a selected slot of the pages of split `split` among those with one, and which slots are.
     #[inline(always)]
-    fn take_selected(&mut self, view: &HeadView, bits: &[u64], split: usize) {
-        let page_tokens = view.page_tokens;
-        let per_split = SPLIT_TOKENS / page_tokens;
-        let of_page = u64::MAX >> (64 - page_tokens);
+    fn take_selected(&mut self, view: &HeadView, selected: &Selected, split: usize) {
+        let per_split = SPLIT_TOKENS / view.page_tokens;
         if let Some(Frames { tier, entries, .. }) = view.frames {
             let first = (split * per_split).min(entries.len());
             for entry in &entries[first..entries.len().min(first + per_split)] {
-                let slot = entry.page as usize * page_tokens;
                 let page = tier.frame(entry.frame as usize).as_ptr();
-                self.keep(page, bits[slot / 64] >> (slot % 64) & of_page);
+                self.keep(page, selected.of_page(entry.page as usize));
             }
             return self.close();
         }
         let (mut skip, mut left) = (split * per_split, per_split);
-        for (i, &word) in bits.iter().enumerate() {
-            if word == 0 {
-                // Most are.
-                continue;
-            }
-            let starts = page_starts(word, page_tokens);
-            let count = starts.count_ones() as usize;
+        for (i, &word) in selected.pages.iter().enumerate() {
+            let count = word.count_ones() as usize;
             if skip >= count {
                 skip -= count;
                 continue;
             }
-            for shift in ones(starts).skip(skip).take(left) {
-                self.keep(view.page((i * 64 + shift) / page_tokens), word >> shift & of_page);
+            for page in ones(word).skip(skip).take(left).map(|page| i * 64 + page) {
+                self.keep(view.page(page), selected.of_page(page));
             }
             left -= left.min(count - skip);
             if left == 0 {
@@ -331,7 +323,7 @@ pub unsafe fn split_partial<S: Simd, E: Element>(
     let mut p = Split::new::<E>(view, scratch, to.values);
     match view.selected {
         None => p.take_all(view, split),
-        Some(bits) => p.take_selected(view, bits, split),
+        Some(selected) => p.take_selected(view, &selected, split),
     }
     if p.num_runs == 0 {
         // SAFETY: the caller's promise. Nothing is attended to: this changes no result that it is merged with.

@@ -4,6 +4,7 @@ use ops::cluster::OrderedSlots;
 use ops::{BlockIndex, SPLIT_TOKENS};
 
 use crate::pages::Layers;
+use crate::selection::Selected;
 use crate::tier::{Entry, Tier};
 
 /// The pages of one KV head, and the consecutive rows of a sequence that attend to them with all query heads of its
@@ -39,8 +40,8 @@ pub struct HeadView<'a> {
     pub first_position: usize,
     /// Rows.
     pub num_rows: usize,
-    /// The slots that its only row attends to; `None` for all up to its position, within the window.
-    pub selected: Option<&'a [u64]>,
+    /// What its only row attends to; `None` for all up to its position, within the window.
+    pub selected: Option<Selected<'a>>,
     /// Which of them are in the order of clusters.
     pub ordered: OrderedSlots,
     /// Where the pages are, if not in the pool.

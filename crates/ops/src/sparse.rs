@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use crate::cluster::{OrderedCopy, OrderedSlots};
 pub use crate::digest::{DIGEST_ALIGN, DigestKind, DigestLayout, DigestSpec, TwoSided, padded_width};
+use crate::tally::page_words;
 use crate::{HeadShape, Random};
 
 /// How a sequence attends. Rows of its prompt always attend to everything before them.
@@ -473,7 +474,7 @@ impl SelectionLimits {
     pub const fn bytes(&self) -> u64 {
         let HeadShape { q_heads, kv_heads, head_dim } = self.heads;
         let scores = self.lines_max * self.partitions_max() * size_of::<f32>();
-        let bits = bitmap_words(self.context_max) * size_of::<u64>();
+        let bits = (bitmap_words(self.context_max) + page_words(self)) * size_of::<u64>();
         let gated = head_dim * size_of::<f32>();
         let estimates = if self.estimates { q_heads * (head_dim + 2) * size_of::<f32>() } else { 0 };
         (self.rows_max as u64).saturating_mul((kv_heads * (scores + bits + gated) + estimates) as u64)

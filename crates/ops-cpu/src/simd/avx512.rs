@@ -226,6 +226,15 @@ macro_rules! common {
         }
 
         #[inline(always)]
+        fn compress(self, keys: &[u32; 16], mask: u16, to: &mut [u32; 16]) {
+            // SAFETY: features as above; the arrays hold a vector each.
+            unsafe {
+                let keys = _mm512_loadu_si512(keys.as_ptr().cast());
+                _mm512_storeu_si512(to.as_mut_ptr().cast(), _mm512_maskz_compress_epi32(mask, keys));
+            }
+        }
+
+        #[inline(always)]
         fn reduce_max(self, v: __m512) -> f32 {
             // SAFETY: features as above.
             unsafe { _mm512_reduce_max_ps(v) }

@@ -81,6 +81,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn equal(self, a: Self::V, b: Self::V) -> u16;
     /// A bit for each integer that is at least `least`, the lowest for the first.
     fn at_least(self, keys: &[u32; LANES], least: u32) -> u16;
+    /// Writes the integers with a bit in `mask`, in order, and after them anything.
+    fn compress(self, keys: &[u32; LANES], mask: u16, to: &mut [u32; LANES]);
     /// Largest lane.
     fn reduce_max(self, v: Self::V) -> f32;
     /// Sum of the lanes, always in the same order.
@@ -202,6 +204,7 @@ mod tests {
         kept: [f32; LANES],
         equal: u16,
         at_least: u16,
+        compressed: Vec<u32>,
         part: [f32; LANES],
         sum: f32,
         sums: [f32; 4],
@@ -225,6 +228,7 @@ mod tests {
                 kept: zeros,
                 equal: 0,
                 at_least: 0,
+                compressed: Vec::new(),
                 part: [9.0; LANES],
                 sum: 0.0,
                 sums: [0.0; 4],
@@ -245,6 +249,9 @@ mod tests {
                 s.store(made.bf16_loaded.as_mut_ptr(), s.load_bf16(made.bf16.as_ptr()));
                 let bits = self.0.map(f32::to_bits);
                 made.at_least = s.at_least(&bits, bits[3]);
+                let mut kept = [0; LANES];
+                s.compress(&bits, made.at_least, &mut kept);
+                made.compressed = kept[..made.at_least.count_ones() as usize].to_vec();
                 made.equal = s.equal(v, s.keep(v, 0b0100_0000_1010_0011));
                 s.store(made.kept.as_mut_ptr(), s.keep(v, 0b1000_0000_0111_0001));
                 s.store_part(made.part.as_mut_ptr(), s.load_part(self.0.as_ptr(), 11), 13);
@@ -298,6 +305,9 @@ mod tests {
                     let dot = exact + 3.0 * high + 4.0;
                     assert!((f64::from(made.dot[i]) - dot).abs() < 1e-4 * f64::from(scale), "{dot} {what}");
                 }
+                let bits = x.map(f32::to_bits);
+                let compressed: Vec<u32> = bits.into_iter().filter(|&b| b >= bits[3]).collect();
+                assert_eq!(made.compressed, compressed, "{what}");
                 let at_least = |i: usize| u16::from(x[i].to_bits() >= x[3].to_bits()) << i;
                 assert_eq!(made.at_least, (0..LANES).map(at_least).sum::<u16>(), "{what}");
                 assert_eq!(made.equal, 0b0100_0000_1010_0011, "{what}");

@@ -11,7 +11,7 @@ use super::Tier;
 use crate::memory::Shared;
 use crate::pages::Layers;
 use crate::pool::Pool;
-use crate::selection::{Selections, ones, page_starts};
+use crate::selection::Selections;
 use crate::simd::LANES;
 
 /// Pages per task of a copy.
@@ -160,20 +160,21 @@ impl Tier {
                 } else {
                     let (mut longest, ordered) = (0, selection.ordered(place));
                     for head in 0..heads.kv_heads {
-                        let (bits, pages) = selection.get(place, head).expect("all heads select or none");
+                        let selected = selection.get(place, head).expect("all heads select or none");
                         let start = self.entries.len();
                         let local = self.local[s.seat.at()].pages.0 as usize;
                         let (mut cold, mut slots) = (0, 0);
-                        pages_of(bits, page_tokens, |page, count| {
+                        for page in selected.each_page() {
                             let entry = self.entry(page, ordered, table);
                             self.entries.push(entry);
                             if entry.known != page as u32 || page < local {
-                                (cold, slots) = (cold + 1, slots + count);
+                                (cold, slots) =
+                                    (cold + 1, slots + selected.of_page(page).count_ones() as usize);
                             }
-                        });
+                        }
                         self.residency.counters_mut(s.seat).select(cold, slots, page_tokens);
                         self.ranges.push(start as u32..self.entries.len() as u32);
-                        longest = longest.max(pages);
+                        longest = longest.max(selected.counts.pages as usize);
                     }
                     let splits = (0, longest.div_ceil(per_split) as u32);
                     self.items.push(Item { seat: s.seat, first_page: 0, splits, streams: false });
@@ -406,15 +407,5 @@ impl Tier {
             }
         }
         assert!(next as usize <= self.frames(), "a wave fits its frames");
-    }
-}
-
-/// Calls `visit` with every page of `page_tokens` slots that has a bit in `bits`.
-fn pages_of(bits: &[u64], page_tokens: usize, mut visit: impl FnMut(usize, usize)) {
-    let of_page = u64::MAX >> (64 - page_tokens);
-    for (i, &word) in bits.iter().enumerate() {
-        for shift in ones(page_starts(word, page_tokens)) {
-            visit((i * 64 + shift) / page_tokens, (word >> shift & of_page).count_ones() as usize);
-        }
     }
 }
