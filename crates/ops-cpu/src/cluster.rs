@@ -18,7 +18,7 @@ use crate::simd::{LANES, Simd};
 use crate::tile::{Bf16, Element, F16, F32};
 
 /// Mean values that are fetched ahead.
-const AHEAD: usize = 8;
+const AHEAD: usize = 20;
 
 /// Vectors of a mean value whose sums are in flight at a time, for each of as many query heads where there are 32 registers.
 const TOGETHER: usize = 4;

@@ -153,7 +153,9 @@ impl Kernel for SelectRow<'_> {
             // Those without a token are left out, like outliers.
             let tags = &selection.line_of(place, head, lines)[..count];
             sizes[..count].iter_mut().zip(tags).for_each(|(size, &tag)| *size = tag as u32);
-            outliers.extend((0..count as u32).filter(|&p| sizes[p as usize] == 0));
+            if sizes[..count].iter().fold(false, |any, &size| any | (size == 0)) {
+                outliers.extend((0..count as u32).filter(|&p| sizes[p as usize] == 0));
+            }
         }
         let first = plan.candidates.start;
         for (i, head) in of.enumerate() {
