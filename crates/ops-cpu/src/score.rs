@@ -111,11 +111,8 @@ pub fn score(
             Score::Random { seed } => {
                 for head in 0..heads.kv_heads {
                     let key = if method.scope == Scope::Layer { 0 } else { head };
-                    for partition in run.clone() {
-                        let score = random_score(seed, layer, key, row.position, partition);
-                        // SAFETY: the scores of these partitions of this row are this task's alone.
-                        unsafe { scores.add(head * head_stride + partition).write(score) };
-                    }
+                    let lot = |partition| random_score(seed, layer, key, row.position, partition);
+                    isa.run(Lots { lot, run: run.clone(), to: scores.wrapping_add(head * head_stride) });
                 }
             }
             Score::Replay { seed, overlap_permille } => {
@@ -127,11 +124,8 @@ pub fn score(
                 let rate = replay_rate(method, overlap_permille, sequence.prompt_len as usize, budget);
                 for head in 0..heads.kv_heads {
                     let key = if method.scope == Scope::Layer { 0 } else { head };
-                    for partition in run.clone() {
-                        let score = replay_score(seed, rate, layer, key, row.position, partition);
-                        // SAFETY: the scores of these partitions of this row are this task's alone.
-                        unsafe { scores.add(head * head_stride + partition).write(score) };
-                    }
+                    let lot = |partition| replay_score(seed, rate, layer, key, row.position, partition);
+                    isa.run(Lots { lot, run: run.clone(), to: scores.wrapping_add(head * head_stride) });
                 }
             }
             Score::Digest { digests: index } | Score::Gate { digests: index } => {
@@ -195,6 +189,27 @@ fn gate_queries(
         let to = unsafe { std::slice::from_raw_parts_mut(to.at(task * head_dim), head_dim) };
         gate.query(layer, head, queries, row.position, to);
     });
+}
+
+/// Scores that are lots, of partitions that are this task's alone.
+struct Lots<F> {
+    lot: F,
+    run: Range<usize>,
+    /// Of partition 0.
+    to: *mut f32,
+}
+
+impl<F: Fn(usize) -> f32> Kernel for Lots<F> {
+    type Output = ();
+
+    /// Plain code, compiled for the instruction set.
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        for partition in self.run {
+            // SAFETY: the scores of these partitions lie in the buffer.
+            unsafe { self.to.add(partition).write((self.lot)(partition)) };
+        }
+    }
 }
 
 /// A run of partitions for one row. The scores of these partitions are written to `scores`, and are nobody else's.

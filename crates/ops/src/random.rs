@@ -10,6 +10,7 @@ pub struct Random {
 
 const GOLDEN_GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
 
+#[inline]
 fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -18,11 +19,13 @@ fn mix(mut z: u64) -> u64 {
 
 impl Random {
     /// The stream of `seed`.
+    #[inline]
     pub fn new(seed: u64) -> Self {
         Random { state: mix(seed.wrapping_add(GOLDEN_GAMMA)) }
     }
 
     /// The stream of (`seed`, `key`): streams of different keys are independent.
+    #[inline]
     pub fn keyed(seed: u64, key: u64) -> Self {
         Random {
             state: mix(
@@ -32,6 +35,7 @@ impl Random {
     }
 
     /// 64 random bits.
+    #[inline]
     pub fn next_u64(&mut self) -> u64 {
         self.state = self.state.wrapping_add(GOLDEN_GAMMA);
         mix(self.state)

@@ -351,6 +351,7 @@ impl Method {
 }
 
 /// The score of [`Score::Random`]; `head` is 0 where a layer shares its selection.
+#[inline]
 pub fn random_score(seed: u64, layer: usize, head: usize, position: usize, partition: usize) -> f32 {
     let place = (layer as u64) << 48 | (head as u64) << 32 | position as u64;
     // 24 bits, which f32 holds exactly.
@@ -383,6 +384,7 @@ pub fn replay_rate(method: &Method, overlap_permille: u16, prompt_tokens: usize,
 ///
 /// The epoch of a partition is `floor(position * rho + phase)`, with a phase of its own, uniform in `[0, 1)`. So what is
 /// selected depends on the position, not on what was selected before.
+#[inline]
 pub fn replay_score(
     seed: u64,
     rate: u64,
