@@ -155,6 +155,8 @@ pub struct Prepared<B: Backend = Device> {
     pub digests: Vec<DigestSpec>,
     /// The HBM tier, where there is one.
     pub tier: Option<Tier>,
+    /// Whether there is none because the tier that was asked for would hold the whole KV cache.
+    pub fits_hbm: bool,
     /// What makes digests of a gate.
     gate: Option<Gate>,
     selections: Option<SelectionLimits>,
@@ -242,7 +244,14 @@ impl<B: Backend> Prepared<B> {
         MemoryPlan::new(limit.clone(), &demand, settings.dram)?;
         let workspace = Workspace::new(&mut backend, &config, limits)?;
         demand.activation_bytes = workspace.bytes() + step_bytes;
-        let plan = MemoryPlan::new(limit, &demand, settings.dram)?;
+        let mut plan = MemoryPlan::new(limit.clone(), &demand, settings.dram)?;
+        // Where everything fits tiers are of no use: it is attended to where it lies.
+        let fits_hbm = tier.is_some() && plan.hbm_bytes >= plan.kv_bytes;
+        let tier = tier.filter(|_| !fits_hbm);
+        if fits_hbm {
+            demand = Demand { hbm: None, activation_bytes: workspace.bytes() + selection_bytes, ..demand };
+            plan = MemoryPlan::new(limit, &demand, settings.dram)?;
+        }
         let tier =
             tier.map(|spec| Tier::new(spec, &geometry, &plan, &digests, settings.parks)).transpose()?;
         let device = backend.info();
@@ -259,6 +268,7 @@ impl<B: Backend> Prepared<B> {
             gate,
             selections,
             tier,
+            fits_hbm,
             recorder,
             source,
             backend,

@@ -135,6 +135,9 @@ impl fmt::Display for Screen<'_> {
                 Bytes(tier.smallest_bytes),
             )?;
         }
+        if self.prepared.fits_hbm {
+            writeln!(f, "    HBM          holds the whole KV cache, which is attended to where it lies")?;
+        }
         let planned = plan.weights_bytes + plan.activation_bytes + plan.kv_bytes + plan.hbm_bytes;
         let left = plan.limit.bytes.saturating_sub(planned);
         writeln!(f, "    left         {}", Bytes(left))?;
