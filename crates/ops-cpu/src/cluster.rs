@@ -4,7 +4,9 @@
 //! made here, and `attention` merges the result like that of one more split.
 //!
 //! Mean values lie far apart, so what costs is to fetch them: each is read and widened once for all query heads of a group, and the
-//! next ones are fetched while these are worked on. Sizes come with the scores, as a line of their own.
+//! next ones are fetched while these are worked on. Sizes come with the scores, as a line of their own. Measured as
+//! [`crate::select`] says: 10.3 ms a step where each query head read sizes and mean values for itself, 5.0 now, 4.6 since 20 mean
+//! values and not 8 are fetched ahead.
 
 use ops::BlockIndex;
 use ops::DType;
