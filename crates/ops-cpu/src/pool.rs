@@ -188,13 +188,13 @@ impl Fork {
         let threads = self.shares.len();
         let run = AssertUnwindSafe(|| {
             for owner in (thread..threads).chain(0..thread) {
-                let end = self.share(owner, num_tasks).end;
-                loop {
-                    let task = self.shares[owner].0.fetch_add(1, Ordering::Relaxed);
-                    if task >= end {
-                        break;
+                let (next, end) = (&self.shares[owner].0, self.share(owner, num_tasks).end);
+                // Looked at first: a share that is done with is written by nobody any more.
+                while next.load(Ordering::Relaxed) < end {
+                    let task = next.fetch_add(1, Ordering::Relaxed);
+                    if task < end {
+                        job(task, thread);
                     }
-                    job(task, thread);
                 }
             }
         });
@@ -265,6 +265,8 @@ impl Fork {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Barrier;
+
     use super::*;
 
     #[test]
@@ -283,6 +285,36 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn threads_begin_with_their_own_tasks() {
+        const THREADS: usize = 4;
+        let mut pool = Pool::new(THREADS).expect("threads");
+        // As many tasks as threads, each of which waits until all have begun: nobody does two.
+        for _ in 0..100 {
+            let barrier = Barrier::new(THREADS);
+            pool.run(THREADS, &|task, thread| {
+                assert_eq!(task, thread);
+                barrier.wait();
+            });
+        }
+    }
+
+    #[test]
+    fn who_is_done_takes_from_others() {
+        let mut pool = Pool::new(2).expect("threads");
+        let done = AtomicUsize::new(0);
+        // The first task ends after all others, so one thread does the rest of both shares.
+        pool.run(100, &|task, _| {
+            if task == 0 {
+                while done.load(Ordering::Relaxed) < 99 {
+                    std::thread::yield_now();
+                }
+            }
+            done.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(done.load(Ordering::Relaxed), 100);
     }
 
     #[test]

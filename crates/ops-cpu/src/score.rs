@@ -1,7 +1,7 @@
 //! Scores of partitions.
 //!
 //! A score is a dot product of a *lifted* query with a digest (see [`ops::sparse::Score`]), so a whole row of a digest is
-//! read once, front to back, for all lines of its KV head. A task scores a run of partitions for all heads, because that
+//! read once, front to back, for all lines of its KV head. A task scores a *stretch* of partitions for all heads, because that
 //! is how digests lie in memory; the digests after the next are fetched while these are worked on.
 //!
 //! Measured with one thread of Zen 5 beside busy neighbours: 4 sequences of 31,000 tokens, 16 query and 4 KV heads of 64 in
@@ -14,10 +14,10 @@
 //!
 //! So much in a loop of scores alone, where the old code stalled more than it did in a step. Within decode of four sequences after
 //! 32,000 tokens on two threads (`bench engine --profile`, three interleaved rounds) scores of `shadowkv` take 0.60 (0.55-0.60) of the
-//! time before, the step 0.88 (0.79-0.89). What changed, for `shadowkv`: digests are looked up before a run begins, and 16 sums are
-//! made by one tree (0.68 together; part of what was before is a stall that depends on where the stack lies); a run fetches its first
+//! time before, the step 0.88 (0.79-0.89). What changed, for `shadowkv`: digests are looked up before a stretch begins, and 16 sums are
+//! made by one tree (0.68 together; part of what was before is a stall that depends on where the stack lies); a stretch fetches its first
 //! digests at once (0.62), and is as long as threads allow (0.49); digests are fetched to the nearest cache (0.47; `quest` 0.77 and not
-//! 0.91). With all digests in the second-level cache 17 us of 27 are left; leaving out the tree, the cosines, the fetches or half of
+//! 0.91). As digests were then, tags beside their values: with all digests in the second-level cache 17 us of 27 are left; leaving out the tree, the cosines, the fetches or half of
 //! the products saves about a tenth each. Leaving one line of each sixteenth digest unfetched costs a sixth.
 //!
 //! In fp8 digests have half the bytes and are not scored twice as fast, because widening takes as long as their memory.
@@ -43,23 +43,23 @@ use crate::tensor::CpuTensor;
 use crate::tile::{Bf16, F16, F32};
 
 /// Partitions per task, at most.
-const RUN_MAX: usize = 1024;
+const STRETCH_MAX: usize = 1024;
 
 /// And at least, unless there are none left.
-const RUN_MIN: usize = 128;
+const STRETCH_MIN: usize = 128;
 
-/// Tasks per thread, if runs of that length are allowed: few, because a run begins with lifting queries and waiting for the
+/// Tasks per thread, if stretches of that length are allowed: few, because a stretch begins with lifting queries and waiting for the
 /// first digests, and yet enough for threads to end together.
 const TASKS_PER_THREAD: usize = 8;
 
-/// The length of runs where a step scores so many candidates.
-pub(crate) fn run_of(num_candidates: usize, threads: usize) -> usize {
-    (num_candidates / (TASKS_PER_THREAD * threads)).clamp(RUN_MIN, RUN_MAX)
+/// The length of stretches where a step scores so many candidates.
+pub(crate) fn stretch_of(num_candidates: usize, threads: usize) -> usize {
+    (num_candidates / (TASKS_PER_THREAD * threads)).clamp(STRETCH_MIN, STRETCH_MAX)
 }
 
-/// The length of runs, in whole groups, that cuts `num_candidates` into equal ones of at most `run`.
-pub(crate) fn even_run(num_candidates: usize, run: usize) -> usize {
-    num_candidates.div_ceil(num_candidates.div_ceil(run).max(1)).next_multiple_of(TOGETHER)
+/// The length of stretches, in whole groups, that cuts `num_candidates` into equal ones of at most `stretch`.
+pub(crate) fn even_stretch(num_candidates: usize, stretch: usize) -> usize {
+    num_candidates.div_ceil(num_candidates.div_ceil(stretch).max(1)).next_multiple_of(TOGETHER)
 }
 
 /// Partitions whose sums are in flight at a time: enough to hide the latency of an addition.
@@ -97,8 +97,8 @@ pub fn score(
         let row = &selection.rows[place];
         let first_task = if place == 0 { 0 } else { selection.rows[place - 1].tasks_end };
         let candidates = row.plan.as_ref().map_or(0..0, |p| p.candidates.clone());
-        let start = candidates.start + (task - first_task) * row.run;
-        let run = start..(start + row.run).min(candidates.end);
+        let start = candidates.start + (task - first_task) * row.stretch;
+        let stretch = start..(start + row.stretch).min(candidates.end);
         let method = &row.method;
         // SAFETY: the scratch of this thread, borrowed for this task.
         let lifted = unsafe { (*selection.threads.get(thread)).lifted.as_mut_ptr() };
@@ -112,7 +112,11 @@ pub fn score(
                 for head in 0..heads.kv_heads {
                     let key = if method.scope == Scope::Layer { 0 } else { head };
                     let lot = |partition| random_score(seed, layer, key, row.position, partition);
-                    isa.run(Lots { lot, run: run.clone(), to: scores.wrapping_add(head * head_stride) });
+                    isa.run(Lots {
+                        lot,
+                        stretch: stretch.clone(),
+                        to: scores.wrapping_add(head * head_stride),
+                    });
                 }
             }
             Score::Replay { seed, overlap_permille } => {
@@ -125,7 +129,11 @@ pub fn score(
                 for head in 0..heads.kv_heads {
                     let key = if method.scope == Scope::Layer { 0 } else { head };
                     let lot = |partition| replay_score(seed, rate, layer, key, row.position, partition);
-                    isa.run(Lots { lot, run: run.clone(), to: scores.wrapping_add(head * head_stride) });
+                    isa.run(Lots {
+                        lot,
+                        stretch: stretch.clone(),
+                        to: scores.wrapping_add(head * head_stride),
+                    });
                 }
             }
             Score::Digest { digests: index } | Score::Gate { digests: index } => {
@@ -135,7 +143,9 @@ pub fn score(
                     _ => qkv.row(row.row),
                 };
                 assert_eq!(digests.spec().partition_tokens, method.partition_tokens, "digests of the method");
-                let work = ScoreRun {
+                let tells = matches!(digests.spec().kind, DigestKind::Landmark | DigestKind::Cluster { .. });
+                assert!(tells || !method.reads_tags(), "tags that tell outliers or sizes");
+                let work = ScoreStretch {
                     method,
                     digests,
                     kv,
@@ -144,7 +154,7 @@ pub fn score(
                     queries,
                     heads,
                     context: row.position + 1,
-                    run,
+                    stretch,
                     scores,
                     head_stride,
                     line_stride,
@@ -194,7 +204,7 @@ fn gate_queries(
 /// Scores that are lots, of partitions that are this task's alone.
 struct Lots<F> {
     lot: F,
-    run: Range<usize>,
+    stretch: Range<usize>,
     /// Of partition 0.
     to: *mut f32,
 }
@@ -205,15 +215,15 @@ impl<F: Fn(usize) -> f32> Kernel for Lots<F> {
     /// Plain code, compiled for the instruction set.
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
-        for partition in self.run {
+        for partition in self.stretch {
             // SAFETY: the scores of these partitions lie in the buffer.
             unsafe { self.to.add(partition).write((self.lot)(partition)) };
         }
     }
 }
 
-/// A run of partitions for one row. The scores of these partitions are written to `scores`, and are nobody else's.
-struct ScoreRun<'a> {
+/// A stretch of partitions for one row. The scores of these partitions are written to `scores`, and are nobody else's.
+struct ScoreStretch<'a> {
     method: &'a Method,
     digests: &'a Digests,
     kv: &'a Kv,
@@ -223,7 +233,7 @@ struct ScoreRun<'a> {
     queries: &'a [f32],
     heads: HeadShape,
     context: usize,
-    run: Range<usize>,
+    stretch: Range<usize>,
     scores: *mut f32,
     head_stride: usize,
     line_stride: usize,
@@ -231,7 +241,7 @@ struct ScoreRun<'a> {
     lifted: *mut u32,
 }
 
-struct ScoreAs<'a, E>(ScoreRun<'a>, PhantomData<E>);
+struct ScoreAs<'a, E>(ScoreStretch<'a>, PhantomData<E>);
 
 impl<E: Stored> Kernel for ScoreAs<'_, E> {
     type Output = ();
@@ -266,14 +276,14 @@ impl<E: Stored> Kernel for ScoreAs<'_, E> {
             }
         }
         // At most the last candidate is not full.
-        let full_end = w.run.end.min(w.context / w.method.partition_tokens);
-        let num_full = full_end.saturating_sub(w.run.start);
+        let full_end = w.stretch.end.min(w.context / w.method.partition_tokens);
+        let num_full = full_end.saturating_sub(w.stretch.start);
         let shape = Shape { steps: width / E::K_PER_STEP, lines, reads_tags: w.method.reads_tags() };
         // All of them first: looking them up between sums costs as much again.
-        let mut places = [std::ptr::null(); RUN_MAX + AHEAD];
+        let mut places = [std::ptr::null(); STRETCH_MAX + AHEAD];
         if num_full > 0 {
             for (i, place) in places[..num_full.next_multiple_of(TOGETHER) + AHEAD].iter_mut().enumerate() {
-                let partition = (w.run.start + i).min(full_end - 1);
+                let partition = (w.stretch.start + i).min(full_end - 1);
                 let (block, within) = w.digests.block(w.pages.table, partition);
                 *place = layer[block + within * scored_bytes..].as_ptr();
             }
@@ -299,10 +309,10 @@ impl<E: Stored> Kernel for ScoreAs<'_, E> {
             for i in 0..TOGETHER {
                 s.prefetch(next[i]);
                 if has_tags {
-                    s.prefetch(next[i].wrapping_add(to_tag(w.run.start + first + AHEAD + i)));
                     // Those after the last are the last once more.
-                    let partition = (w.run.start + first + i).min(full_end - 1);
-                    tags[i] = rows[i].wrapping_add(to_tag(partition)).cast();
+                    let partition = |ahead: usize| (w.stretch.start + first + ahead + i).min(full_end - 1);
+                    s.prefetch(next[i].wrapping_add(to_tag(partition(AHEAD))));
+                    tags[i] = rows[i].wrapping_add(to_tag(partition(0))).cast();
                 }
             }
             for head in 0..w.heads.kv_heads {
@@ -318,13 +328,13 @@ impl<E: Stored> Kernel for ScoreAs<'_, E> {
                         true => tags.map(|tag| tag.wrapping_add(head * per_block).read_unaligned()),
                         false => [1.0; TOGETHER],
                     };
-                    let (partition, count) = (w.run.start + first, num_full - first);
+                    let (partition, count) = (w.stretch.start + first, num_full - first);
                     w.score_some::<S, E>(s, &shape, head, rows, tags, partition, count);
                 }
             }
         }
-        if full_end < w.run.end {
-            let partition = w.run.end - 1;
+        if full_end < w.stretch.end {
+            let partition = w.stretch.end - 1;
             for head in 0..w.heads.kv_heads {
                 let mut open = [0u32; LIFTED_MAX];
                 let tag = open_digest::<S, E>(s, &w, head, partition, &mut open);
@@ -336,7 +346,7 @@ impl<E: Stored> Kernel for ScoreAs<'_, E> {
     }
 }
 
-/// What the digests of a run have in common.
+/// What the digests of a stretch have in common.
 struct Shape {
     /// Steps of a lifted query.
     steps: usize,
@@ -355,7 +365,7 @@ fn fetch<S: Simd>(s: S, digest: *const u8, bytes: usize) {
     }
 }
 
-impl ScoreRun<'_> {
+impl ScoreStretch<'_> {
     /// Scores the digests `rows` of a head, with these tags, for all its lines, and writes those of the first `count` partitions
     /// from `partition` on.
     ///
@@ -373,7 +383,7 @@ impl ScoreRun<'_> {
         count: usize,
     ) {
         let lines = shape.lines;
-        // SAFETY: the caller's promise; the lines lie in the scratch, and the scores of the run are this task's.
+        // SAFETY: the caller's promise; the lines lie in the scratch, and the scores of the stretch are this task's.
         unsafe {
             let to = self.scores.add(head * self.head_stride + partition);
             let left = self.lifted.cast::<E::Left>().add(head * lines * shape.steps);
@@ -439,7 +449,7 @@ unsafe fn write_some(values: [f32; TOGETHER], to: *mut f32, count: usize) {
 /// The lifted query of a line: see [`ops::sparse::Score::Digest`]. Where scores are averaged over the query heads, that
 /// of their mean, because a mean of dot products is the dot product of a mean.
 #[inline(always)]
-fn lift(w: &ScoreRun, kind: DigestKind, head: usize, line: usize, to: &mut [f32; LIFTED_MAX]) {
+fn lift(w: &ScoreStretch, kind: DigestKind, head: usize, line: usize, to: &mut [f32; LIFTED_MAX]) {
     let (group, d) = (w.heads.group(), w.heads.head_dim);
     if let DigestKind::Gate { dim } = kind {
         to[..dim].copy_from_slice(&w.queries[head * d..][..dim]);
@@ -475,7 +485,7 @@ fn lift(w: &ScoreRun, kind: DigestKind, head: usize, line: usize, to: &mut [f32;
 #[inline(always)]
 fn open_digest<S: Simd, E: Stored>(
     s: S,
-    w: &ScoreRun,
+    w: &ScoreStretch,
     head: usize,
     partition: usize,
     to: &mut [u32; LIFTED_MAX],

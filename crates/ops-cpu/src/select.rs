@@ -376,8 +376,14 @@ mod tests {
     fn thresholds_are_those_of_a_sort() {
         let mut random = Random::new(11);
         for count in [1, 2, 17, 300] {
-            for distinct in [1, 3, 1 << 30] {
-                let keys: Vec<u32> = (0..count).map(|_| random.below(distinct) as u32).collect();
+            for distinct in [1, 3, 1 << 30, usize::MAX] {
+                let mut keys: Vec<u32> = (0..count).map(|_| random.below(distinct) as u32).collect();
+                if distinct == usize::MAX {
+                    // As scores are: in most of them the highest bit is set.
+                    keys.iter_mut().for_each(|key| *key = order_key(1.0 + random.normal()));
+                    (keys[0], keys[count / 2]) = (u32::MAX, 0);
+                }
+                let keys = keys;
                 let mut sorted = keys.clone();
                 sorted.sort_by_key(|&k| std::cmp::Reverse(k));
                 for take in 1..=count {

@@ -8,7 +8,7 @@ use ops::{Batch, Error, HeadShape, SparseRow};
 use crate::memory::{Buffer, PerThread};
 use crate::merge::carry_stride;
 use crate::pages::HEAD_DIM_MAX;
-use crate::score::{even_run, run_of};
+use crate::score::{even_stretch, stretch_of};
 use crate::select::narrowed_len;
 use crate::tile::round_to_lanes;
 
@@ -84,7 +84,7 @@ pub(crate) struct PlannedRow {
     /// `None` if it attends to everything.
     pub(crate) plan: Option<RowPlan>,
     /// Candidates per task.
-    pub(crate) run: usize,
+    pub(crate) stretch: usize,
     /// Tasks of the rows up to this one.
     pub(crate) tasks_end: usize,
 }
@@ -266,17 +266,17 @@ impl Selections {
                 position,
                 method: *method,
                 plan,
-                run: 0,
+                stretch: 0,
                 tasks_end: 0,
             });
         }
         let candidates = |row: &PlannedRow| row.plan.as_ref().map_or(0, |p| p.candidates.len());
-        let run = run_of(self.rows.iter().map(candidates).sum(), self.threads.len());
+        let stretch = stretch_of(self.rows.iter().map(candidates).sum(), self.threads.len());
         let mut tasks_end = 0;
         for row in &mut self.rows {
             let count = candidates(row);
-            row.run = even_run(count, run);
-            tasks_end += count.div_ceil(row.run.max(1));
+            row.stretch = even_stretch(count, stretch);
+            tasks_end += count.div_ceil(row.stretch.max(1));
             row.tasks_end = tasks_end;
         }
     }
@@ -292,7 +292,7 @@ pub(crate) fn page_starts(word: u64, page_tokens: usize) -> u64 {
         half /= 2;
     }
     // A bit at every multiple of the page.
-    any & u64::MAX / (u64::MAX >> (64 - page_tokens))
+    any & (u64::MAX / (u64::MAX >> (64 - page_tokens)))
 }
 
 /// The places of the bits of `mask`, in ascending order.
@@ -325,7 +325,32 @@ pub(crate) fn mark_pages(bits: &[u64], page_tokens: usize, pages: &mut [u64]) ->
 
 #[cfg(test)]
 mod tests {
+    use ops::Random;
+
     use super::*;
+
+    #[test]
+    fn pages_and_slots_of_many_words_are_counted() {
+        let mut random = Random::new(3);
+        for page_tokens in [8, 16, 32, 64] {
+            let words = 150;
+            let mut pages = vec![u64::MAX; (words * 64usize).div_ceil(64 * page_tokens)];
+            for round in 0..20 {
+                let mut bits = vec![0u64; words];
+                (0..300).for_each(|_| bits[random.below(words)] |= 1 << random.below(64));
+                let slots: Vec<usize> =
+                    (0..words * 64).filter(|slot| bits[slot / 64] >> (slot % 64) & 1 == 1).collect();
+                let mut wanted: Vec<usize> = slots.iter().map(|slot| slot / page_tokens).collect();
+                wanted.dedup();
+                let counts = mark_pages(&bits, page_tokens, &mut pages);
+                let selected = Selected { slots: &bits, pages: &pages, counts, page_tokens };
+                let what = format!("seed 3, pages of {page_tokens}, round {round}");
+                assert!(selected.each_page().eq(wanted.iter().copied()), "{what}");
+                let wanted = Counts { slots: slots.len() as u32, pages: wanted.len() as u32 };
+                assert_eq!(counts, wanted, "{what}");
+            }
+        }
+    }
 
     #[test]
     fn pages_are_marked() {

@@ -39,8 +39,7 @@ const FETCHED: usize = KEY_VECTORS * LANES / RUN;
 /// Vectors of keys per register tile, at most.
 const KEY_VECTORS: usize = 4;
 
-/// Rows times query heads up to which pages are fetched ahead: the hardware does not see 4 KiB pieces of K and V as a
-/// stream, and above this arithmetic hides it.
+/// Rows times query heads up to which runs are fetched ahead: above this arithmetic hides what it takes to read them.
 const STREAM_HEIGHT_MAX: usize = 16;
 
 /// Memory of one thread.
@@ -383,6 +382,7 @@ pub unsafe fn split_scores<S: Simd, E: Element>(
 ) {
     let mut p = Split::new::<E>(view, scratch, std::ptr::null_mut());
     p.take_all(view, split);
+    assert!(p.num_runs > 0, "a split that is attended to");
     // SAFETY: the caller's promise; runs up to `p.end` were just set.
     unsafe {
         scores::<S, E>(s, view, &p);
@@ -436,14 +436,15 @@ unsafe fn scores_tile<S: Simd, E: Element, const R: usize, const N: usize>(
         let (left_stride, steps) = (p.queries_stride, p.head_dim.div_ceil(E::K_PER_STEP));
         let stride = E::VECTOR_BYTES / (LANES / RUN);
         if p.stream && line == 0 {
-            // So many lines per step that the next runs have come in when these are done: they have as many bytes.
+            // So many lines per step that as many runs have come in when these are done.
             let (next, count) = ((slot + KEY_VECTORS * LANES) / RUN, 2 * N);
             let lines = (count * stride).div_ceil(LINE_BYTES);
             let mut ahead = if next < p.num_runs {
                 p.ahead(next, count, 0, lines)
             } else {
-                // After the last keys come the values.
-                p.ahead(p.first / RUN, FETCHED, p.value_offset, lines)
+                // After the last keys come the values, tile by tile.
+                let tiles = (next - p.num_runs) / count;
+                p.ahead(p.first / RUN + tiles * count, count, p.value_offset, lines)
             };
             accumulate::<S, E, _, _, R, N>(s, &mut acc, left, left_stride, right, stride, steps, &mut ahead);
         } else {

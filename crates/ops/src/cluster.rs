@@ -39,7 +39,8 @@ const ROWS: usize = 4;
 
 /// The digest of a partition: `[centroid | mean value | size / 256, size % 256 | cluster of each token]`. The first three are of
 /// the cluster with the partition's number, the last of the partition's own tokens: clusters are numbered within their span.
-/// Centroid and mean value are whole vectors, zeros at their end; counts are small, so that every type holds them exactly.
+/// Centroid and mean value are whole vectors, zeros at their end; counts are small, so that every type holds them exactly. How a
+/// device stores it is another matter: [`DigestLayout`](crate::sparse::DigestLayout).
 #[derive(Clone, Copy, Debug)]
 pub struct ClusterLayout {
     /// Channels.

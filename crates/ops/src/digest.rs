@@ -175,9 +175,7 @@ impl DigestSpec {
     pub const fn block_bytes(&self, geometry: &KvGeometry) -> usize {
         geometry.num_layers * DigestLayout::new(self, geometry).block_bytes
     }
-}
 
-impl DigestSpec {
     /// The same, with the size that the weights of `gate` give to its digests.
     pub fn with_gate(self, gate: Option<&Gate>) -> Self {
         match (self.kind, gate) {
@@ -199,7 +197,7 @@ impl DigestSpec {
 /// | mean value | clusters | padded like a centroid |
 /// | clusters of the partition's tokens | clusters | |
 ///
-/// Tags and the whole are padded to [cache lines](LINE), so that what follows begins with one.
+/// Every part begins at a multiple of [`PART_ALIGN`], and so does the next block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DigestLayout {
     /// Bytes of one digest's scored values.
@@ -222,8 +220,8 @@ pub struct DigestLayout {
     pub block_bytes: usize,
 }
 
-/// Bytes of a cache line.
-pub const LINE: usize = 64;
+/// Parts begin at multiples of so many bytes: those of a cache line.
+pub const PART_ALIGN: usize = 64;
 
 impl DigestLayout {
     /// Of digests that lie with blocks of `geometry`.
@@ -240,10 +238,10 @@ impl DigestLayout {
         };
         let per_block = spec.per_block(geometry.page_tokens);
         let count = geometry.kv_heads * per_block;
-        let tags_at = count * scored_bytes;
-        let values_at = (tags_at + count * tag_bytes).next_multiple_of(LINE);
-        let ids_at = values_at + count * value_bytes;
-        let block_bytes = (ids_at + count * ids_bytes).next_multiple_of(LINE);
+        let tags_at = (count * scored_bytes).next_multiple_of(PART_ALIGN);
+        let values_at = (tags_at + count * tag_bytes).next_multiple_of(PART_ALIGN);
+        let ids_at = (values_at + count * value_bytes).next_multiple_of(PART_ALIGN);
+        let block_bytes = (ids_at + count * ids_bytes).next_multiple_of(PART_ALIGN);
         DigestLayout {
             scored_bytes,
             tag_bytes,
@@ -298,37 +296,38 @@ mod tests {
         assert_eq!(bytes(DigestKind::MinMax, 32) * 16, GEOMETRY.block_bytes());
         assert_eq!(bytes(DigestKind::Mean, 8) * 16, GEOMETRY.block_bytes());
         let fp8 = bytes(DigestKind::Fp8(TwoSided::MinMax), 16);
-        assert_eq!(fp8, 2 * (3 * 256 + LINE), "a byte per value, and a line for three scales");
+        assert_eq!(fp8, 2 * (3 * 256 + PART_ALIGN), "a byte per value, and a cache line for three scales");
     }
 
     #[test]
     fn parts_follow_one_another_and_fill_a_block() {
         let cluster = DigestKind::Cluster { span_tokens: 64, sink_tokens: 4, copy: 0 };
-        for kind in [DigestKind::Fp8(TwoSided::MinMax), DigestKind::Landmark, DigestKind::Mean, cluster] {
-            for partition_tokens in [8, 16, 32] {
-                let layout = DigestLayout::new(&DigestSpec { kind, partition_tokens }, &GEOMETRY);
+        let kinds = [DigestKind::Fp8(TwoSided::MinMax), DigestKind::Landmark, DigestKind::Mean, cluster];
+        for (head_dim, kv_heads) in [(2, 1), (16, 1), (40, 5), (128, 3), (256, 1)] {
+            let geometry = KvGeometry { kv_heads, head_dim, ..GEOMETRY };
+            for (kind, partition_tokens) in
+                kinds.into_iter().flat_map(|kind| [8, 16, 32].map(|tokens| (kind, tokens)))
+            {
+                let layout = DigestLayout::new(&DigestSpec { kind, partition_tokens }, &geometry);
                 let mut parts = vec![Vec::new(); 4];
-                for head in 0..GEOMETRY.kv_heads {
+                for head in 0..kv_heads {
                     for within in 0..layout.per_block {
                         let digest = layout.parts(head, within);
-                        assert_eq!(
-                            digest.iter().map(ExactSizeIterator::len).sum::<usize>(),
-                            layout.digest_bytes()
-                        );
+                        let bytes: usize = digest.iter().map(ExactSizeIterator::len).sum();
+                        assert_eq!(bytes, layout.digest_bytes());
                         parts.iter_mut().zip(digest).for_each(|(parts, part)| parts.push(part));
                     }
                 }
-                let mut end = 0;
+                let mut end: usize = 0;
                 for (part, begins) in parts.iter().zip([0, layout.tags_at, layout.values_at, layout.ids_at]) {
-                    assert!(begins >= end && begins - end < LINE, "{layout:?}");
-                    assert!(part.iter().all(|p| p.is_empty()) || begins % LINE == 0, "{layout:?}");
+                    assert_eq!(begins, end.next_multiple_of(PART_ALIGN), "{layout:?}");
                     end = begins;
                     for part in part {
                         assert_eq!(part.start, end, "{layout:?}");
                         end = part.end;
                     }
                 }
-                assert!(layout.block_bytes >= end && layout.block_bytes - end < LINE, "{layout:?}");
+                assert_eq!(layout.block_bytes, end.next_multiple_of(PART_ALIGN), "{layout:?}");
             }
         }
     }

@@ -4,7 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use ops::conformance::{Tried, tried};
-use ops::sparse::{DigestKind, Method, Rule, Scope, Score};
+use ops::sparse::{DigestKind, DigestLayout, DigestSpec, Method, Rule, Scope, Score};
+use ops::{DType, KvGeometry};
 use sparseserve_sparse::{Options, POLICIES, Setup};
 
 /// Policies without arithmetic on keys, which is what fixtures compare. `dense` selects nothing. `random` and `replay` draw
@@ -15,6 +16,17 @@ const FIXTURES_MIN: usize = 6;
 
 fn repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(path)
+}
+
+/// Bytes of a digest for heads of 128 channels in bf16, which pages tell.
+fn digest_bytes(spec: DigestSpec) -> usize {
+    let kind = match spec.kind {
+        DigestKind::Gate { .. } => DigestKind::Gate { dim: 128 },
+        other => other,
+    };
+    let geometry =
+        KvGeometry { num_layers: 1, kv_heads: 8, head_dim: 128, page_tokens: 16, dtype: DType::Bf16 };
+    DigestLayout::new(&DigestSpec { kind, ..spec }, &geometry).digest_bytes()
 }
 
 #[test]
@@ -35,6 +47,13 @@ fn every_policy_has_its_page() {
         for option in policy.options {
             let row = format!("| `{}` | `{}` |", option.name, option.default);
             assert!(page.contains(&row), "docs/policies/{name}.md lacks {row}");
+        }
+        let setup = policy.setup(&Options::default()).expect("defaults");
+        if let Some(spec) = setup.digest {
+            let bytes = digest_bytes(spec);
+            let costs = page.split("\n## Costs\n").nth(1).and_then(|rest| rest.split("\n## ").next());
+            let said = costs.is_some_and(|costs| costs.contains(&format!("a digest has {bytes} bytes")));
+            assert!(said, "docs/policies/{name}.md: a digest has {bytes} bytes");
         }
         let listed = page.matches("\n| `").count();
         assert!(listed >= policy.options.len(), "docs/policies/{name}.md");
@@ -76,7 +95,7 @@ fn setups() -> impl Iterator<Item = (&'static str, String, Setup)> {
 }
 
 /// The operations that a method needs, without numbers.
-fn operations(method: &Method, digest: Option<DigestKind>) -> [String; 3] {
+fn operations(method: &Method, digest: Option<DigestKind>) -> [String; 4] {
     let kind = match digest {
         None => "no digest".into(),
         Some(DigestKind::Gate { .. }) => "Gate".into(),
@@ -95,7 +114,11 @@ fn operations(method: &Method, digest: Option<DigestKind>) -> [String; 3] {
         Rule::Threshold(_) => "Threshold",
         Rule::Clusters { .. } => "Clusters",
     };
-    [kind, score.into(), rule.into()]
+    let merged = match method.score {
+        Score::Digest { .. } => format!("{:?}, softmax {}", method.reduce, method.softmax),
+        _ => "one line".into(),
+    };
+    [kind, score.into(), rule.into(), merged]
 }
 
 #[test]

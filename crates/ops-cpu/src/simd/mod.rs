@@ -266,6 +266,22 @@ mod tests {
                 for (sum, vector) in all.as_flattened().iter().zip(vectors.as_flattened()) {
                     assert_eq!(sum.to_bits(), s.reduce_sum(*vector).to_bits());
                 }
+                // Two halves from anywhere are one vector.
+                let (other, mut halves) = (self.0.map(|x| x + 1.0), [0.0; LANES]);
+                let joined: [f32; LANES] =
+                    std::array::from_fn(|i| if i < 8 { other[i + 8] } else { self.0[i - 8] });
+                s.store(halves.as_mut_ptr(), s.load_halves(other.as_ptr().add(8), self.0.as_ptr()));
+                let bits = |values: [f32; LANES]| values.map(f32::to_bits);
+                assert_eq!(bits(halves), bits(joined));
+                s.store(halves.as_mut_ptr(), s.load_f16_halves(f16.as_ptr().add(8), f16.as_ptr()));
+                assert_eq!(bits(halves), bits(std::array::from_fn(|i| made.f16[(i + 8) % LANES])));
+                let turned: [u32; LANES] = std::array::from_fn(|i| pairs[(i + 8) % LANES]);
+                let dot_of = |pairs| s.dot_pairs(v, s.splat_pair(0x4040_4000), pairs);
+                let in_halves = dot_of(s.load_pairs_halves(pairs.as_ptr().add(8), pairs.as_ptr()));
+                s.store(halves.as_mut_ptr(), in_halves);
+                let mut whole = [0.0; LANES];
+                s.store(whole.as_mut_ptr(), dot_of(s.load_pairs(turned.as_ptr())));
+                assert_eq!(bits(halves), bits(whole));
                 // (3, 2) . (x rounded down to bf16, 2): 0x4000 is 2 in bf16, 0x4040 is 3.
                 let dot = s.dot_pairs(v, s.splat_pair(0x4040_4000), s.load_pairs(pairs.as_ptr()));
                 s.store(made.dot.as_mut_ptr(), dot);

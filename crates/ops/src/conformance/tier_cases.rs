@@ -39,7 +39,7 @@ pub(super) fn cases() -> Vec<Case> {
                 plain,
                 Method { always: none, open_competes: true, take_min: 3, ..plain },
                 Method { always: sinks, partition_tokens: 32, score: by(1), ..plain },
-                Method { dense_layers: 1, ..plain },
+                Method { dense_layers: 1, reduce: Reduce::Max, ..plain },
                 Method { score: Score::Recency, partition_tokens: 1, always: sinks, ..plain },
                 Method { partition_tokens: 32, score: Score::Gate { digests: 2 }, ..plain },
                 Method {
@@ -62,7 +62,7 @@ pub(super) fn cases() -> Vec<Case> {
                 spec(DigestKind::Landmark, 8),
             ],
             methods: vec![
-                Method { partition_tokens: 64, ..plain },
+                Method { partition_tokens: 64, reduce: Reduce::MeanQuery, ..plain },
                 Method { partition_tokens: 24, score: by(1), ..plain },
                 Method { partition_tokens: 24, score: by(1), always: none, open_competes: true, ..plain },
                 Method {
@@ -87,7 +87,7 @@ pub(super) fn cases() -> Vec<Case> {
             ],
             methods: vec![
                 Method { partition_tokens: 8, scope: Scope::Layer, ..plain },
-                Method { score: by(1), reduce: Reduce::MeanQuery, ..plain },
+                Method { score: by(1), ..plain },
                 Method { partition_tokens: 128, score: by(2), ..plain },
                 Method { partition_tokens: 8, score: Score::Random { seed: 2 }, ..plain },
                 Method { score: Score::Replay { seed: 3, overlap_permille: 850 }, ..plain },

@@ -216,8 +216,22 @@ impl<B: Backend> Prepared<B> {
         let tally_bytes = |limits| ops::tally::bytes(&limits, config.num_layers);
         let selection_bytes = selections.map_or(0, |limits| limits.bytes() + tally_bytes(limits));
         let limit = memory_limit(settings.dram)?;
+        let mut demand = Demand {
+            weights_bytes: model::weight_bytes(&config, &backend, dtype)
+                + gate.as_ref().map_or(0, Gate::bytes),
+            activation_bytes: limits.activation_bytes(&config) + selection_bytes,
+            kv: geometry,
+            digest_block_bytes: digests.iter().map(|d| d.dram_block_bytes(&geometry) as u64).sum(),
+            hbm: settings.hbm,
+            max_context,
+            max_num_seqs: settings.max_num_seqs,
+            max_inject_tokens: settings.max_inject_tokens,
+        };
+        // Where everything fits it is attended to where it lies.
+        let fits_hbm = MemoryPlan::within_hbm(&limit, &demand, settings.dram).is_some();
+        demand.hbm = settings.hbm.filter(|_| !fits_hbm);
         let partitions = digests.iter().map(|d| d.made_together());
-        let tier = settings.hbm.map(|_| TierSpec {
+        let tier = demand.hbm.map(|_| TierSpec {
             bytes: 0,
             seats: settings.max_num_seqs,
             context_max: max_context,
@@ -229,29 +243,12 @@ impl<B: Backend> Prepared<B> {
             poison: false,
         });
         let step_bytes = selection_bytes + tier.map_or(0, |tier| tier.host_bytes(&geometry));
-        let mut demand = Demand {
-            weights_bytes: model::weight_bytes(&config, &backend, dtype)
-                + gate.as_ref().map_or(0, Gate::bytes),
-            activation_bytes: limits.activation_bytes(&config) + step_bytes,
-            kv: geometry,
-            digest_block_bytes: digests.iter().map(|d| d.dram_block_bytes(&geometry) as u64).sum(),
-            hbm: settings.hbm,
-            max_context,
-            max_num_seqs: settings.max_num_seqs,
-            max_inject_tokens: settings.max_inject_tokens,
-        };
+        demand.activation_bytes = limits.activation_bytes(&config) + step_bytes;
         // Once before anything is allocated, once with what the device needs besides.
         MemoryPlan::new(limit.clone(), &demand, settings.dram)?;
         let workspace = Workspace::new(&mut backend, &config, limits)?;
         demand.activation_bytes = workspace.bytes() + step_bytes;
-        let mut plan = MemoryPlan::new(limit.clone(), &demand, settings.dram)?;
-        // Where everything fits tiers are of no use: it is attended to where it lies.
-        let fits_hbm = tier.is_some() && plan.hbm_bytes >= plan.kv_bytes;
-        let tier = tier.filter(|_| !fits_hbm);
-        if fits_hbm {
-            demand = Demand { hbm: None, activation_bytes: workspace.bytes() + selection_bytes, ..demand };
-            plan = MemoryPlan::new(limit, &demand, settings.dram)?;
-        }
+        let plan = MemoryPlan::new(limit, &demand, settings.dram)?;
         let tier =
             tier.map(|spec| Tier::new(spec, &geometry, &plan, &digests, settings.parks)).transpose()?;
         let device = backend.info();

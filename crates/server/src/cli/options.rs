@@ -72,8 +72,8 @@ pub struct EngineOptions {
     /// DRAM for the KV cache: 4GiB, 4GB, 60% of the memory limit [default: what requests can use and memory allows]
     #[arg(long, value_name = "SIZE", env = "SPARSESERVE_DRAM")]
     pub dram: Option<Size>,
-    /// HBM for KV, apart from DRAM: 512MiB, or 10% of the KV in DRAM. On a CPU an arena plays its part [default: attention reads
-    /// KV where it is]
+    /// HBM for KV, apart from DRAM: 512MiB, or 10% of the KV in DRAM. On a CPU an arena plays its part [default, and where it
+    /// would hold all of the KV: attention reads KV where it is]
     #[arg(long, value_name = "SIZE", env = "SPARSESERVE_HBM")]
     pub hbm: Option<Size>,
     /// Which pages give way in HBM [default: bucketed]

@@ -139,6 +139,13 @@ impl MemoryPlan {
             hbm_bytes: demand.hbm_bytes(kv_bytes),
         })
     }
+
+    /// The plan without an HBM tier, if the tier that is asked for would hold all of its KV: then it is of no use.
+    pub fn within_hbm(limit: &MemoryLimit, demand: &Demand, dram: Option<Size>) -> Option<Self> {
+        let hbm = demand.hbm?;
+        let plan = Self::new(limit.clone(), &Demand { hbm: None, ..demand.clone() }, dram).ok()?;
+        (hbm.of(plan.kv_bytes) >= plan.kv_bytes).then_some(plan)
+    }
 }
 
 /// `weights A + activations B + headroom C + KV D = E, the limit is F (source)`
@@ -246,6 +253,23 @@ mod tests {
             45 * GIB / 2 / (geometry.block_bytes() as u64 + digest_block_bytes)
         );
         assert!(planned.kv_bytes <= 45 * GIB / 2);
+    }
+
+    #[test]
+    fn hbm_for_all_of_the_kv_is_no_tier() {
+        let within = |hbm, dram| {
+            let limit = MemoryLimit { bytes: 40 * GIB, source: LimitSource::Machine };
+            MemoryPlan::within_hbm(&limit, &Demand { hbm: Some(hbm), ..demand() }, dram)
+                .map(|plan| plan.kv_bytes)
+        };
+        // Without a tier 22.5 GiB are left for KV.
+        assert_eq!(within(Size::Bytes(20 * GIB), None), None);
+        assert_eq!(within(Size::Bytes(23 * GIB), None), Some(45 * GIB / 2));
+        assert_eq!(within(Size::Percent(99.0), None), None);
+        assert_eq!(within(Size::Percent(100.0), None), Some(45 * GIB / 2));
+        // Both of them would not fit.
+        assert_eq!(within(Size::Bytes(20 * GIB), Some(Size::Percent(50.0))), Some(20 * GIB));
+        assert_eq!(within(Size::Bytes(19 * GIB), Some(Size::Percent(50.0))), None);
     }
 
     #[test]
