@@ -226,6 +226,12 @@ const WAVES: MetricDoc = MetricDoc {
     labels: &[],
     help: "Waves beyond one per layer and step: attention to more pages than there were frames at hand.",
 };
+const HBM_CAPACITY: MetricDoc = MetricDoc {
+    name: "sparseserve_hbm_capacity_bytes",
+    kind: MetricKind::Gauge,
+    labels: &[],
+    help: "Bytes of the HBM tier: frames, digests, and the tables that lead to them; 0 where there is none.",
+};
 const FRAMES: MetricDoc = MetricDoc {
     name: "sparseserve_hbm_frames",
     kind: MetricKind::Gauge,
@@ -294,7 +300,7 @@ const SAVING: MetricDoc = MetricDoc {
 };
 
 /// Every metric of the engine: the single source of registration and documentation.
-pub const METRICS: [MetricDoc; 35] = [
+pub const METRICS: [MetricDoc; 36] = [
     REQUESTS,
     WAITING,
     RUNNING,
@@ -319,6 +325,7 @@ pub const METRICS: [MetricDoc; 35] = [
     MOVED,
     STALL,
     WAVES,
+    HBM_CAPACITY,
     FRAMES,
     LENT,
     RECLAIMED,
@@ -366,6 +373,7 @@ pub struct Metrics {
     stall: Counter,
     waves: IntCounter,
     /// By state, as in `FRAME_STATES`.
+    hbm_capacity: IntGauge,
     frames: [IntGauge; 3],
     lent: IntGauge,
     reclaimed: IntCounter,
@@ -413,6 +421,7 @@ impl Metrics {
             moved: counters(registry, MOVED)?,
             stall: float_counter(registry, STALL)?,
             waves: counter(registry, WAVES)?,
+            hbm_capacity: gauge(registry, HBM_CAPACITY)?,
             frames: gauges(registry, FRAMES)?,
             lent: gauge(registry, LENT)?,
             reclaimed: counter(registry, RECLAIMED)?,
@@ -430,6 +439,11 @@ impl Metrics {
     /// Says how many bytes in DRAM a block takes with its digests; 0 as long as nobody does.
     pub fn set_block_bytes(&self, bytes: u64) {
         self.block_bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Says how large the HBM tier is; 0 as long as nobody does.
+    pub fn set_hbm_bytes(&self, bytes: u64) {
+        self.hbm_capacity.set(bytes as i64);
     }
 
     pub(crate) fn refused(&self) {

@@ -197,7 +197,7 @@ impl DigestSpec {
 /// | mean value | clusters | padded like a centroid |
 /// | clusters of the partition's tokens | clusters | |
 ///
-/// Every part begins at a multiple of [`PART_ALIGN`], and so does the next block.
+/// Every part begins at a multiple of 64 bytes, and so does the next block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DigestLayout {
     /// Bytes of one digest's scored values.

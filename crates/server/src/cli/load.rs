@@ -380,6 +380,7 @@ impl EngineThread {
         let registry = Registry::new();
         let metrics = Metrics::new(&registry).map_err(Failure::runtime)?;
         metrics.set_block_bytes(prepared.plan.kv_bytes / prepared.plan.num_blocks as u64);
+        metrics.set_hbm_bytes(prepared.plan.hbm_bytes);
         let (handle, thread) =
             engine::spawn(config, metrics, engine::abort_process(), move || prepared.load())
                 .map_err(|e| Failure::runtime(format!("cannot start the engine's thread: {e}")))?;

@@ -89,6 +89,13 @@ fn answers_do_not_depend_on_preemptions_under_tiers() {
         let (tiered, _, metrics) = answers(&["--dram", "24MiB", "--hbm", hbm]);
         assert_eq!(tiered, unified, "--hbm {hbm}");
         assert!(metric(&metrics, "sparseserve_preemptions_total") > 0, "{metrics}");
+        let (hbm_bytes, dram_bytes) = ["hbm", "dram"]
+            .map(|tier| metric(&metrics, &format!("sparseserve_{tier}_capacity_bytes")))
+            .into();
+        match hbm {
+            "60%" => assert!(hbm_bytes.abs_diff(dram_bytes * 3 / 5) <= 1, "{hbm_bytes} of {dram_bytes}"),
+            _ => assert_eq!(hbm_bytes, 8 << 20),
+        }
     }
 }
 
@@ -171,8 +178,9 @@ fn answers_do_not_depend_on_the_size_of_hbm() {
 #[test]
 fn where_everything_fits_nothing_is_fetched() {
     let (unified, ..) = answers(&[]);
-    let (answers, receipts, _) = answers(&["--hbm", "100%"]);
+    let (answers, receipts, metrics) = answers(&["--hbm", "100%"]);
     assert_eq!(answers, unified);
+    assert_eq!(metric(&metrics, "sparseserve_hbm_capacity_bytes"), 0);
     assert!(receipts.iter().all(|receipt| receipt.get("pages_hit").is_none()), "{receipts:?}");
 }
 
