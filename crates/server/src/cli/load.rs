@@ -228,7 +228,7 @@ impl<B: Backend> Prepared<B> {
             max_inject_tokens: settings.max_inject_tokens,
         };
         // Where everything fits it is attended to where it lies.
-        let fits_hbm = MemoryPlan::within_hbm(&limit, &demand, settings.dram).is_some();
+        let fits_hbm = MemoryPlan::fits_hbm(&limit, &demand, settings.dram);
         demand.hbm = settings.hbm.filter(|_| !fits_hbm);
         let partitions = digests.iter().map(|d| d.made_together());
         let tier = demand.hbm.map(|_| TierSpec {

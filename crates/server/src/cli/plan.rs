@@ -140,11 +140,11 @@ impl MemoryPlan {
         })
     }
 
-    /// The plan without an HBM tier, if the tier that is asked for would hold all of its KV: then it is of no use.
-    pub fn within_hbm(limit: &MemoryLimit, demand: &Demand, dram: Option<Size>) -> Option<Self> {
-        let hbm = demand.hbm?;
-        let plan = Self::new(limit.clone(), &Demand { hbm: None, ..demand.clone() }, dram).ok()?;
-        (hbm.of(plan.kv_bytes) >= plan.kv_bytes).then_some(plan)
+    /// Whether the HBM tier that is asked for would hold all of the KV that there is without it: then it is of no use.
+    pub fn fits_hbm(limit: &MemoryLimit, demand: &Demand, dram: Option<Size>) -> bool {
+        let without = Self::new(limit.clone(), &Demand { hbm: None, ..demand.clone() }, dram);
+        let fits = |hbm: Size, kv_bytes| hbm.of(kv_bytes) >= kv_bytes;
+        demand.hbm.zip(without.ok()).is_some_and(|(hbm, plan)| fits(hbm, plan.kv_bytes))
     }
 }
 
@@ -257,19 +257,16 @@ mod tests {
 
     #[test]
     fn hbm_for_all_of_the_kv_is_no_tier() {
-        let within = |hbm, dram| {
+        let fits = |hbm, dram| {
             let limit = MemoryLimit { bytes: 40 * GIB, source: LimitSource::Machine };
-            MemoryPlan::within_hbm(&limit, &Demand { hbm: Some(hbm), ..demand() }, dram)
-                .map(|plan| plan.kv_bytes)
+            MemoryPlan::fits_hbm(&limit, &Demand { hbm: Some(hbm), ..demand() }, dram)
         };
         // Without a tier 22.5 GiB are left for KV.
-        assert_eq!(within(Size::Bytes(20 * GIB), None), None);
-        assert_eq!(within(Size::Bytes(23 * GIB), None), Some(45 * GIB / 2));
-        assert_eq!(within(Size::Percent(99.0), None), None);
-        assert_eq!(within(Size::Percent(100.0), None), Some(45 * GIB / 2));
-        // Both of them would not fit.
-        assert_eq!(within(Size::Bytes(20 * GIB), Some(Size::Percent(50.0))), Some(20 * GIB));
-        assert_eq!(within(Size::Bytes(19 * GIB), Some(Size::Percent(50.0))), None);
+        assert!(!fits(Size::Bytes(20 * GIB), None) && fits(Size::Bytes(23 * GIB), None));
+        assert!(!fits(Size::Percent(99.0), None) && fits(Size::Percent(100.0), None));
+        // Both of them together would not fit.
+        let dram = Some(Size::Percent(50.0));
+        assert!(!fits(Size::Bytes(19 * GIB), dram) && fits(Size::Bytes(20 * GIB), dram));
     }
 
     #[test]
