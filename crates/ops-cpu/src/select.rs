@@ -340,9 +340,11 @@ fn within<S: Simd>(s: S, keys: &[u32], low: u32, end: Option<u32>, to: &mut [u32
     for chunk in chunks {
         let beyond = end.map_or(0, |end| s.at_least(chunk, end));
         let mask = s.at_least(chunk, low) & !beyond;
-        if let Some(to) = to[count..].first_chunk_mut() {
-            s.compress(chunk, mask, to);
-        }
+        s.compress(
+            chunk,
+            mask,
+            to[count..].first_chunk_mut().expect("room for a vector after what was kept"),
+        );
         count += mask.count_ones() as usize;
     }
     for &key in last.iter().filter(|key| is_within(**key)) {

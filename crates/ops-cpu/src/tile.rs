@@ -250,7 +250,7 @@ impl Fetch for FetchNothing {
 }
 
 /// Where the vectors of a right operand are.
-pub trait Place: Copy {
+pub trait Operand: Copy {
     /// The one of step `step`.
     ///
     /// # Safety
@@ -259,7 +259,7 @@ pub trait Place: Copy {
 }
 
 /// Each in one piece.
-impl Place for *const u8 {
+impl Operand for *const u8 {
     #[inline(always)]
     unsafe fn load<S: Simd, E: Element>(self, s: S, step: usize, stride: usize) -> E::Right<S> {
         // SAFETY: the caller's promise.
@@ -268,7 +268,7 @@ impl Place for *const u8 {
 }
 
 /// Each in two halves.
-impl Place for [*const u8; 2] {
+impl Operand for [*const u8; 2] {
     #[inline(always)]
     unsafe fn load<S: Simd, E: Element>(self, s: S, step: usize, stride: usize) -> E::Right<S> {
         // SAFETY: the caller's promise.
@@ -282,7 +282,7 @@ impl Place for [*const u8; 2] {
 /// # Safety
 /// All of that is readable.
 #[inline(always)]
-pub unsafe fn accumulate<S: Simd, E: Element, P: Place, F: Fetch, const R: usize, const N: usize>(
+pub unsafe fn accumulate<S: Simd, E: Element, P: Operand, F: Fetch, const R: usize, const N: usize>(
     s: S,
     acc: &mut [[S::V; N]; R],
     left: *const E::Left,

@@ -82,7 +82,15 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// A bit for each integer that is at least `least`, the lowest for the first.
     fn at_least(self, keys: &[u32; LANES], least: u32) -> u16;
     /// Writes the integers with a bit in `mask`, in order, and after them anything.
-    fn compress(self, keys: &[u32; LANES], mask: u16, to: &mut [u32; LANES]);
+    #[inline(always)]
+    fn compress(self, keys: &[u32; LANES], mask: u16, to: &mut [u32; LANES]) {
+        let mut count = 0;
+        for (i, &key) in keys.iter().enumerate() {
+            // Never beyond the end: as many were kept as came before, at most.
+            to[count] = key;
+            count += usize::from(mask >> i & 1);
+        }
+    }
     /// Largest lane.
     fn reduce_max(self, v: Self::V) -> f32;
     /// Sum of the lanes, always in the same order.

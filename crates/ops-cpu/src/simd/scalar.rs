@@ -127,16 +127,6 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn compress(self, keys: &[u32; LANES], mask: u16, to: &mut [u32; LANES]) {
-        let mut count = 0;
-        for (i, &key) in keys.iter().enumerate() {
-            // Never beyond the end: as many were kept as came before, at most.
-            to[count] = key;
-            count += usize::from(mask >> i & 1);
-        }
-    }
-
-    #[inline(always)]
     fn reduce_max(self, v: Self::V) -> f32 {
         v.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
