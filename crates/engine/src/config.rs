@@ -30,6 +30,12 @@ pub struct Config {
     pub prefix_cache: bool,
     /// The HBM tier, where the device has one apart from DRAM.
     pub tier: Option<TierShare>,
+    /// How prompts go through the layers.
+    pub prefill: Prefill,
+    /// Who takes part in a step.
+    pub admission: Admission,
+    /// A request that others were preferred to this often goes first.
+    pub max_skips: u32,
     /// When requests that attend sparsely are checked; `None` never.
     pub guard: Option<GuardRule>,
     /// Where KV depends on the length of the prompt (dynamic NTK scaling beyond the original context): a prompt longer
@@ -38,6 +44,39 @@ pub struct Config {
     /// Tokens of a prompt that are shared as a whole or not at all, a multiple of `page_tokens`: more than these where digests lie
     /// with blocks before the last token that they depend on.
     pub shared_together: usize,
+}
+
+/// How the tokens of a prompt go through the layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Prefill {
+    /// Chunk after chunk, each through all layers.
+    Chunked,
+    /// Layer after layer, each for the whole prompt (SparseServe's layer-segmented prefill).
+    Segmented(Segments),
+}
+
+/// Bounds of layer-segmented prefill.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segments {
+    /// Layers of the model.
+    pub layers: usize,
+    /// Prompts that are on their way at a time, at most.
+    pub prompts: usize,
+    /// Tokens whose hidden states are kept between steps, of all of these together.
+    pub hidden_rows: usize,
+}
+
+/// Who takes part in a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Admission {
+    /// Whoever has a seat.
+    Slots,
+    /// As many as the HBM tier has room for: what each needs is estimated from what it selected in so many steps
+    /// (SparseServe's working-set-aware batch size control). In unified memory as with slots.
+    WorkingSet {
+        /// Steps.
+        steps: usize,
+    },
 }
 
 /// What the engine divides of an HBM tier.

@@ -42,7 +42,7 @@ mod shares;
 #[cfg(test)]
 mod tests;
 
-pub use config::{Config, ConfigError, TierShare};
+pub use config::{Admission, Config, ConfigError, Prefill, Segments, TierShare};
 pub use engine::{Engine, Event};
 pub use guard::{DOUBLINGS_MAX, GuardAction, GuardRule};
 pub use handle::{Handle, OnBroken, abort_process, spawn};

@@ -41,6 +41,9 @@ fn serve_with_a_broken_runner() {
         prefix_cache: true,
         tier: None,
         prefix_limit: None,
+        prefill: sparseserve_engine::Prefill::Chunked,
+        admission: sparseserve_engine::Admission::Slots,
+        max_skips: 16,
         guard: None,
         shared_together: 8,
     };

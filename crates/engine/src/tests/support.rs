@@ -32,6 +32,9 @@ pub fn config(num_blocks: usize) -> Config {
         prefix_cache: true,
         tier: None,
         prefix_limit: None,
+        prefill: crate::Prefill::Chunked,
+        admission: crate::Admission::Slots,
+        max_skips: 16,
         guard: None,
         shared_together: 8,
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use engine::{Config, Handle, Metrics, ModelRunner, REPLAY_ROWS, TierShare};
+use engine::{Admission, Config, Handle, Metrics, ModelRunner, Prefill, REPLAY_ROWS, TierShare};
 use indicatif::{ProgressBar, ProgressStyle};
 use model::{Checkpoint, DeviceKv, KvSpec, Limits, Model, ModelConfig, Rope, Source, Workspace};
 use ops::places::Places;
@@ -297,6 +297,9 @@ impl<B: Backend> Prepared<B> {
                 rule: settings.quota_rule,
                 digest_places: tier.digest_places,
             }),
+            prefill: Prefill::Chunked,
+            admission: Admission::Slots,
+            max_skips: 16,
             guard: settings
                 .sparse
                 .guard

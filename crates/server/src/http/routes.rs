@@ -172,6 +172,9 @@ mod tests {
             prefix_cache: false,
             tier: None,
             prefix_limit: None,
+            prefill: engine::Prefill::Chunked,
+            admission: engine::Admission::Slots,
+            max_skips: 16,
             guard: None,
             shared_together: 16,
         };

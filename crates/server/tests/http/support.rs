@@ -119,6 +119,9 @@ pub async fn start(options: Options) -> Server {
         prefix_cache: true,
         tier: None,
         prefix_limit: None,
+        prefill: engine::Prefill::Chunked,
+        admission: engine::Admission::Slots,
+        max_skips: 16,
         guard: None,
         shared_together: 16,
     };
