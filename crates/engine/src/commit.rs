@@ -20,6 +20,7 @@ impl<R: Runner> Engine<R> {
             sequence.counted = counters;
             let of_answer = part.positions.start >= sequence.prompt_len;
             self.shares.observe(seat, &counters, held, of_answer);
+            sequence.working_set = self.runner.working_set(seat);
         }
     }
 
@@ -40,10 +41,21 @@ impl<R: Runner> Engine<R> {
         }
     }
 
+    /// Notes which prompts have been through all layers.
+    fn land(&mut self) {
+        let layers = self.flights.layers();
+        for &owner in &self.rows.owners {
+            let sequence = &mut self.running[owner];
+            let landed = sequence.flight.take_if(|flight| flight.has_landed(layers));
+            self.flights.end(landed);
+        }
+    }
+
     /// Notes the KV that was written, appends the drawn tokens, and decides who has ended.
     pub(crate) fn commit(&mut self) {
         self.count_pages();
         self.guard();
+        self.land();
         for part in &self.rows.parts {
             let sequence = &mut self.running[part.owner];
             let sampled = &self.output.sampled[part.samples.clone()];

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::engine::Engine;
 use crate::run::Runner;
-use crate::sequence::Outcome;
+use crate::sequence::{Outcome, Sequence};
 
 impl<R: Runner> Engine<R> {
     /// Sends what the step brought, and lets go of the sequences that have ended or that nobody listens to: their blocks
@@ -21,9 +21,12 @@ impl<R: Runner> Engine<R> {
                 }
             }
             if let Some(outcome) = sequence.outcome.take() {
+                self.flights.end(sequence.flight.take());
                 sequence.close(outcome, &mut self.kv, now, &self.metrics);
             }
         }
         self.running.retain(|sequence| !sequence.is_closed());
+        // Who was admitted came last.
+        self.running.sort_unstable_by_key(Sequence::rank);
     }
 }

@@ -10,6 +10,7 @@ use ops::sample::{SampleOutput, SampleRow, Sampled};
 
 use crate::config::Config;
 use crate::digest_room::DigestRoom;
+use crate::flights::Flights;
 use crate::kinds::Kinds;
 use crate::metrics::Metrics;
 use crate::request::{FinishReason, RequestId};
@@ -17,6 +18,7 @@ use crate::rows::StepRows;
 use crate::run::Runner;
 use crate::sequence::{Outcome, Sequence, Submission};
 use crate::shares::Shares;
+use crate::turns::Turns;
 
 /// All that can happen to an engine from outside.
 pub enum Event {
@@ -34,13 +36,14 @@ pub enum Event {
 
 /// Requests, KV and the step. One thread owns it.
 ///
-/// Invariant: requests run in order of arrival. `running` is sorted by arrival and everything in `waiting` arrived
-/// later than everything in `running`, so the oldest request is never preempted and always makes progress.
+/// Invariant: `running` and `waiting` are sorted by rank: who was passed over too often, then by priority, then by arrival. Blocks go
+/// to the first in rank, so it is never preempted and always makes progress.
 ///
 /// What is bounded: running and waiting requests, rows and samples of a step, blocks, and the bytes of all of these;
 /// they follow from [`Config`]. Log-probabilities of a prompt are held until they are complete, `1 + max_logprobs`
-/// entries per token. The wait of a request is not bounded in time, only in order: those before it run first, and when
-/// blocks run out it may be preempted again and again until they have ended.
+/// entries per token. Waits are bounded in steps and in order: a running request takes part in a step at least once in
+/// `max_skips + max_num_seqs`, and who waits is passed over `max_skips` times at most; when blocks run out it may be preempted again
+/// and again until those before it have ended.
 pub struct Engine<R> {
     pub(crate) config: Config,
     pub(crate) runner: R,
@@ -52,6 +55,10 @@ pub struct Engine<R> {
     pub(crate) shares: Shares,
     /// What digests take of it.
     pub(crate) digest_room: DigestRoom,
+    /// Whose turn it is.
+    pub(crate) turns: Turns,
+    /// Prompts that go layer by layer.
+    pub(crate) flights: Flights,
     /// Who may go on from whose answers.
     kinds: Kinds,
     /// What this step runs.
@@ -86,6 +93,8 @@ impl<R: Runner> Engine<R> {
             ),
             shares: Shares::new(&config),
             digest_room: DigestRoom::new(config.tier.map(|tier| tier.digest_places), config.num_blocks),
+            turns: Turns::new(&config),
+            flights: Flights::new(&config),
             kinds: Kinds::new(),
             waiting: VecDeque::with_capacity(config.max_waiting + config.max_num_seqs),
             running: Vec::with_capacity(config.max_num_seqs),
@@ -167,7 +176,7 @@ impl<R: Runner> Engine<R> {
                 &self.metrics,
             );
         } else {
-            self.waiting.push_back(sequence);
+            self.queue(sequence);
         }
     }
 
@@ -179,6 +188,7 @@ impl<R: Runner> Engine<R> {
             at.and_then(|at| self.waiting.remove(at))
         };
         if let Some(mut sequence) = sequence {
+            self.flights.end(sequence.flight.take());
             sequence.close(outcome, &mut self.kv, now, &self.metrics);
         }
     }
@@ -188,6 +198,7 @@ impl<R: Runner> Engine<R> {
         self.stopped = true;
         for mut sequence in self.running.drain(..).chain(self.waiting.drain(..)) {
             let outcome = Outcome::Failed("the server is shutting down".into());
+            self.flights.end(sequence.flight.take());
             sequence.close(outcome, &mut self.kv, now, &self.metrics);
         }
     }
@@ -211,17 +222,16 @@ impl<R: Runner> Engine<R> {
         let parked = self.waiting.iter().filter(|s| s.parked);
         self.kv.check(self.running.iter().chain(parked).map(|s| &s.kv));
         assert!(self.running.len() <= self.config.max_num_seqs, "running requests are bounded");
-        let order = self.running.iter().chain(&self.waiting).map(|s| s.arrival);
-        assert!(order.is_sorted(), "requests run in order of arrival");
+        assert!(self.running.is_sorted_by_key(|s| s.rank()), "running requests are in order of rank");
+        assert!(self.waiting.iter().is_sorted_by_key(|s| s.rank()), "waiting requests are in order of rank");
+        self.flights.check(self.running.iter().filter_map(|s| s.flight.as_ref()));
         for sequence in &self.waiting {
             assert!(
                 sequence.parked || sequence.kv.blocks().is_empty(),
                 "who waits holds no blocks, unless it is parked"
             );
-            assert!(sequence.kv.seat().is_none(), "who waits has no seat");
+            assert!(sequence.kv.seat().is_none() && sequence.flight.is_none(), "who waits has no seat");
         }
-        let parked: Vec<bool> = self.waiting.iter().map(|s| s.parked).collect();
-        assert!(parked.is_sorted_by(|a, b| a >= b), "who is parked waits in front");
         for sequence in &self.running {
             assert!(sequence.num_uncomputed() > 0, "who runs has something to run");
             assert!(sequence.outcome.is_none(), "who has ended does not run");

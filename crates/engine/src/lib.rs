@@ -22,11 +22,13 @@
 //! tokens could leak, so the process stops with a dump.
 #![forbid(unsafe_code)]
 
+mod admit;
 mod commit;
 mod config;
 mod digest_room;
 mod emit;
 mod engine;
+mod flights;
 mod guard;
 mod handle;
 mod kinds;
@@ -38,6 +40,7 @@ mod run;
 mod schedule;
 mod sequence;
 mod shares;
+mod turns;
 
 #[cfg(test)]
 mod tests;

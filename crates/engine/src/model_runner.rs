@@ -7,7 +7,7 @@ use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow, Sampled};
 use ops::tally::{Overlap, RowTally};
 use ops::tier::TierState;
-use ops::{Backend, Batch, BlockIndex, SeatIndex};
+use ops::{Backend, BlockIndex, SeatIndex, Step};
 
 use crate::Runner;
 use crate::run::recycle;
@@ -51,10 +51,10 @@ impl<B: Backend> Runner for ModelRunner<B> {
     /// prompt would otherwise need a row of the vocabulary for each of its tokens.
     ///
     /// # Panics
-    /// When the rows of `samples` do not ascend, or the batch exceeds the limits of the workspace.
+    /// When the rows of `samples` do not ascend, or the step exceeds the limits of the workspace.
     fn run(
         &mut self,
-        batch: &Batch,
+        step: &Step,
         samples: &[SampleRow],
         inspections: &mut Inspections,
         out: &mut SampleOutput,
@@ -64,13 +64,24 @@ impl<B: Backend> Runner for ModelRunner<B> {
         self.logit_rows.extend(samples.iter().map(|s| s.row as u32));
         self.logit_rows.dedup();
         let ModelRunner { backend, model, workspace, kv, logit_rows, .. } = self;
-        model.forward(backend, workspace, kv, batch, logit_rows, inspections);
+        let num_rows = step.batch.num_rows() as u32;
+        let of_batch = logit_rows.partition_point(|&row| row < num_rows);
+        let (of_batch, of_prompts) = logit_rows.split_at(of_batch);
+        model.forward(backend, workspace, kv, step, of_batch, inspections);
 
+        let rows_max = workspace.limits().logits_rows_max;
         let mut chunk_samples = recycle(std::mem::take(&mut self.chunk_samples));
         let mut rest = samples;
-        for (index, rows) in logit_rows.chunks(workspace.limits().logits_rows_max).enumerate() {
-            let start = index * workspace.limits().logits_rows_max;
-            let logits = model.logits(backend, workspace, start..start + rows.len());
+        let batch_chunks = of_batch.chunks(rows_max).map(|rows| (rows, true));
+        let mut done = 0;
+        for (rows, in_batch) in batch_chunks.chain(of_prompts.chunks(rows_max).map(|rows| (rows, false))) {
+            let logits = if in_batch {
+                model.logits(backend, workspace, done..done + rows.len())
+            } else {
+                let first = (rows[0] - num_rows) as usize;
+                model.logits_of_prompts(backend, workspace, step, first..first + rows.len())
+            };
+            done += rows.len();
             let in_chunk =
                 rest.iter().take_while(|s| rows.last().is_some_and(|&last| s.row as u32 <= last)).count();
             let (chunk, after) = rest.split_at(in_chunk);
@@ -140,7 +151,7 @@ mod tests {
     use model::{KvSpec, Limits, Source, kv_geometry};
     use ops::reference::Reference;
     use ops::sample::SamplingParams;
-    use ops::{DType, SequenceRows};
+    use ops::{Batch, DType, SequenceRows};
 
     use super::*;
     use crate::TokenLogprobs;
@@ -161,7 +172,14 @@ mod tests {
         let mut backend = Reference::default();
         let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo-model");
         let model = Model::load(&mut backend, &Source::Directory(demo), None, &mut |_, _| {}).unwrap();
-        let limits = Limits { rows_max: 128, logits_rows_max, sequences_max: 2, context_max: 128 };
+        let limits = Limits {
+            rows_max: 128,
+            logits_rows_max,
+            sequences_max: 2,
+            context_max: 128,
+            tile_rows: 0,
+            hidden_rows: 0,
+        };
         let workspace = Workspace::new(&mut backend, model.config(), limits).unwrap();
         let geometry = kv_geometry(model.config(), PAGE_TOKENS, DType::F32);
         let kv = DeviceKv::new(&mut backend, &KvSpec::dense(geometry, 16)).unwrap();
@@ -198,7 +216,7 @@ mod tests {
             methods: &[],
         };
         let mut out = SampleOutput::default();
-        runner.run(&batch, samples, &mut Inspections::default(), &mut out);
+        runner.run(&Step::of(batch), samples, &mut Inspections::default(), &mut out);
         out
     }
 

@@ -33,6 +33,8 @@ pub struct Request {
     /// its own answer is left to later ones. Dense answers are shared in any case. `None` computes such KV again, densely, and keeps
     /// its own to itself.
     pub reuse: Option<Budget>,
+    /// Requests of lower numbers are preferred to those of higher ones, until these were passed over too often.
+    pub priority: i32,
 }
 
 /// A sparse method with the budget of one request.

@@ -4,20 +4,21 @@ use ops::coverage::Inspections;
 use ops::places::DigestState;
 use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow};
-use ops::tally::{Overlap, RowTally};
+use ops::tally::{Overlap, RowTally, WorkingSet};
 use ops::tier::TierState;
-use ops::{Batch, BlockIndex, SeatIndex};
+use ops::{BlockIndex, SeatIndex, Step};
 
 use crate::engine::Engine;
 
 /// Runs the rows of a step through a model. The engine knows nothing else of models and devices, so tests put a
 /// recorder here and the simulator a cost model.
 pub trait Runner {
-    /// Runs `batch`, writing its KV, and draws one token per entry of `samples` (whose `row` is a row of the batch)
-    /// into `out`, in order, after clearing it. Those rows ascend. Adds what `inspections` ask for to what they found.
+    /// Runs `step`, writing its KV, and draws one token per entry of `samples` into `out`, in order, after clearing it. Their rows
+    /// ascend: `row` is one of the batch, or comes after those, one for each of the prompts that are
+    /// [completed](Step::completed), in order. Adds what `inspections` ask for to what they found.
     fn run(
         &mut self,
-        batch: &Batch,
+        step: &Step,
         samples: &[SampleRow],
         inspections: &mut Inspections,
         out: &mut SampleOutput,
@@ -54,6 +55,11 @@ pub trait Runner {
         0
     }
 
+    /// What `seat` selected in its last steps; nothing where no layer selects.
+    fn working_set(&self, _seat: SeatIndex) -> WorkingSet {
+        WorkingSet::default()
+    }
+
     /// How much of each selection the next one repeated, since the start.
     fn overlap(&self) -> Overlap {
         Overlap::default()
@@ -77,6 +83,7 @@ impl<R: Runner> Engine<R> {
     /// Runs the scheduled rows and samples where a sequence asks for it.
     pub(crate) fn run(&mut self) {
         self.leave_seats();
+        self.rows.land(self.flights.layers());
         let mut samples = recycle(std::mem::take(&mut self.samples));
         for part in &mut self.rows.parts {
             let start = samples.len();
@@ -85,7 +92,7 @@ impl<R: Runner> Engine<R> {
             part.samples = start..samples.len();
         }
         let mut inspections = std::mem::take(&mut self.rows.inspections);
-        self.runner.run(&self.rows.batch(), &samples, &mut inspections, &mut self.output);
+        self.runner.run(&self.rows.step(), &samples, &mut inspections, &mut self.output);
         assert_eq!(
             inspections.found.len(),
             inspections.asked.len(),

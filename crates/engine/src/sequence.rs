@@ -6,8 +6,10 @@ use std::time::Duration;
 use kv::KvCache;
 use ops::residency::SeatCounters;
 use ops::sample::{SampleRow, Sampled, SamplingParams};
+use ops::tally::WorkingSet;
 
 use crate::config::{Config, kv_tokens_max};
+use crate::flights::Flight;
 use crate::guard::Guard;
 use crate::handle::QueuePlace;
 use crate::kinds::Kinds;
@@ -90,8 +92,26 @@ pub(crate) struct Sequence {
     pub(crate) guard: Guard,
     /// Whether it waits with its blocks, for a place in HBM.
     pub(crate) parked: bool,
-    /// Extents of cache frames that it may hold per layer.
+    /// Lower ones come first.
+    pub(crate) priority: i32,
+    /// How often others were preferred to it since it last took part in a step.
+    pub(crate) skips: u32,
+    /// Whether that was too often: then it comes before all others, for good.
+    pub(crate) promoted: bool,
+    /// Whether it takes part in the step at hand, and did in the one before.
+    pub(crate) takes_part: bool,
+    pub(crate) took_part: bool,
+    /// How far its prompt has come, if that goes layer by layer.
+    pub(crate) flight: Option<Flight>,
+    /// While it waits: whether it needs nothing but its turn, and since when there is no place for it among those that go layer by
+    /// layer.
+    pub(crate) awaits_turn: bool,
+    pub(crate) no_place_since: Option<u64>,
+    /// What it selected in its last steps.
+    pub(crate) working_set: WorkingSet,
+    /// Extents of cache frames that it may hold per layer, and those of the layer in which its prompt is.
     pub(crate) quota: u32,
+    pub(crate) layer_extents: u32,
     /// What became of its pages, and what of that was counted since it took its seat.
     pub(crate) pages: PageUse,
     pub(crate) counted: SeatCounters,
@@ -118,7 +138,7 @@ impl Sequence {
     /// Allocates all that the sequence needs until it ends, except for log-probabilities.
     pub(crate) fn new(submission: Submission, arrival: u64, config: &Config, kinds: &mut Kinds) -> Self {
         let Submission { id, request, outlet, submitted, place } = submission;
-        let Request { prompt: mut tokens, sampling, stopping, logprobs, prompt_logprobs, sparse, reuse } =
+        let Request { prompt: mut tokens, sampling, stopping, logprobs, prompt_logprobs, sparse, reuse, priority } =
             request;
         let prompt_len = tokens.len();
         let max_tokens = stopping.max_tokens as usize;
@@ -149,7 +169,17 @@ impl Sequence {
             attended: Attended::default(),
             guard: Guard::default(),
             parked: false,
+            priority,
+            skips: 0,
+            promoted: false,
+            takes_part: false,
+            took_part: false,
+            flight: None,
+            awaits_turn: false,
+            no_place_since: None,
+            working_set: WorkingSet::default(),
             quota: 0,
+            layer_extents: 0,
             pages: PageUse::default(),
             counted: SeatCounters::default(),
             outcome: None,
@@ -173,6 +203,21 @@ impl Sequence {
 
     pub(crate) fn num_uncomputed(&self) -> usize {
         self.tokens.len() - self.kv.num_tokens()
+    }
+
+    /// Tokens of its prompt that are not computed yet.
+    pub(crate) fn prompt_left(&self) -> usize {
+        self.prompt_len.saturating_sub(self.kv.num_tokens())
+    }
+
+    /// Whether what is left of its prompt can go layer by layer: log-probabilities need every row of the last layer.
+    pub(crate) fn flies(&self) -> bool {
+        self.prompt_left() > 1 && self.prompt_logprobs.is_none()
+    }
+
+    /// Its place among all requests: who comes first is lower.
+    pub(crate) fn rank(&self) -> (bool, i32, u64) {
+        (!self.promoted, self.priority, self.arrival)
     }
 
     /// The method of the token at `position`, if it is one of the answer, with the budget that the guard leaves it.
@@ -209,18 +254,23 @@ impl Sequence {
         kv.suspend(&mut self.kv);
         self.num_preemptions += 1;
         self.parked = false;
-        self.quota = 0;
-        self.counted = SeatCounters::default();
         tracing::debug!(request = self.id.0, tokens = self.tokens.len(), "preempted");
         (self.admit_when_available, self.admit_when_places) = (0, 0);
+        self.leaves_seat();
     }
 
     pub(crate) fn park(&mut self, kv: &mut KvCache) {
         kv.park(&mut self.kv);
         self.parked = true;
+        self.leaves_seat();
+        tracing::debug!(request = self.id.0, tokens = self.tokens.len(), "parked");
+    }
+
+    fn leaves_seat(&mut self) {
+        assert!(self.flight.is_none(), "a prompt that goes layer by layer keeps its seat");
         self.quota = 0;
         self.counted = SeatCounters::default();
-        tracing::debug!(request = self.id.0, tokens = self.tokens.len(), "parked");
+        (self.took_part, self.working_set) = (false, WorkingSet::default());
     }
 
     /// Appends what is to be sampled after rows `first_row..` that run the tokens at `positions`; returns whether the
@@ -296,6 +346,7 @@ impl Sequence {
 
     /// Ends the sequence: its blocks are released and its client gets the last update.
     pub(crate) fn close(&mut self, outcome: Outcome, kv: &mut KvCache, now: Duration, metrics: &Metrics) {
+        assert!(self.flight.is_none(), "a flight ends before its request");
         kv.hand_on(&mut self.kv, &self.tokens);
         kv.free(&mut self.kv);
         self.place = None;

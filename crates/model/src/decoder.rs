@@ -4,7 +4,7 @@ use std::mem::swap;
 use std::ops::Range;
 
 use ops::coverage::Inspections;
-use ops::{Backend, Batch, DType};
+use ops::{Backend, Batch, DType, Step};
 
 use crate::{DeviceKv, ModelConfig, Rope, Workspace};
 
@@ -50,95 +50,123 @@ impl<B: Backend> Model<B> {
         self.rope.prefix_limit()
     }
 
-    /// Runs `batch` through all layers, writing its KV and digests, and keeps the final hidden states of `logit_rows`, rows of the
-    /// batch in ascending order, for [`Model::logits`]. A row that `inspections` ask for is one of these.
+    /// Runs `step`: the prompts that go layer by layer, then the batch through all layers, writing their KV and digests. Keeps the final
+    /// hidden states of `logit_rows`, rows of the batch in ascending order, for [`Model::logits`], and those of prompts that are
+    /// complete for [`Model::logits_of_prompts`]. A row that `inspections` ask for is one of `logit_rows`.
     ///
     /// # Panics
-    /// When the batch exceeds the limits of `workspace`, where each run of consecutive `logit_rows` within a sequence
+    /// When the step exceeds the limits of `workspace`, where each run of consecutive `logit_rows` within a sequence
     /// counts as one.
     pub fn forward(
         &self,
         backend: &mut B,
         workspace: &mut Workspace<B>,
         kv: &mut DeviceKv<B>,
-        batch: &Batch,
+        step: &Step,
         logit_rows: &[u32],
         inspections: &mut Inspections,
     ) {
         assert!(logit_rows.is_sorted_by(|a, b| a < b), "rows for logits ascend");
+        kv.begin(backend, step, &mut workspace.placed);
+        for segment in step.segments {
+            self.run_segment(backend, workspace, kv, step, segment);
+        }
+        let batch = &step.batch;
+        if batch.num_rows() == 0 {
+            return;
+        }
+        self.rotations(backend, workspace, batch);
+        backend.embed(&mut workspace.residual, &self.embed, batch.tokens);
+        for index in 0..self.layers.len() {
+            self.layer(backend, workspace, kv, index, batch, logit_rows, inspections);
+        }
+        backend.rms_norm(&mut workspace.normed, &workspace.residual, &self.norm, self.config.rms_norm_eps);
+    }
+
+    /// Sets the rotation angles of the rows of `batch`.
+    pub(crate) fn rotations(&self, backend: &mut B, workspace: &mut Workspace<B>, batch: &Batch) {
+        let Workspace { angles, inv_freq, frequency_sets, .. } = workspace;
+        self.rope.frequencies(batch, inv_freq, frequency_sets);
+        backend.rope_angles(angles, batch.positions, inv_freq, frequency_sets, self.rope.scale());
+    }
+
+    /// Runs `batch`, whose residual rows and angles are those of the workspace, through layer `index`. In the last one all KV is
+    /// written, and only `logit_rows` go on: they are the residual rows then, where there are any.
+    pub(crate) fn layer(
+        &self,
+        backend: &mut B,
+        workspace: &mut Workspace<B>,
+        kv: &mut DeviceKv<B>,
+        index: usize,
+        batch: &Batch,
+        logit_rows: &[u32],
+        inspections: &mut Inspections,
+    ) {
+        let layer = &self.layers[index];
         let Workspace { residual, normed, qkv, qkv_selected, angles, attention, gate_up, activated, .. } =
             workspace;
         let (heads, eps) = (self.config.heads, self.config.rms_norm_eps);
 
-        self.rope.frequencies(batch, &mut workspace.inv_freq, &mut workspace.frequency_sets);
-        let (inv_freq, sets) = (&workspace.inv_freq, &workspace.frequency_sets);
-        backend.rope_angles(angles, batch.positions, inv_freq, sets, self.rope.scale());
-        backend.embed(residual, &self.embed, batch.tokens);
-
-        kv.begin(backend, batch);
-        for (index, layer) in self.layers.iter().enumerate() {
-            backend.rms_norm(normed, residual, &layer.input_norm, eps);
-            backend.linear_forward(qkv, normed, &layer.qkv);
-            let qk_norm = layer.qk_norm.as_ref().map(|(q, k)| (q, k, eps));
-            backend.append(&mut kv.pages, index, qkv, heads, qk_norm, angles, batch);
-            // A window bounds what is read already.
-            let window = self.config.windows[index];
-            if window.is_none() {
-                kv.digest(backend, index, batch);
-            }
-            backend.save(&mut kv.pages, index, batch);
-
-            // All KV is written; from here on only the rows whose logits somebody wants matter.
-            let narrow = index + 1 == self.layers.len() && logit_rows.len() < batch.num_rows();
-            if narrow && logit_rows.is_empty() {
-                return;
-            }
-            let rows = if narrow {
-                backend.select_rows(qkv_selected, qkv, logit_rows);
-                swap(qkv, qkv_selected);
-                backend.select_rows(normed, residual, logit_rows);
-                swap(residual, normed);
-                workspace.selected.select(batch, logit_rows)
-            } else {
-                *batch
-            };
-
-            let selection = match &mut kv.selection {
-                Some(selection) if window.is_none() && rows.sparse_rows().next().is_some() => {
-                    backend.score(selection, &kv.digests, &kv.pages, index, qkv, heads, &rows);
-                    backend.select(selection, &kv.digests, index, heads, &rows);
-                    if let Some(player) = &mut kv.player {
-                        player.play(backend, selection, index, &rows);
-                    }
-                    if let Some(recorder) = &mut kv.recorder {
-                        recorder.record(backend, selection, index, &rows);
-                    }
-                    backend.tally(&mut kv.pages, index, &rows, selection);
-                    Some(&*selection)
-                }
-                _ => None,
-            };
-            let waves = backend.resolve(&mut kv.pages, index, heads, window, &rows, selection);
-            for wave in 0..waves {
-                backend.gather(&mut kv.pages, wave);
-                backend.attend(attention, None, &kv.pages, index, qkv, heads, window, &rows, selection, wave);
-            }
-            if let Some(selection) = selection
-                && inspections.asked.iter().any(|i| i.layer as usize == index)
-            {
-                backend.cover(inspections, &mut kv.pages, index, qkv, heads, &rows, selection);
-            }
-            if kv.tiered && window.is_none() {
-                workspace.warm_start.run(backend, kv, index, qkv, heads, &rows);
-            }
-            backend.linear_add(residual, attention, &layer.output);
-
-            backend.rms_norm(normed, residual, &layer.post_attention_norm, eps);
-            backend.linear_forward(gate_up, normed, &layer.gate_up);
-            backend.swiglu(activated, gate_up);
-            backend.linear_add(residual, activated, &layer.down);
+        backend.rms_norm(normed, residual, &layer.input_norm, eps);
+        backend.linear_forward(qkv, normed, &layer.qkv);
+        let qk_norm = layer.qk_norm.as_ref().map(|(q, k)| (q, k, eps));
+        backend.append(&mut kv.pages, index, qkv, heads, qk_norm, angles, batch);
+        // A window bounds what is read already.
+        let window = self.config.windows[index];
+        if window.is_none() {
+            kv.digest(backend, index, batch);
         }
-        backend.rms_norm(normed, residual, &self.norm, eps);
+        backend.save(&mut kv.pages, index, batch);
+
+        // All KV is written; from here on only the rows whose logits somebody wants matter.
+        let narrow = index + 1 == self.layers.len() && logit_rows.len() < batch.num_rows();
+        if narrow && logit_rows.is_empty() {
+            return;
+        }
+        let rows = if narrow {
+            backend.select_rows(qkv_selected, qkv, logit_rows);
+            swap(qkv, qkv_selected);
+            backend.select_rows(normed, residual, logit_rows);
+            swap(residual, normed);
+            workspace.selected.select(batch, logit_rows)
+        } else {
+            *batch
+        };
+
+        let selection = match &mut kv.selection {
+            Some(selection) if window.is_none() && rows.sparse_rows().next().is_some() => {
+                backend.score(selection, &kv.digests, &kv.pages, index, qkv, heads, &rows);
+                backend.select(selection, &kv.digests, index, heads, &rows);
+                if let Some(player) = &mut kv.player {
+                    player.play(backend, selection, index, &rows);
+                }
+                if let Some(recorder) = &mut kv.recorder {
+                    recorder.record(backend, selection, index, &rows);
+                }
+                backend.tally(&mut kv.pages, index, &rows, selection);
+                Some(&*selection)
+            }
+            _ => None,
+        };
+        let waves = backend.resolve(&mut kv.pages, index, heads, window, &rows, selection);
+        for wave in 0..waves {
+            backend.gather(&mut kv.pages, wave);
+            backend.attend(attention, None, &kv.pages, index, qkv, heads, window, &rows, selection, wave);
+        }
+        if let Some(selection) = selection
+            && inspections.asked.iter().any(|i| i.layer as usize == index)
+        {
+            backend.cover(inspections, &mut kv.pages, index, qkv, heads, &rows, selection);
+        }
+        if kv.tiered && window.is_none() {
+            workspace.warm_start.run(backend, kv, index, qkv, heads, &rows);
+        }
+        backend.linear_add(residual, attention, &layer.output);
+
+        backend.rms_norm(normed, residual, &layer.post_attention_norm, eps);
+        backend.linear_forward(gate_up, normed, &layer.gate_up);
+        backend.swiglu(activated, gate_up);
+        backend.linear_add(residual, activated, &layer.down);
     }
 
     /// Logits `[rows, vocab]` of the given range of the last [`Model::forward`]'s `logit_rows`.

@@ -5,7 +5,7 @@ use ops::residency::SeatCounters;
 use ops::sparse::{DigestSpec, SelectionLimits};
 use ops::tally::{Overlap, RowTally};
 use ops::tier::{TierSpec, TierState};
-use ops::{Backend, BlockIndex, Gate, KvGeometry, SeatIndex};
+use ops::{Backend, Batch, BlockIndex, Gate, KvGeometry, SeatIndex, SequenceRows, Step};
 use sparse::trace::{Player, Recorder};
 
 use crate::Error;
@@ -19,6 +19,7 @@ pub struct DeviceKv<B: Backend> {
     /// Whether HBM is a tier apart.
     pub(crate) tiered: bool,
     pub(crate) page_tokens: usize,
+    num_layers: usize,
     /// Where selections are recorded, if they are.
     pub(crate) recorder: Option<Recorder>,
     /// What is selected instead, if anything is.
@@ -85,6 +86,7 @@ impl<B: Backend> DeviceKv<B> {
             selection,
             tiered: tier.is_some(),
             page_tokens: geometry.page_tokens,
+            num_layers: geometry.num_layers,
             recorder: None,
             player: None,
         })
@@ -140,12 +142,31 @@ impl<B: Backend> DeviceKv<B> {
         &mut self.pages
     }
 
-    /// Begins a step of `batch`: quotas of frames, and digests in HBM.
-    pub(crate) fn begin(&mut self, backend: &mut B, batch: &ops::Batch) {
-        backend.balance(&mut self.pages, batch);
-        for digests in &mut self.digests {
-            backend.place_digests(digests, batch);
+    /// Begins a step: quotas of frames, and digests in HBM. `placed` is memory for its sequences.
+    pub(crate) fn begin(&mut self, backend: &mut B, step: &Step, placed: &mut Vec<SequenceRows>) {
+        for &(seat, extents) in step.resting {
+            for layer in 0..self.num_layers {
+                self.grant(backend, seat, layer, extents);
+            }
         }
+        backend.balance(&mut self.pages, &step.batch);
+        placed.clear();
+        placed.extend_from_slice(step.batch.sequences);
+        placed.extend(step.prompts().map(|segment| segment.sequence.clone()));
+        let placed = Batch { sequences: placed, ..step.batch };
+        for digests in &mut self.digests {
+            backend.place_digests(digests, &placed);
+        }
+    }
+
+    /// Gives `seat` so many extents of cache frames in `layer`: see [`Backend::grant`].
+    pub(crate) fn grant(&mut self, backend: &mut B, seat: SeatIndex, layer: usize, extents: u32) {
+        backend.grant(&mut self.pages, seat, layer, extents as usize);
+    }
+
+    /// Starts to fetch what the sequences of `batch` have in DRAM of `layer`: see [`Backend::fetch_ahead`].
+    pub(crate) fn fetch_ahead(&mut self, backend: &mut B, layer: usize, batch: &Batch) {
+        backend.fetch_ahead(&mut self.pages, layer, batch);
     }
 
     /// Writes what HBM alone has of `seat` to its blocks in `table`: see [`Backend::park`].
@@ -163,7 +184,7 @@ impl<B: Backend> DeviceKv<B> {
     }
 
     /// Makes the digests of the contexts of `batch`, whose pages were filled: for benches.
-    pub fn digest(&mut self, backend: &mut B, layer: usize, batch: &ops::Batch) {
+    pub fn digest(&mut self, backend: &mut B, layer: usize, batch: &Batch) {
         for digests in &mut self.digests {
             backend.digest(digests, &mut self.pages, layer, batch);
         }

@@ -2,7 +2,7 @@
 //!
 //! In the order in which they are used: a [`Source`] holds the files of a checkpoint, [`ModelConfig`] is what its
 //! `config.json` says after everything in it was checked, a [`Checkpoint`] finds tensors, [`Model::load`] packs them
-//! for a backend, and [`Model::forward`] runs a batch.
+//! for a backend, and [`Model::forward`] runs a step.
 //!
 //! Invariant: whatever the files of a checkpoint hold, reading them ends in a model or in an [`Error`] of one line.
 //! Nothing here panics because of them, and no allocation is larger than the files justify.
@@ -19,6 +19,7 @@ mod load;
 mod mmap;
 mod plan;
 mod rope;
+mod segments;
 mod source;
 mod warm;
 mod weights;

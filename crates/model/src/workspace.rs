@@ -1,6 +1,6 @@
 //! The activations of a step.
 
-use ops::{Backend, Batch, SequenceRows};
+use ops::{Backend, Batch, SequenceRows, Tensor};
 
 use crate::warm::WarmStart;
 use crate::{Error, ModelConfig, Rope};
@@ -16,6 +16,10 @@ pub struct Limits {
     pub sequences_max: usize,
     /// Tokens of a context.
     pub context_max: usize,
+    /// Tokens of a prompt that go through a layer at once, where prompts go layer by layer; at most `rows_max`.
+    pub tile_rows: usize,
+    /// Tokens of such prompts whose hidden states are kept, of all of them together; 0 where none do.
+    pub hidden_rows: usize,
 }
 
 impl Limits {
@@ -23,7 +27,8 @@ impl Limits {
     pub fn activation_bytes(&self, config: &ModelConfig) -> u64 {
         let widths = activation_cols(config);
         let values = self.rows_max as u64 * widths.per_row as u64
-            + self.logits_rows_max as u64 * widths.per_logits_row as u64;
+            + self.logits_rows_max as u64 * widths.per_logits_row as u64
+            + self.hidden_rows as u64 * config.hidden_size as u64;
         values * size_of::<f32>() as u64
     }
 }
@@ -60,6 +65,8 @@ pub struct Workspace<B: Backend> {
     pub(crate) gate_up: B::Tensor,
     /// `[rows, intermediate]`.
     pub(crate) activated: B::Tensor,
+    /// `[hidden rows, hidden]`: the residual rows of prompts between two layers.
+    pub(crate) hidden: B::Tensor,
     /// `[logits rows, hidden]`.
     pub(crate) logits_input: B::Tensor,
     /// `[logits rows, vocab]`.
@@ -67,6 +74,10 @@ pub struct Workspace<B: Backend> {
     /// RoPE frequencies of the batch, and the set of them that each row uses.
     pub(crate) inv_freq: Vec<f32>,
     pub(crate) frequency_sets: Vec<u32>,
+    /// The sequences of a step.
+    pub(crate) placed: Vec<SequenceRows>,
+    /// Positions of a tile.
+    pub(crate) tile_positions: Vec<u32>,
     pub(crate) selected: SelectedRows,
     pub(crate) warm_start: WarmStart,
     /// Of a chunk of logits.
@@ -81,7 +92,8 @@ impl<B: Backend> Workspace<B> {
     /// # Errors
     /// Out of memory.
     pub fn new(backend: &mut B, config: &ModelConfig, limits: Limits) -> Result<Self, Error> {
-        let Limits { rows_max, logits_rows_max, sequences_max, context_max } = limits;
+        let Limits { rows_max, logits_rows_max, sequences_max, context_max, tile_rows, hidden_rows } = limits;
+        assert!(tile_rows <= rows_max && (hidden_rows == 0 || tile_rows > 0), "a tile is part of a step");
         let (hidden, intermediate, heads) = (config.hidden_size, config.intermediate_size, config.heads);
         let cols_max =
             [hidden, heads.qkv_cols(), 2 * intermediate, config.vocab_size].into_iter().fold(0, usize::max);
@@ -95,10 +107,17 @@ impl<B: Backend> Workspace<B> {
             attention: backend.tensor(rows_max, heads.q_cols())?,
             gate_up: backend.tensor(rows_max, 2 * intermediate)?,
             activated: backend.tensor(rows_max, intermediate)?,
+            hidden: {
+                let mut hidden = backend.tensor(hidden_rows, hidden)?;
+                hidden.set_rows(hidden_rows);
+                hidden
+            },
             logits_input: backend.tensor(logits_rows_max, hidden)?,
             logits: backend.tensor(logits_rows_max, config.vocab_size)?,
             inv_freq: Vec::with_capacity(Rope::new(&config.rope).inv_freq_len_max(rows_max)),
             frequency_sets: Vec::with_capacity(rows_max),
+            placed: Vec::with_capacity(sequences_max),
+            tile_positions: Vec::with_capacity(tile_rows),
             selected: SelectedRows::with_capacity(rows_max, sequences_max),
             warm_start: WarmStart::new(sequences_max),
             chunk_rows: Vec::with_capacity(logits_rows_max),

@@ -140,3 +140,56 @@ impl<'a> Batch<'a> {
         assert_eq!(next_row as usize, self.tokens.len(), "every row belongs to a sequence");
     }
 }
+
+/// Tokens of a prompt on their way through some layers; they took those before in earlier steps, and will take the others in later
+/// ones. Within a layer they go tile by tile, and what comes out is kept in a store of hidden states (SparseServe's layer-segmented
+/// prefill).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// The sequence. Its rows are these tokens alone, from row 0 on; its block table is a range of the batch's, its method one of
+    /// the batch's. Its quota is what stays of a layer once that is done.
+    pub sequence: SequenceRows,
+    /// Layers, ascending. Several only where the tokens are all that the prompt has left.
+    pub layers: std::ops::Range<u32>,
+    /// Whether the tokens are the last of the prompt: then they end their layers.
+    pub ends: bool,
+    /// First position of the prompt that was not known at the start: a layer begins there.
+    pub start: u32,
+    /// The tokens, as a range of [`Step::prompt_tokens`].
+    pub tokens: std::ops::Range<u32>,
+    /// Row of the store of hidden states that is `start`'s.
+    pub hidden: u32,
+    /// Extents of cache frames for the KV of a layer while the prompt is in it, where the device has an HBM tier of its own.
+    pub extents: u32,
+}
+
+/// All work of one step.
+#[derive(Clone, Copy, Debug)]
+pub struct Step<'a> {
+    /// Rows that run through all layers.
+    pub batch: Batch<'a>,
+    /// Prompts that go layer by layer; the segments of one prompt follow one another.
+    pub segments: &'a [Segment],
+    /// Tokens of segments.
+    pub prompt_tokens: &'a [u32],
+    /// Seats that take no part in the step, with the extents of cache frames that each may keep per layer.
+    pub resting: &'a [(SeatIndex, u32)],
+}
+
+impl<'a> Step<'a> {
+    /// A step of `batch` alone.
+    pub const fn of(batch: Batch<'a>) -> Self {
+        Step { batch, segments: &[], prompt_tokens: &[], resting: &[] }
+    }
+
+    /// Segments after which a prompt of `layers` layers is complete: the hidden state of its last token is that of the model.
+    pub fn completed(self, layers: usize) -> impl Iterator<Item = &'a Segment> {
+        self.segments.iter().filter(move |s| s.ends && s.layers.end as usize == layers)
+    }
+
+    /// One segment of each prompt that goes layer by layer.
+    pub fn prompts(self) -> impl Iterator<Item = &'a Segment> {
+        let seat = |i: usize| self.segments[i].sequence.seat;
+        (0..self.segments.len()).filter(move |&i| i == 0 || seat(i) != seat(i - 1)).map(move |i| &self.segments[i])
+    }
+}

@@ -30,7 +30,7 @@ pub mod tally;
 pub mod tier;
 
 pub use backend::{Backend, DeviceInfo, Error, Tensor, WeightView};
-pub use batch::{Batch, SequenceRows, SparseRow};
+pub use batch::{Batch, Segment, SequenceRows, SparseRow, Step};
 pub use dtype::DType;
 pub use gate::Gate;
 pub use page::{BlockIndex, HeadShape, KvGeometry, PAGE_TOKENS_ALLOWED, SPLIT_TOKENS};

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use ops::coverage::Inspections;
-use ops::{Backend, Batch, BlockIndex, DType, SequenceRows};
+use ops::{Backend, Batch, BlockIndex, DType, SequenceRows, Step};
 use sparseserve_model::{DeviceKv, KvSpec, Limits, Model, Source, Workspace, kv_geometry};
 
 const PAGE_TOKENS: usize = 16;
@@ -32,7 +32,7 @@ pub struct Sequence<'a, B: Backend> {
 
 impl<'a, B: Backend> Sequence<'a, B> {
     pub fn new(backend: &'a mut B, model: &'a Model<B>, prompt_len: usize, context_max: usize) -> Self {
-        let limits = Limits { rows_max: context_max, logits_rows_max: 5, sequences_max: 8, context_max };
+        let limits = Limits { rows_max: context_max, logits_rows_max: 5, sequences_max: 8, context_max, tile_rows: 0, hidden_rows: 0 };
         let workspace = Workspace::new(backend, model.config(), limits).unwrap();
         let geometry = kv_geometry(model.config(), PAGE_TOKENS, model.dtype());
         let num_blocks = geometry.blocks(context_max);
@@ -68,7 +68,7 @@ impl<'a, B: Backend> Sequence<'a, B> {
             self.backend,
             &mut self.workspace,
             &mut self.kv,
-            &batch,
+            &Step::of(batch),
             rows,
             &mut Inspections::default(),
         );

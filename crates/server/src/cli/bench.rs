@@ -13,7 +13,7 @@ use ops::residency::{EXTENT_FRAMES, SeatCounters};
 use ops::sample::{SampleOutput, SampleRow, SamplingParams};
 use ops::sparse::{Attention, DigestLayout, Method, Score};
 use ops::tally::Overlap;
-use ops::{Backend, Batch, BlockIndex, DType, KvGeometry, Random, SeatIndex, SequenceRows};
+use ops::{Backend, Batch, BlockIndex, DType, KvGeometry, Random, SeatIndex, SequenceRows, Step};
 use ops_cpu::bench::{Bound, Options, Row};
 use ops_cpu::ceiling::Ceiling;
 use ops_cpu::{CpuOptions, Pool};
@@ -448,7 +448,7 @@ impl Work {
             };
             let samples: Vec<SampleRow> = (0..self.batch).map(|row| greedy(row, &params)).collect();
             let start = Instant::now();
-            runner.run(&batch, &samples, &mut Inspections::default(), &mut out);
+            runner.run(&Step::of(batch), &samples, &mut Inspections::default(), &mut out);
             let seconds = start.elapsed().as_secs_f64();
             tokens.iter_mut().zip(&out.sampled).for_each(|(token, sampled)| *token = sampled.token);
             for want in &self.wants {
@@ -516,7 +516,7 @@ impl Work {
                 done += rows;
                 let samples: Vec<SampleRow> =
                     (done == tokens).then(|| greedy(rows - 1, &params)).into_iter().collect();
-                runner.run(&batch, &samples, &mut Inspections::default(), &mut out);
+                runner.run(&Step::of(batch), &samples, &mut Inspections::default(), &mut out);
             }
             let seconds = start.elapsed().as_secs_f64();
             let after = limits.seconds(self.weight_bytes, operations);

@@ -199,6 +199,8 @@ impl<B: Backend> Prepared<B> {
             logits_rows_max: rows_max.min(LOGITS_ROWS),
             sequences_max: settings.max_num_seqs,
             context_max: max_context,
+            tile_rows: 0,
+            hidden_rows: 0,
         };
         let geometry = model::kv_geometry(&config, settings.page_tokens, dtype);
         let served = &settings.sparse.served;
