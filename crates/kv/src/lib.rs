@@ -12,6 +12,7 @@
 //! * `sequence.rs`: the block table of one sequence.
 //! * `cache.rs`: the verbs above, which move blocks between the three.
 //! * `quota.rs`: who may hold how much of the HBM tier.
+//! * `needs.rs`: who takes part in a step, by what each needs of it; `thrash.rs`: how many at most, where that was wrong.
 //! * `cache_study/`: caches of pages offline, to compare eviction rules.
 //!
 //! Invariant: a hit compares tokens, not only hashes, so no collision can hand one prompt's KV to another.
@@ -26,15 +27,21 @@
 
 mod cache;
 pub mod cache_study;
+mod needs;
 mod pool;
 mod prefix;
 mod quota;
 mod sequence;
+mod thrash;
 
 #[cfg(test)]
 mod cache_fuzz;
+#[cfg(test)]
+mod needs_fuzz;
 
 pub use cache::{KvCache, OutOfBlocks};
+pub use needs::{Candidate, admit, extents_needed};
 pub use pool::Counts;
 pub use quota::{QuotaRule, Quotas, Want};
 pub use sequence::Sequence;
+pub use thrash::Thrash;

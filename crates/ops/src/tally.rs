@@ -30,6 +30,21 @@ pub struct RowTally {
     pub selections: u32,
 }
 
+/// Steps over which a working set is counted, unless somebody says otherwise: SparseServe found that more add little to what the next
+/// step finds again.
+pub const WORKING_SET_STEPS: usize = 12;
+
+/// The pages that a sequence selected in its last steps, counted in a sample of its layers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WorkingSet {
+    /// Pages of which a slot was selected in the last steps, each of a (layer, KV head) by itself, over the sampled layers.
+    pub pages: u64,
+    /// Sampled layers in which the sequence selected anything meanwhile.
+    pub layers: u32,
+    /// Steps that ran rows of its answer since its seat was last released, at most as many as are looked at.
+    pub steps: u32,
+}
+
 /// Words of a bitmap of the pages of a context.
 pub const fn page_words(limits: &SelectionLimits) -> usize {
     limits.context_max.div_ceil(64 * limits.page_tokens)
