@@ -68,7 +68,9 @@ impl<R: Runner> Engine<R> {
         let (mut at, mut aside, mut failed) = (0, Aside::default(), 0);
         while at < self.waiting.len() && failed < LOOK_AHEAD {
             let single = self.waiting[at].parked && self.waiting[at].num_uncomputed() == 1;
-            if self.running.len() + aside.seats >= self.config.max_num_seqs || (budget.tokens() == 0 && !single) {
+            if self.running.len() + aside.seats >= self.config.max_num_seqs
+                || (budget.tokens() == 0 && !single)
+            {
                 return;
             }
             let tried = self.try_to_admit(at, aside, budget, now);
@@ -124,7 +126,7 @@ impl<R: Runner> Engine<R> {
             return Tried::NoRoom;
         }
         let need = self.shares.need(sequence);
-        if !self.turns.admits(need, &self.config) && !sequence.promoted && !self.running.is_empty() {
+        if !self.turns.admits(need) && !sequence.promoted && !self.running.is_empty() {
             return Tried::NoHbm;
         }
         // Log-probabilities of a prompt need every row of it.
@@ -176,7 +178,7 @@ impl<R: Runner> Engine<R> {
         sequence.admit(cached_tokens, now, &self.metrics);
         let overtaken = |other: &&mut Sequence| other.arrival < sequence.arrival && !other.awaits_turn;
         self.waiting.iter_mut().filter(overtaken).for_each(|other| other.skips += 1);
-        self.turns.add(self.running.len(), need);
+        self.turns.add(need);
         self.running.push(sequence);
         Tried::Admitted
     }

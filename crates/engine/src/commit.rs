@@ -1,5 +1,7 @@
 //! The third verb of a step: what was computed becomes state.
 
+use std::time::Duration;
+
 use crate::engine::Engine;
 use crate::request::FinishReason;
 use crate::run::Runner;
@@ -11,6 +13,7 @@ impl<R: Runner> Engine<R> {
         let Some(state) = self.runner.tier_state() else { return };
         let stall_nanos = state.stall_nanos - self.stall_nanos;
         self.stall_nanos = state.stall_nanos;
+        self.waited = Duration::from_nanos(stall_nanos);
         for part in &self.rows.parts {
             let sequence = &mut self.running[part.owner];
             let seat = sequence.kv.seat().expect("who runs has a seat");

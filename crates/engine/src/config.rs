@@ -141,6 +141,20 @@ impl Config {
                 self.shared_together, self.page_tokens
             )));
         }
+        if let Prefill::Segmented(Segments { layers, prompts, hidden_rows }) = self.prefill {
+            if layers == 0 || prompts == 0 || self.tier.is_some_and(|tier| tier.layers != layers) {
+                return Err(ConfigError(format!("{prompts} prompts that go through {layers} layers")));
+            }
+            if hidden_rows < self.max_context {
+                return Err(ConfigError(format!(
+                    "hidden states of {hidden_rows} tokens are kept and the longest prompt has {}",
+                    self.max_context
+                )));
+            }
+        }
+        if self.admission == (Admission::WorkingSet { steps: 0 }) || self.max_skips == 0 {
+            return Err(ConfigError("working_set_steps and max_skips must be at least 1".into()));
+        }
         let largest = [
             (self.max_context, 1, "max_context"),
             (self.num_blocks, 1, "num_blocks"),

@@ -69,6 +69,8 @@ pub struct Engine<R> {
     pub(crate) output: SampleOutput,
     /// Time that steps waited for pages, up to the last one.
     pub(crate) stall_nanos: u64,
+    /// The same of the last step alone.
+    pub(crate) waited: Duration,
     num_arrived: u64,
     draining: bool,
     stopped: bool,
@@ -105,6 +107,7 @@ impl<R: Runner> Engine<R> {
                 top: Vec::with_capacity(rows_max * config.max_logprobs as usize),
             },
             stall_nanos: 0,
+            waited: Duration::ZERO,
             num_arrived: 0,
             draining: false,
             stopped: false,
@@ -146,6 +149,7 @@ impl<R: Runner> Engine<R> {
         self.run();
         let ran = clock();
         self.commit();
+        self.turns.observe(self.waited, ran - scheduled, &self.running);
         let committed = clock();
         self.emit(committed);
         self.leave_seats();
@@ -205,6 +209,7 @@ impl<R: Runner> Engine<R> {
 
     fn observe(&self) {
         let (waiting, running) = (self.waiting.len(), self.running.len());
+        self.metrics.flights(self.flights.count());
         self.metrics.observe(waiting, running, self.kv.counts(), self.kv.num_evictions());
         if let Some(state) = self.runner.tier_state() {
             let (lent, reclaimed) = self.shares.lent();
@@ -235,6 +240,8 @@ impl<R: Runner> Engine<R> {
         for sequence in &self.running {
             assert!(sequence.num_uncomputed() > 0, "who runs has something to run");
             assert!(sequence.outcome.is_none(), "who has ended does not run");
+            let skips_max = self.config.max_skips as usize + self.config.max_num_seqs;
+            assert!(sequence.skips as usize <= skips_max, "nobody rests for more than {skips_max} steps");
         }
     }
 

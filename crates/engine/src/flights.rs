@@ -175,7 +175,10 @@ impl Flights {
             (count, long) = (count + 1, long + usize::from(!flight.is_short));
             assert!(self.used.contains(&flight.hidden), "a flight has its rows");
             assert!(flight.start < flight.end && flight.hidden.len() == flight.end - flight.start);
-            assert!(flight.layer < self.layers() && flight.tokens < flight.end - flight.start, "still on its way");
+            assert!(
+                flight.layer < self.layers() && flight.tokens < flight.end - flight.start,
+                "still on its way"
+            );
         }
         assert_eq!((count, long), (self.used.len(), self.long), "rows are those of flights");
         assert!(self.used.is_sorted_by(|a, b| a.end <= b.start), "nobody shares hidden rows");

@@ -76,6 +76,7 @@ const FRAME_STATES: [&str; 3] = ["empty", "resident", "pinned"];
 const GUARD_ACTION_NAMES: [&str; 2] = ["doubled", "dense"];
 const DRAM_STATES: [&str; 2] = ["used", "cached"];
 const DIGEST_STATES: [&str; 2] = ["empty", "held"];
+const WORKING_SET_LABELS: [&str; 2] = ["needed", "there"];
 const PHASES: [&str; 4] = ["schedule", "run", "commit", "emit"];
 
 const REQUESTS: MetricDoc = MetricDoc {
@@ -107,6 +108,42 @@ const PARKED: MetricDoc = MetricDoc {
     kind: MetricKind::Counter,
     labels: &[],
     help: "Times that a running request gave its place in HBM up for older ones and waited with its KV blocks.",
+};
+const PROMOTED: MetricDoc = MetricDoc {
+    name: "sparseserve_promoted_total",
+    kind: MetricKind::Counter,
+    labels: &[],
+    help: "Requests that others were preferred to --max-skips times, and that went first from then on.",
+};
+const RESTING: MetricDoc = MetricDoc {
+    name: "sparseserve_requests_resting",
+    kind: MetricKind::Gauge,
+    labels: &[],
+    help: "Running requests that took no part in the last step, because HBM had no room for their working sets.",
+};
+const RESTS: MetricDoc = MetricDoc {
+    name: "sparseserve_rests_total",
+    kind: MetricKind::Counter,
+    labels: &[],
+    help: "Steps in which a running request took no part, counted per request.",
+};
+const WORKING_SETS: MetricDoc = MetricDoc {
+    name: "sparseserve_hbm_working_set_extents",
+    kind: MetricKind::Gauge,
+    labels: &[("what", &WORKING_SET_LABELS)],
+    help: "Extents per layer: what all running requests need for their working sets, and what there is.",
+};
+const BATCH_LIMIT: MetricDoc = MetricDoc {
+    name: "sparseserve_batch_limit",
+    kind: MetricKind::Gauge,
+    labels: &[],
+    help: "Requests that may take part in a step, where steps waited too long for pages; 0 without a limit.",
+};
+const FLIGHTS: MetricDoc = MetricDoc {
+    name: "sparseserve_prompts_by_layer",
+    kind: MetricKind::Gauge,
+    labels: &[],
+    help: "Prompts that are on their way layer by layer.",
 };
 const PROMPT_TOKENS: MetricDoc = MetricDoc {
     name: "sparseserve_prompt_tokens_total",
@@ -300,12 +337,18 @@ const SAVING: MetricDoc = MetricDoc {
 };
 
 /// Every metric of the engine: the single source of registration and documentation.
-pub const METRICS: [MetricDoc; 36] = [
+pub const METRICS: [MetricDoc; 42] = [
     REQUESTS,
     WAITING,
     RUNNING,
     PREEMPTIONS,
     PARKED,
+    PROMOTED,
+    RESTING,
+    RESTS,
+    WORKING_SETS,
+    BATCH_LIMIT,
+    FLIGHTS,
     PROMPT_TOKENS,
     CACHED_TOKENS,
     GENERATION_TOKENS,
@@ -347,6 +390,13 @@ pub struct Metrics {
     running: IntGauge,
     preemptions: IntCounter,
     parked: IntCounter,
+    promoted: IntCounter,
+    resting: IntGauge,
+    rests: IntCounter,
+    /// As in `WORKING_SET_LABELS`.
+    working_sets: [IntGauge; 2],
+    batch_limit: IntGauge,
+    flights: IntGauge,
     prompt_tokens: IntCounter,
     cached_tokens: IntCounter,
     generation_tokens: IntCounter,
@@ -401,6 +451,12 @@ impl Metrics {
             running: gauge(registry, RUNNING)?,
             preemptions: counter(registry, PREEMPTIONS)?,
             parked: counter(registry, PARKED)?,
+            promoted: counter(registry, PROMOTED)?,
+            resting: gauge(registry, RESTING)?,
+            rests: counter(registry, RESTS)?,
+            working_sets: gauges(registry, WORKING_SETS)?,
+            batch_limit: gauge(registry, BATCH_LIMIT)?,
+            flights: gauge(registry, FLIGHTS)?,
             prompt_tokens: counter(registry, PROMPT_TOKENS)?,
             cached_tokens: counter(registry, CACHED_TOKENS)?,
             generation_tokens: counter(registry, GENERATION_TOKENS)?,
@@ -462,6 +518,26 @@ impl Metrics {
 
     pub(crate) fn parked(&self) {
         self.parked.inc();
+    }
+
+    /// A request that was passed over too often.
+    pub(crate) fn promoted(&self) {
+        self.promoted.inc();
+    }
+
+    /// Who takes part in a step by working sets: how many rest, and the extents per layer that all need, of how many; so many requests
+    /// may take part at most.
+    pub(crate) fn turns(&self, resting: usize, needed: u32, extents: u32, limit: usize) {
+        self.resting.set(resting as i64);
+        self.rests.inc_by(resting as u64);
+        self.working_sets[0].set(i64::from(needed));
+        self.working_sets[1].set(i64::from(extents));
+        self.batch_limit.set(if limit == usize::MAX { 0 } else { limit as i64 });
+    }
+
+    /// Prompts that go layer by layer.
+    pub(crate) fn flights(&self, count: usize) {
+        self.flights.set(count as i64);
     }
 
     pub(crate) fn first_token(&self, since_submission: Duration) {

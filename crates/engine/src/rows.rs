@@ -7,7 +7,7 @@ use ops::sparse::{Attention, Method};
 use ops::{Batch, BlockIndex, SeatIndex, Segment, SequenceRows, Step};
 
 use crate::config::{Config, Prefill};
-use crate::flights::{Leg, LEGS_MAX};
+use crate::flights::{LEGS_MAX, Leg};
 use crate::request::Sparse;
 use crate::sequence::Sequence;
 

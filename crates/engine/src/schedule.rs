@@ -40,7 +40,7 @@ impl<R: Runner> Engine<R> {
         assert!(works, "whenever there is work, some of it proceeds");
         // Before quotas: a seat that was left may have been taken again.
         self.leave_seats();
-        self.shares.divide(&self.turns, &mut self.running);
+        self.shares.divide(&self.turns.order, &mut self.running);
         self.rows.set_quotas(&self.running);
     }
 
@@ -50,7 +50,11 @@ impl<R: Runner> Engine<R> {
         sequence.takes_part = true;
         let left = sequence.num_uncomputed();
         let prompt_left = sequence.prompt_left();
-        if sequence.flies() && self.flights.is_on() && prompt_left > budget.tokens() && sequence.flight.is_none() {
+        if sequence.flies()
+            && self.flights.is_on()
+            && prompt_left > budget.tokens()
+            && sequence.flight.is_none()
+        {
             let first = sequence.kv.num_tokens();
             // Where there is no place it goes chunk by chunk.
             sequence.flight = self.flights.take_off(first..first + prompt_left);
@@ -115,7 +119,10 @@ impl<R: Runner> Engine<R> {
             if self.kv.reserve(&mut sequence.kv, sequence.tokens.len()).is_ok() {
                 at += 1;
             } else if !self.preempt_parked(0) {
-                assert!(self.running.len() > 1, "a lone request fits, that was checked when it was submitted");
+                assert!(
+                    self.running.len() > 1,
+                    "a lone request fits, that was checked when it was submitted"
+                );
                 self.preempt_last();
             }
         }

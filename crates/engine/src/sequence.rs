@@ -138,8 +138,16 @@ impl Sequence {
     /// Allocates all that the sequence needs until it ends, except for log-probabilities.
     pub(crate) fn new(submission: Submission, arrival: u64, config: &Config, kinds: &mut Kinds) -> Self {
         let Submission { id, request, outlet, submitted, place } = submission;
-        let Request { prompt: mut tokens, sampling, stopping, logprobs, prompt_logprobs, sparse, reuse, priority } =
-            request;
+        let Request {
+            prompt: mut tokens,
+            sampling,
+            stopping,
+            logprobs,
+            prompt_logprobs,
+            sparse,
+            reuse,
+            priority,
+        } = request;
         let prompt_len = tokens.len();
         let max_tokens = stopping.max_tokens as usize;
         tokens.reserve_exact(max_tokens);

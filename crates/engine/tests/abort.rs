@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use ops::Batch;
+use ops::Step;
 use ops::coverage::Inspections;
 use ops::sample::{SampleOutput, SampleRow, SamplingParams};
 use sparseserve_engine::{
@@ -15,7 +15,7 @@ const CHILD: &str = "SPARSESERVE_TEST_ABORT_CHILD";
 struct Broken;
 
 impl Runner for Broken {
-    fn run(&mut self, _: &Batch, _: &[SampleRow], _: &mut Inspections, out: &mut SampleOutput) {
+    fn run(&mut self, _: &Step, _: &[SampleRow], _: &mut Inspections, out: &mut SampleOutput) {
         out.clear();
     }
 }
@@ -57,6 +57,7 @@ fn serve_with_a_broken_runner() {
         logprobs: None,
         prompt_logprobs: None,
         reuse: None,
+        priority: 0,
         sparse: None,
     };
     handle.submit(request, Box::new(Nobody)).expect("the request fits");

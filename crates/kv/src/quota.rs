@@ -244,18 +244,19 @@ impl Quotas {
         self.lent -= curve.lent;
     }
 
-    /// Divides the extents among `wants`, in order of arrival: extents per layer of each, never more than there are.
+    /// Divides the extents among `wants`, in order of preference: extents per layer of each, never more than there are without `taken`
+    /// ones, which are promised already.
     ///
     /// Whoever comes first gets its mandatory frames first; one for whom they do not suffice gets none by right, for fewer
     /// serve no step whole, but may be lent what is left. Where all is shared, each gets everything.
-    pub fn divide(&mut self, wants: &[Want]) -> &[u32] {
+    pub fn divide(&mut self, wants: &[Want], taken: u32) -> &[u32] {
         self.granted.clear();
         self.levels.clear();
         if self.rule == QuotaRule::Shared {
             self.granted.resize(wants.len(), self.extents);
             return &self.granted;
         }
-        let mut spare = self.extents;
+        let mut spare = self.extents.saturating_sub(taken);
         for want in wants {
             let mandatory = want.mandatory.min(want.useful);
             let granted = if mandatory <= spare { mandatory } else { 0 };
@@ -393,7 +394,7 @@ mod tests {
         fn live(&mut self, quotas: &mut Quotas, wants: &[Want], needs: &[Needs], steps: usize) -> Vec<f32> {
             let mut half = vec![SeatCounters::default(); wants.len()];
             for step in 0..steps {
-                let granted = quotas.divide(wants).to_vec();
+                let granted = quotas.divide(wants, 0).to_vec();
                 let mut to = wants.iter().zip(&granted);
                 to.clone().for_each(|(w, g)| self.tables.shrink(w.seat, 0, *g as usize, &mut |_, _| {}));
                 to.by_ref().for_each(|(w, g)| self.tables.grow(w.seat, 0, *g as usize));
@@ -501,16 +502,16 @@ mod tests {
         let first = [want(0, 4, 400)];
         let mut cache = Cache::new(100);
         cache.live(&mut quotas, &first, &[NEVER_AGAIN], 100);
-        assert_eq!(quotas.divide(&first), [100]);
+        assert_eq!(quotas.divide(&first, 0), [100]);
         assert_eq!((quotas.lent(), quotas.reclaimed()), (96, 0));
         let both = [want(0, 4, 400), want(2, 50, 60)];
-        let granted = quotas.divide(&both).to_vec();
+        let granted = quotas.divide(&both, 0).to_vec();
         assert!(granted[1] >= 50, "mandatory frames come before lent ones: {granted:?}");
         let reclaimed = quotas.reclaimed();
         assert_eq!(reclaimed, u64::from(100 - granted[0]));
         // Who ends gives back of itself, and has nothing lent any more.
         quotas.release(SeatIndex(2));
-        assert_eq!(quotas.divide(&first), [100]);
+        assert_eq!(quotas.divide(&first, 0), [100]);
         quotas.release(SeatIndex(0));
         assert_eq!((quotas.lent(), quotas.reclaimed()), (0, reclaimed));
     }
@@ -529,9 +530,9 @@ mod tests {
     fn who_came_first_is_served_first_and_the_rest_streams() {
         let mut quotas = Quotas::new(QuotaRule::Fixed(0), 10, 1, 3);
         let wants = [want(0, 6, 100), want(1, 6, 100), want(2, 4, 100)];
-        assert_eq!(quotas.divide(&wants), [6, 0, 4]);
+        assert_eq!(quotas.divide(&wants, 0), [6, 0, 4]);
         let mut fixed = Quotas::new(QuotaRule::Fixed(4), 60, 1, 2);
-        assert_eq!(fixed.divide(&[want(0, 6, 20), want(1, 6, 100)]), [20, 30]);
+        assert_eq!(fixed.divide(&[want(0, 6, 20), want(1, 6, 100)], 0), [20, 30]);
     }
 
     /// By search: in each round the level that saves most of those that fit, of equal ones the first.
@@ -568,7 +569,7 @@ mod tests {
     #[test]
     fn where_all_is_shared_everybody_may_hold_everything() {
         let mut shared = Quotas::new(QuotaRule::Shared, 10, 1, 3);
-        assert_eq!(shared.divide(&[want(0, 6, 100), want(2, 1, 2)]), [10, 10]);
+        assert_eq!(shared.divide(&[want(0, 6, 100), want(2, 1, 2)], 0), [10, 10]);
         assert_eq!((shared.lent(), shared.reclaimed()), (0, 0));
     }
 
@@ -588,7 +589,7 @@ mod tests {
                 }
             }
             let expected = divide_naively(&quotas, &wants);
-            let granted = quotas.divide(&wants).to_vec();
+            let granted = quotas.divide(&wants, 0).to_vec();
             assert_eq!(granted, expected, "seed 5 round {round}: {wants:?}");
             let sum: u32 = granted.iter().sum();
             assert!(sum <= 64, "seed 5 round {round}: {granted:?} of {wants:?}");

@@ -334,6 +334,21 @@ pub trait Backend {
     /// `out` first.
     fn sample(&mut self, out: &mut SampleOutput, logits: &Self::Tensor, rows: &[SampleRow]);
 
+    /// TEMP
+    fn copy_rows(
+        &mut self,
+        _out: &mut Self::Tensor,
+        _at: usize,
+        _x: &Self::Tensor,
+        _rows: std::ops::Range<usize>,
+    ) {
+        unimplemented!()
+    }
+    /// TEMP
+    fn grant(&mut self, _kv: &mut Self::Kv, _seat: SeatIndex, _layer: usize, _extents: usize) {}
+    /// TEMP
+    fn fetch_ahead(&mut self, _kv: &mut Self::Kv, _layer: usize, _batch: &Batch) {}
+
     // ---- the HBM tier, between steps -----------------------------------------------------------------------------
 
     /// Forgets what HBM holds for `seat`, once everything that it was saving is in DRAM.

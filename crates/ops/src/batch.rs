@@ -190,6 +190,8 @@ impl<'a> Step<'a> {
     /// One segment of each prompt that goes layer by layer.
     pub fn prompts(self) -> impl Iterator<Item = &'a Segment> {
         let seat = |i: usize| self.segments[i].sequence.seat;
-        (0..self.segments.len()).filter(move |&i| i == 0 || seat(i) != seat(i - 1)).map(move |i| &self.segments[i])
+        (0..self.segments.len())
+            .filter(move |&i| i == 0 || seat(i) != seat(i - 1))
+            .map(move |i| &self.segments[i])
     }
 }

@@ -87,8 +87,14 @@ fn load_with(folder: PathBuf, dtype: DType, threads: usize, policies: &[String],
     let source = Source::Directory(folder);
     let mut backend = CpuBackend::new(CpuOptions { threads: Some(threads), isa: None }).expect("a backend");
     let model = Model::load(&mut backend, &source, Some(dtype), &mut |_, _| {}).expect("a model");
-    let limits =
-        Limits { rows_max: ROWS_MAX, logits_rows_max: 2, sequences_max: SEQUENCES, context_max: CONTEXT, tile_rows: 0, hidden_rows: 0 };
+    let limits = Limits {
+        rows_max: ROWS_MAX,
+        logits_rows_max: 2,
+        sequences_max: SEQUENCES,
+        context_max: CONTEXT,
+        tile_rows: 0,
+        hidden_rows: 0,
+    };
     let workspace = Workspace::new(&mut backend, model.config(), limits).expect("memory");
     let geometry = kv_geometry(model.config(), PAGE_TOKENS, model.dtype());
     let num_blocks = SEQUENCES * geometry.blocks(CONTEXT);
@@ -223,7 +229,8 @@ impl Step {
             });
         }
         let batch = Batch { tokens, positions, sequences, block_tables: tables, methods: &device.methods };
-        let info = allocation_counter::measure(|| device.runner.run(&Step::of(batch), &samples, inspections, out));
+        let info =
+            allocation_counter::measure(|| device.runner.run(&Step::of(batch), &samples, inspections, out));
         for (fed, sampled) in fed.iter_mut().zip(&out.sampled) {
             let top = &out.top[sampled.top.start as usize..sampled.top.end as usize];
             let bits = top.iter().map(|&(token, logprob)| (token, logprob.to_bits())).collect();

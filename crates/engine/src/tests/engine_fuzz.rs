@@ -7,7 +7,7 @@ use sparse::Budget;
 
 use super::fake_runner::{Fault, Kv, Prediction, expected, expected_prompt_logprobs};
 use super::support::{Bench, Listener, config, prompt, request, sparse};
-use crate::config::{Config, TierShare};
+use crate::config::{Admission, Config, Prefill, Segments, TierShare};
 use crate::engine::Event;
 use crate::guard::GuardRule;
 use crate::request::{FinishReason, Request, RequestId, TokenLogprobs, Update};
@@ -39,6 +39,11 @@ struct Seen {
     taken_over: usize,
     preemptions: u32,
     parked: f64,
+    /// Steps in which somebody rested, and requests that went first because others were preferred to them too often.
+    rests: f64,
+    promoted: f64,
+    /// Tokens that went through the layers one by one, counted per layer.
+    by_layer: usize,
     evictions: f64,
     /// Of guards: checks, doubled budgets, and requests that attended to everything in the end.
     guarded: [f64; 3],
@@ -78,6 +83,15 @@ fn random_config(random: &mut Random) -> Config {
         rule: [QuotaRule::Adaptive, QuotaRule::Fixed(2), QuotaRule::Shared][random.below(3)],
         digest_places: longest + random.below(4) / 3 * random.below(60),
     });
+    if random.below(2) == 0 {
+        let (prompts, layers) = (1 + random.below(4), 2);
+        let hidden_rows = config.max_context + random.below(3) * config.max_inject_tokens;
+        config.prefill = Prefill::Segmented(Segments { layers, prompts, hidden_rows });
+    }
+    if random.below(2) == 0 {
+        config.admission = Admission::WorkingSet { steps: 1 + random.below(20) };
+    }
+    config.max_skips = [1, 4, 16][random.below(3)];
     config
 }
 
@@ -105,6 +119,7 @@ fn random_request(random: &mut Random, config: &Config, live: &[Live]) -> Reques
     let longest = if config.tier.is_some() { 150 } else { 50 };
     let mut request = request(tokens, random.below(longest) as u32);
     request.sampling.seed = random.below(3) as u64;
+    request.priority = [0, 0, 0, -1, 5][random.below(5)];
     request.stopping.end_tokens = (0..random.below(3)).map(|_| random.below(48) as u32).collect();
     request.stopping.min_tokens = random.below(8) as u32;
     // Who attends sparsely has digests, for which an HBM tier must have room.
@@ -301,6 +316,11 @@ fn fuzz(seed: u64, num_ops: usize, fault: Option<Fault>) -> Seen {
     }
     seen.evictions = bench.metric("sparseserve_kv_block_evictions_total", None);
     seen.parked = bench.metric("sparseserve_parked_total", None);
+    seen.rests = bench.metric("sparseserve_rests_total", None);
+    seen.promoted = bench.metric("sparseserve_promoted_total", None);
+    seen.by_layer = bench.engine.runner.work;
+    let work_max = (config.max_inject_tokens + config.max_num_seqs) * bench.engine.runner.layers;
+    assert!(bench.engine.runner.work_max <= work_max, "the work of a step is bounded");
     let actions = "sparseserve_guard_actions_total";
     seen.guarded = [
         bench.metric("sparseserve_guard_attention_mass", None),
@@ -318,7 +338,7 @@ fn cancel(bench: &mut Bench, live: &mut [Live], id: RequestId, event: Event) {
 #[test]
 fn answers_do_not_depend_on_what_else_runs() {
     let mut total = Seen::default();
-    for seed in 0..120 * ops::conformance::seed_factor() {
+    for seed in 0..200 * ops::conformance::seed_factor() {
         let seen = fuzz(seed, 600, None);
         total.answers += seen.answers;
         total.cached_tokens += seen.cached_tokens;
@@ -326,13 +346,17 @@ fn answers_do_not_depend_on_what_else_runs() {
         total.preemptions += seen.preemptions;
         total.evictions += seen.evictions;
         total.parked += seen.parked;
+        total.rests += seen.rests;
+        total.promoted += seen.promoted;
+        total.by_layer += seen.by_layer;
         total.guarded.iter_mut().zip(seen.guarded).for_each(|(sum, n)| *sum += n);
     }
     println!("{total:?}");
     assert!(total.answers > 5000, "{total:?}");
     assert!(total.cached_tokens > 1000 && total.preemptions > 100 && total.evictions > 1000.0, "{total:?}");
     assert!(total.taken_over > 300, "{total:?}");
-    assert!(total.parked > 10.0, "{total:?}");
+    assert!(total.parked > 10.0 && total.rests > 100.0 && total.promoted > 100.0, "{total:?}");
+    assert!(total.by_layer > 10_000, "{total:?}");
     assert!(total.guarded.iter().all(|&n| n > 100.0), "{total:?}");
 }
 

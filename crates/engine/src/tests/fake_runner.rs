@@ -7,8 +7,9 @@ use ops::coverage::{Coverage, Inspections};
 use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow, Sampled};
 use ops::sparse::Attention;
+use ops::tally::WorkingSet;
 use ops::tier::TierState;
-use ops::{Batch, BlockIndex, Random, SeatIndex, SequenceRows};
+use ops::{Batch, BlockIndex, Random, SeatIndex, Segment, SequenceRows, Step};
 
 use super::fake_tier::FakeTier;
 use crate::guard::GuardRule;
@@ -244,6 +245,14 @@ pub struct FakeRunner {
     /// What is in each slot of each block; `None` before it is first written.
     kv: Vec<Option<Kv>>,
     context: Vec<Kv>,
+    /// Layers of the model, where prompts go layer by layer.
+    pub layers: usize,
+    /// The store of hidden states: whose token is in a row, and through how many layers it has been.
+    hidden: Vec<(SeatIndex, u32, usize)>,
+    /// Tokens that went through layers one by one, counted per layer.
+    pub work: usize,
+    /// Most work of a step.
+    pub work_max: usize,
     /// Rows of each sequence in the last step, as (first position, rows).
     pub last_step: Vec<(u32, usize)>,
     pub num_steps: usize,
@@ -259,6 +268,10 @@ impl FakeRunner {
             page_tokens,
             kv: vec![None; num_blocks * page_tokens],
             context: Vec::with_capacity(num_blocks * page_tokens),
+            layers: 1,
+            hidden: Vec::new(),
+            work: 0,
+            work_max: 0,
             last_step: Vec::with_capacity(64),
             num_steps: 0,
             sparse_rows_max: 0,
@@ -276,23 +289,71 @@ fn sparse_of(batch: &Batch, sequence: &SequenceRows) -> Option<Sparse> {
     }
 }
 
+impl FakeRunner {
+    /// Prompts that go layer by layer: each token goes through all layers, one after the other, and what it left in the store is there.
+    fn run_segments(&mut self, step: &Step) {
+        let before = self.work;
+        for segment in step.segments {
+            let Segment { sequence, layers, ends, start, tokens, hidden, .. } = segment;
+            let tokens = &step.prompt_tokens[tokens.start as usize..tokens.end as usize];
+            assert_eq!(tokens.len(), sequence.num_rows(), "a token for each row");
+            assert!(!tokens.contains(&PANIC_TOKEN), "the fake model was asked to panic");
+            assert!(
+                layers.len() == 1 || sequence.first_position == *start && *ends,
+                "a layer comes before the next"
+            );
+            assert!(
+                !*ends || sequence.context_tokens() == sequence.prompt_len as usize,
+                "the last of the prompt"
+            );
+            self.work += tokens.len() * layers.len();
+            for (i, &token) in tokens.iter().enumerate() {
+                let position = sequence.first_position as usize + i;
+                let row = *hidden as usize + position - *start as usize;
+                self.hidden.resize(self.hidden.len().max(row + 1), (SeatIndex(0), 0, 0));
+                for layer in layers.clone() {
+                    let there = (sequence.seat, token, layer as usize);
+                    assert!(layer == 0 || self.hidden[row] == there, "what came out of the layer before");
+                    self.hidden[row] = (sequence.seat, token, layer as usize + 1);
+                }
+                if layers.end as usize == self.layers {
+                    let slot = step.batch.block_table(sequence)[position / self.page_tokens].at()
+                        * self.page_tokens
+                        + position % self.page_tokens;
+                    match &mut self.tier {
+                        Some(tier) => tier.write(sequence, position, (token, 0)),
+                        None if self.kv[slot].is_none() || self.fault != Some(Fault::LosesWrites) => {
+                            self.kv[slot] = Some((token, 0));
+                        }
+                        None => {}
+                    }
+                }
+            }
+        }
+        self.work_max = self.work_max.max(self.work - before + step.batch.num_rows() * self.layers);
+    }
+}
+
 impl Runner for FakeRunner {
     fn run(
         &mut self,
-        batch: &Batch,
+        step: &Step,
         samples: &[SampleRow],
         inspections: &mut Inspections,
         out: &mut SampleOutput,
     ) {
+        let batch = &step.batch;
         batch.check(self.page_tokens);
         assert!(!batch.tokens.contains(&PANIC_TOKEN), "the fake model was asked to panic");
+        let page_tokens = self.page_tokens;
         let slot = |table: &[BlockIndex], position: usize| {
-            table[position / self.page_tokens].at() * self.page_tokens + position % self.page_tokens
+            table[position / page_tokens].at() * page_tokens + position % page_tokens
         };
         self.num_steps += 1;
         if let Some(tier) = &self.tier {
-            tier.check(batch);
+            tier.check(step);
         }
+        self.run_segments(step);
         self.sparse_rows_max = self.sparse_rows_max.max(batch.sparse_rows().count());
         self.last_step.clear();
         for (i, sequence) in batch.sequences.iter().enumerate() {
@@ -320,9 +381,17 @@ impl Runner for FakeRunner {
         }
         out.clear();
         for sample in samples {
-            let sequence = batch.sequences.iter().find(|s| s.rows.contains(&(sample.row as u32)));
-            let sequence = sequence.expect("a sampled row is a row of the batch");
-            let position = batch.positions[sample.row] as usize;
+            let (sequence, position) = match sample.row.checked_sub(batch.num_rows()) {
+                None => {
+                    let sequence = batch.sequences.iter().find(|s| s.rows.contains(&(sample.row as u32)));
+                    let sequence = sequence.expect("a sampled row is a row of the batch");
+                    (sequence, batch.positions[sample.row] as usize)
+                }
+                Some(prompt) => {
+                    let segment = step.completed(self.layers).nth(prompt).expect("a prompt that is complete");
+                    (&segment.sequence, segment.sequence.context_tokens() - 1)
+                }
+            };
             assert_eq!(sample.position, position as u64 + 1, "a draw is keyed by the place of the new token");
             assert_eq!(sequence.prompt_len as usize, sample.prompt.len());
             let table = batch.block_table(sequence);
@@ -371,7 +440,8 @@ impl Runner for FakeRunner {
             out.sampled.push(sampled);
         }
         if let Some(tier) = &mut self.tier {
-            tier.save(batch, &mut self.kv);
+            let complete = step.completed(self.layers).map(|segment| &segment.sequence);
+            tier.save(batch, batch.sequences.iter().chain(complete), &mut self.kv);
         }
     }
 
@@ -390,6 +460,13 @@ impl Runner for FakeRunner {
     fn saved_tokens(&mut self, seat: SeatIndex) -> usize {
         let tier = self.tier.as_ref().filter(|_| self.fault != Some(Fault::SavesNothing));
         tier.map_or(usize::MAX, |tier| tier.saved_tokens(seat))
+    }
+
+    /// Sets that come and go, of requests that fill HBM now and then.
+    fn working_set(&self, seat: SeatIndex) -> WorkingSet {
+        let mut hasher = DefaultHasher::new();
+        (seat, self.num_steps / 20).hash(&mut hasher);
+        WorkingSet { pages: hasher.finish() % 2000, layers: 2, steps: 63 }
     }
 
     fn tier_state(&self) -> Option<TierState> {

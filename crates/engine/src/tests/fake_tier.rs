@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use kv::QuotaRule;
 use ops::residency::SeatCounters;
 use ops::tier::TierState;
-use ops::{Batch, BlockIndex, Random, SeatIndex, SequenceRows};
+use ops::{Batch, BlockIndex, Random, SeatIndex, SequenceRows, Step};
 
 use super::fake_runner::Kv;
 use crate::config::TierShare;
@@ -17,6 +17,7 @@ pub struct FakeTier {
     page_tokens: usize,
     /// Extents per layer.
     extents: usize,
+    layers: usize,
     digest_places: usize,
     /// Whether each sequence may hold them all.
     shared: bool,
@@ -41,6 +42,7 @@ impl FakeTier {
             random: Random::new(seed),
             page_tokens,
             extents: tier.extents / tier.layers,
+            layers: tier.layers,
             shared: tier.rule == QuotaRule::Shared,
             digest_places: tier.digest_places,
             seats: BTreeMap::new(),
@@ -49,14 +51,25 @@ impl FakeTier {
     }
 
     /// Before a step: quotas and digests fit.
-    pub fn check(&self, batch: &Batch) {
-        let sparse = batch.sequences.iter().filter(|s| batch.reads_digests(s));
+    pub fn check(&self, step: &Step) {
+        let batch = &step.batch;
+        let prompts = || step.prompts().map(|segment| &segment.sequence);
+        let all = || batch.sequences.iter().chain(prompts());
+        let sparse = all().filter(|s| batch.reads_digests(s));
         let blocks: BTreeSet<BlockIndex> = sparse.flat_map(|s| batch.block_table(s)).copied().collect();
         let blocks = blocks.len();
         assert!(blocks <= self.digest_places, "digests of {blocks} blocks in {} places", self.digest_places);
-        let quotas = batch.sequences.iter().map(|s| s.quota as usize);
+        let resting = step.resting.iter().map(|(_, quota)| *quota as usize);
+        let quotas = all().map(|s| s.quota as usize).chain(resting);
         let quotas: usize = if self.shared { quotas.max().unwrap_or(0) } else { quotas.sum() };
-        assert!(quotas <= self.extents, "quotas of {quotas} extents of {}", self.extents);
+        // What a prompt has of its layer comes on top of what it has of all.
+        let extra = step.prompts().map(|s| s.extents as usize - s.sequence.quota as usize);
+        let extra = if self.shared { 0 } else { extra.sum::<usize>().div_ceil(self.layers) };
+        assert!(quotas + extra <= self.extents, "quotas of {quotas} + {extra} extents of {}", self.extents);
+        let mut seats = BTreeSet::new();
+        assert!(
+            all().map(|s| s.seat).chain(step.resting.iter().map(|(seat, _)| *seat)).all(|s| seats.insert(s))
+        );
     }
 
     pub fn write(&mut self, sequence: &SequenceRows, position: usize, kv: Kv) {
@@ -75,8 +88,13 @@ impl FakeTier {
     }
 
     /// After a step: saves some of what is full, into `dram`.
-    pub fn save(&mut self, batch: &Batch, dram: &mut [Option<Kv>]) {
-        for sequence in batch.sequences {
+    pub fn save<'a>(
+        &mut self,
+        batch: &Batch,
+        sequences: impl Iterator<Item = &'a SequenceRows>,
+        dram: &mut [Option<Kv>],
+    ) {
+        for sequence in sequences {
             let table = batch.block_table(sequence);
             let full = sequence.context_tokens() / self.page_tokens;
             let late = self.random.below(3).min(full);
@@ -93,7 +111,8 @@ impl FakeTier {
 
     /// Waits for what is being saved, and forgets the seat.
     pub fn release(&mut self, seat: SeatIndex, dram: &mut [Option<Kv>]) {
-        if let Some(mut left) = self.seats.remove(&seat) {
+        // Of a prompt that has not been through all layers nothing is of use.
+        if let Some(mut left) = self.seats.remove(&seat).filter(|seat| !seat.table.is_empty()) {
             let end = left.written.keys().last().map_or(0, |last| last + 1);
             left.save(self.page_tokens, end / self.page_tokens, dram);
         }
@@ -115,7 +134,8 @@ impl FakeTier {
 
     /// Each seat that was not released holds 5 frames.
     pub fn state(&self) -> TierState {
-        TierState { cache_used: 5 * self.seats.len() as u64, ..self.state }
+        let used = 5 * self.seats.len() as u64;
+        TierState { cache_used: used, cache_frames: self.state.cache_frames.max(used), ..self.state }
     }
 
     pub fn counters(&self, seat: SeatIndex) -> (SeatCounters, usize) {

@@ -4,7 +4,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use ops::Batch;
+use ops::Step;
 use ops::coverage::Inspections;
 use ops::sample::{SampleOutput, SampleRow};
 use prometheus::Registry;
@@ -50,7 +50,7 @@ struct Gated {
 impl Runner for Gated {
     fn run(
         &mut self,
-        batch: &Batch,
+        step: &Step,
         samples: &[SampleRow],
         inspections: &mut Inspections,
         out: &mut SampleOutput,
@@ -58,7 +58,7 @@ impl Runner for Gated {
         // Where the test has dropped its ends, steps run freely.
         let _ = self.entered.send(());
         let _ = self.open.recv();
-        self.inner.run(batch, samples, inspections, out);
+        self.inner.run(step, samples, inspections, out);
     }
 }
 

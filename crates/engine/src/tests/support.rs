@@ -10,7 +10,7 @@ use prometheus::Registry;
 
 use super::fake_runner::{FakeRunner, VOCAB};
 use super::fake_tier::FakeTier;
-use crate::config::Config;
+use crate::config::{Config, Prefill, Segments};
 use crate::engine::{Engine, Event};
 use crate::metrics::Metrics;
 use crate::request::{Disconnected, Refusal, Request, RequestId, Sink, Sparse, Stopping, Update};
@@ -32,7 +32,7 @@ pub fn config(num_blocks: usize) -> Config {
         prefix_cache: true,
         tier: None,
         prefix_limit: None,
-        prefill: crate::Prefill::Chunked,
+        prefill: Prefill::Chunked,
         admission: crate::Admission::Slots,
         max_skips: 16,
         guard: None,
@@ -54,6 +54,7 @@ pub fn request(prompt: Vec<u32>, max_tokens: u32) -> Request {
         prompt_logprobs: None,
         sparse: None,
         reuse: None,
+        priority: 0,
     }
 }
 
@@ -133,6 +134,9 @@ impl Bench {
         let metrics = Arc::new(Metrics::new(&registry).unwrap());
         metrics.set_block_bytes(BLOCK_BYTES);
         let mut runner = FakeRunner::new(config.num_blocks, config.page_tokens);
+        if let Prefill::Segmented(Segments { layers, .. }) = config.prefill {
+            runner.layers = layers;
+        }
         runner.tier = config.tier.map(|tier| FakeTier::new(9, config.page_tokens, &tier));
         Bench { engine: Engine::new(config, metrics, runner), registry, now: Cell::new(0), num_submitted: 0 }
     }

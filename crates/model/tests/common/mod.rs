@@ -32,7 +32,14 @@ pub struct Sequence<'a, B: Backend> {
 
 impl<'a, B: Backend> Sequence<'a, B> {
     pub fn new(backend: &'a mut B, model: &'a Model<B>, prompt_len: usize, context_max: usize) -> Self {
-        let limits = Limits { rows_max: context_max, logits_rows_max: 5, sequences_max: 8, context_max, tile_rows: 0, hidden_rows: 0 };
+        let limits = Limits {
+            rows_max: context_max,
+            logits_rows_max: 5,
+            sequences_max: 8,
+            context_max,
+            tile_rows: 0,
+            hidden_rows: 0,
+        };
         let workspace = Workspace::new(backend, model.config(), limits).unwrap();
         let geometry = kv_geometry(model.config(), PAGE_TOKENS, model.dtype());
         let num_blocks = geometry.blocks(context_max);

@@ -436,7 +436,7 @@ impl Work {
         for step in 0..=steps {
             let position = context + step;
             let positions = vec![position as u32; self.batch];
-            let granted = quotas.divide(&self.wants);
+            let granted = quotas.divide(&self.wants, 0);
             let row = |i: usize| self.rows(i, i as u32..i as u32 + 1, position, context, granted[i]);
             let sequences: Vec<SequenceRows> = (0..self.batch).map(row).collect();
             let batch = Batch {
@@ -504,7 +504,7 @@ impl Work {
             while done < tokens {
                 let rows = (tokens - done).min(self.rows_max);
                 let sequences =
-                    [self.rows(0, 0..rows as u32, done, usize::MAX, quotas.divide(&self.wants)[0])];
+                    [self.rows(0, 0..rows as u32, done, usize::MAX, quotas.divide(&self.wants, 0)[0])];
                 let range = done..done + rows;
                 let batch = Batch {
                     tokens: &prompt[range.clone()],

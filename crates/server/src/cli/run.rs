@@ -274,6 +274,7 @@ impl Chat {
             prompt_logprobs: None,
             sparse,
             reuse: self.reuse,
+            priority: 0,
         };
         let id = self.handle.submit(request, Box::new(Channel(sender))).map_err(refused)?;
         let mut text = String::new();

@@ -37,6 +37,8 @@ pub struct Params {
     pub sparse: SparseParams,
     /// Whether answers carry token ids.
     pub return_token_ids: bool,
+    /// Lower ones are preferred.
+    pub priority: i32,
     /// Whether log-probabilities name tokens as `token_id:7`.
     pub return_tokens_as_token_ids: bool,
 }
@@ -72,6 +74,7 @@ impl Params {
             // A receipt comes with the counts.
             include_usage: include_usage || sparse.receipt,
             sparse,
+            priority: fields.take("priority")?.unwrap_or(0),
             return_token_ids: fields.take("return_token_ids")?.unwrap_or(false),
             return_tokens_as_token_ids: fields.take("return_tokens_as_token_ids")?.unwrap_or(false),
         })
@@ -82,6 +85,7 @@ impl Params {
         Request {
             sparse: self.sparse.request(prompt.len()),
             reuse: self.sparse.reuse(),
+            priority: self.priority,
             prompt,
             sampling: self.sampling.clone(),
             stopping: Stopping {

@@ -179,6 +179,7 @@ impl Evaluation {
             prompt_logprobs: None,
             sparse,
             reuse: None,
+            priority: 0,
         };
         self.handle.submit(request, Box::new(Updates(sender))).map_err(Failure::input)?;
         Ok(Answer { updates })
