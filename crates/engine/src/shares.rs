@@ -139,9 +139,7 @@ fn extents(sequence: &Sequence, tier: &TierShare, page_tokens: usize) -> (u32, u
     (extents(pages), extents(all))
 }
 
-/// Extents for the KV of a prompt in the layer in which it is, and for what it found in the cache once more, which comes for the next
-/// layer meanwhile.
+/// Extents for the KV of a prompt in the layer in which it is.
 fn layer_extents(flight: &Flight, tier: &TierShare, page_tokens: usize) -> usize {
-    let pages = flight.end.div_ceil(page_tokens) + flight.start / page_tokens;
-    (pages * tier.kv_heads).div_ceil(EXTENT_FRAMES)
+    (flight.end.div_ceil(page_tokens) * tier.kv_heads).div_ceil(EXTENT_FRAMES)
 }

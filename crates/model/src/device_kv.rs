@@ -164,11 +164,6 @@ impl<B: Backend> DeviceKv<B> {
         backend.grant(&mut self.pages, seat, layer, extents as usize);
     }
 
-    /// Starts to fetch what the sequences of `batch` have in DRAM of `layer`: see [`Backend::fetch_ahead`].
-    pub(crate) fn fetch_ahead(&mut self, backend: &mut B, layer: usize, batch: &Batch) {
-        backend.fetch_ahead(&mut self.pages, layer, batch);
-    }
-
     /// Writes what HBM alone has of `seat` to its blocks in `table`: see [`Backend::park`].
     pub fn park(&mut self, backend: &mut B, seat: SeatIndex, table: &[BlockIndex]) {
         backend.park(&mut self.pages, seat, table);

@@ -3,8 +3,7 @@
 //! A prompt runs whole through some layers in each step, in tiles of tokens within a layer; the hidden states that come out of a layer
 //! wait for the next one in a store. So HBM holds the KV of one layer of a prompt, whatever its length: a layer is granted frames when the
 //! prompt enters it, later tiles find earlier ones there, and it gives them back when the prompt leaves it, all but what the first
-//! step of the answer will need. The prefix that a prompt found in the cache comes back layer by layer, too, the next one while
-//! this one computes.
+//! step of the answer will need. The prefix that a prompt found in the cache comes back layer by layer, too, with the first tile.
 //!
 //! Tiles are chunks of one layer, so the bits are those of a prompt that is chunked, whatever the tiles.
 
@@ -66,15 +65,7 @@ impl<B: Backend> Model<B> {
         let batch = Batch { tokens, positions: &positions, sequences, ..*tables };
         let (seat, last_layer) = (sequence.seat, layer + 1 == self.layers.len());
         if begins {
-            let has_prefix = segment.start > 0;
             kv.grant(backend, seat, layer, segment.extents);
-            if has_prefix && layer == 0 {
-                kv.fetch_ahead(backend, layer, &batch);
-            }
-            if has_prefix && !last_layer {
-                kv.grant(backend, seat, layer + 1, segment.extents);
-                kv.fetch_ahead(backend, layer + 1, &batch);
-            }
         }
         let place = segment.hidden as usize + (sequence.first_position - segment.start) as usize;
         if layer == 0 {

@@ -41,6 +41,8 @@ mod tier;
 mod tile;
 mod view;
 
+use std::ops::Range;
+
 use ops::coverage::Inspections;
 use ops::places::DigestState;
 use ops::residency::SeatCounters;
@@ -206,6 +208,10 @@ impl Backend for CpuBackend {
         rows::select_rows(&mut self.pool, out, x, rows);
     }
 
+    fn copy_rows(&mut self, out: &mut CpuTensor, at: usize, x: &CpuTensor, rows: Range<usize>) {
+        rows::copy_rows(&mut self.pool, out, at, x, rows);
+    }
+
     fn rms_norm(&mut self, out: &mut CpuTensor, x: &CpuTensor, weight: &Vector, eps: f32) {
         rows::rms_norm(self.isa, &mut self.pool, out, x, weight, eps);
     }
@@ -239,6 +245,12 @@ impl Backend for CpuBackend {
         }
         if let Some(tier) = &mut kv.tier {
             tier.balance(batch);
+        }
+    }
+
+    fn grant(&mut self, kv: &mut Kv, seat: SeatIndex, layer: usize, extents: usize) {
+        if let Some(tier) = &mut kv.tier {
+            tier.grant(seat, layer, extents);
         }
     }
 

@@ -1,5 +1,7 @@
 //! Operations that treat each row alone: normalisation, activation, rotation angles, copies.
 
+use std::ops::Range;
+
 use ops::Tensor;
 
 use crate::isa::{Isa, Kernel};
@@ -20,6 +22,22 @@ fn for_rows(pool: &mut Pool, out: &mut CpuTensor, row: impl Fn(usize, &mut [f32]
         for i in task * per_task..((task + 1) * per_task).min(rows) {
             // SAFETY: row `i` belongs to this task alone.
             row(i, unsafe { std::slice::from_raw_parts_mut(to.at(i * stride), cols) });
+        }
+    });
+}
+
+/// `out[at + i] = x[rows.start + i]`.
+pub fn copy_rows(pool: &mut Pool, out: &mut CpuTensor, at: usize, x: &CpuTensor, rows: Range<usize>) {
+    let (cols, stride) = (out.cols(), out.stride());
+    assert_eq!(cols, x.cols(), "columns of rows that are copied");
+    assert!(at + rows.len() <= out.rows() && rows.end <= x.rows(), "rows that are copied");
+    let to = out.shared();
+    let per_task = (VALUES_PER_TASK / cols.max(1)).max(1);
+    pool.run(rows.len().div_ceil(per_task), &|task, _| {
+        for i in task * per_task..((task + 1) * per_task).min(rows.len()) {
+            // SAFETY: row `at + i` exists and belongs to this task alone.
+            let out = unsafe { std::slice::from_raw_parts_mut(to.at((at + i) * stride), cols) };
+            out.copy_from_slice(x.row(rows.start + i));
         }
     });
 }

@@ -1,5 +1,6 @@
 //! The check of tiers notices a device that does one thing wrong: canaries that must fail.
 
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use ops::conformance::check_tiers;
@@ -165,6 +166,14 @@ impl Backend for Faulty {
 
     fn digest(&mut self, digests: &mut Digests, kv: &mut Kv, layer: usize, batch: &Batch) {
         self.cpu.digest(digests, &mut kv.pages, layer, batch);
+    }
+
+    fn copy_rows(&mut self, out: &mut CpuTensor, at: usize, x: &CpuTensor, rows: Range<usize>) {
+        self.cpu.copy_rows(out, at, x, rows);
+    }
+
+    fn grant(&mut self, kv: &mut Kv, seat: SeatIndex, layer: usize, extents: usize) {
+        self.cpu.grant(&mut kv.pages, seat, layer, extents);
     }
 
     fn settle(&mut self, kv: &mut Kv, batch: &Batch) {

@@ -1,5 +1,7 @@
 //! The trait that a device implements.
 
+use std::ops::Range;
+
 use crate::coverage::Inspections;
 use crate::places::DigestState;
 use crate::residency::SeatCounters;
@@ -180,6 +182,9 @@ pub trait Backend {
     /// `out[i] = x[rows[i]]`.
     fn select_rows(&mut self, out: &mut Self::Tensor, x: &Self::Tensor, rows: &[u32]);
 
+    /// `out[at + i] = x[rows.start + i]`: rows of `out`, whose other rows stay. Both know of all these rows.
+    fn copy_rows(&mut self, out: &mut Self::Tensor, at: usize, x: &Self::Tensor, rows: Range<usize>);
+
     /// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row (Zhang, Sennrich 2019).
     fn rms_norm(&mut self, out: &mut Self::Tensor, x: &Self::Tensor, weight: &Self::Vector, eps: f32);
 
@@ -208,6 +213,11 @@ pub trait Backend {
     /// first. In unified memory nothing.
     fn balance(&mut self, kv: &mut Self::Kv, batch: &Batch);
 
+    /// Between the operations of a step: (seat, layer) may hold `extents` extents of cache frames from now on, or as many as are free;
+    /// what it has too many of it gives back, the pages first that were not needed for longest. For a prompt that goes layer by layer,
+    /// which holds much of one layer and little of the others. Nothing where frames are shared, and in unified memory.
+    fn grant(&mut self, kv: &mut Self::Kv, seat: SeatIndex, layer: usize, extents: usize);
+
     /// Before the first layer of a step: brings the digests of the blocks of those that [read
     /// them](Batch::reads_digests) to HBM, where there are places; see [`crate::places`]. Those blocks must not be more than the places.
     fn place_digests(&mut self, digests: &mut Self::Digests, batch: &Batch);
@@ -233,6 +243,9 @@ pub trait Backend {
 
     /// Saves the pages that the rows of `batch` fill to DRAM: they are *saving* until a copy is complete, which may be after
     /// this returns, and *clean* from then on. Comes after the digests are made. In unified memory nothing.
+    ///
+    /// Those that several rows of a sequence fill also become resident, page by page, head by head, as long as (seat, layer) has free
+    /// cache frames: later rows of a prompt find them there. Nothing gives way for them.
     fn save(&mut self, kv: &mut Self::Kv, layer: usize, batch: &Batch);
 
     /// From here on in this layer, the pages that the sequences of `batch` have filled count as earlier ones do: [`Backend::resolve`]
@@ -333,21 +346,6 @@ pub trait Backend {
     /// Draws one token per entry of `rows` from `logits` (`[.., vocab]`), as [`crate::sample::sample`] does; clears
     /// `out` first.
     fn sample(&mut self, out: &mut SampleOutput, logits: &Self::Tensor, rows: &[SampleRow]);
-
-    /// TEMP
-    fn copy_rows(
-        &mut self,
-        _out: &mut Self::Tensor,
-        _at: usize,
-        _x: &Self::Tensor,
-        _rows: std::ops::Range<usize>,
-    ) {
-        unimplemented!()
-    }
-    /// TEMP
-    fn grant(&mut self, _kv: &mut Self::Kv, _seat: SeatIndex, _layer: usize, _extents: usize) {}
-    /// TEMP
-    fn fetch_ahead(&mut self, _kv: &mut Self::Kv, _layer: usize, _batch: &Batch) {}
 
     // ---- the HBM tier, between steps -----------------------------------------------------------------------------
 

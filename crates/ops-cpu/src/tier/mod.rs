@@ -222,6 +222,12 @@ impl Tier {
         self.count_duplicates(batch);
     }
 
+    /// Sets the quota of (seat, layer).
+    pub fn grant(&mut self, seat: SeatIndex, layer: usize, extents: usize) {
+        self.shrink(seat, layer, extents);
+        self.residency.grow(seat, layer, extents);
+    }
+
     /// Counts the frames of a layer with a page that a frame before them holds. Who shares any block shares the first.
     fn count_duplicates(&mut self, batch: &Batch) {
         let KvGeometry { num_layers, kv_heads, page_tokens, .. } = self.geometry;
@@ -375,7 +381,27 @@ impl Tier {
                 self.homes[at].clean = full.end as u32;
             }
             if self.local[s.seat.at()].fresh.is_some() {
+                self.adopt(s, layer, full);
                 self.keep_tail(s, layer);
+            }
+        }
+    }
+
+    /// Keeps `pages`, which the rows of a prompt filled, in cache frames, as long as some are free. On their way to DRAM they have been
+    /// copied already, so these may be dropped at any moment; who fetches one again waits for its copy.
+    fn adopt(&mut self, s: &SequenceRows, layer: usize, pages: Range<usize>) {
+        let (kv_heads, bytes) = (self.geometry.kv_heads, self.geometry.page_bytes());
+        for page in pages {
+            let source = self.local_frame(s.seat, layer, page).expect("a page that fills is local");
+            for head in 0..kv_heads {
+                if !self.residency.has_room(s.seat, layer) {
+                    return;
+                }
+                if self.residency.find(s.seat, layer, head, page).is_none() {
+                    let frame = self.residency.adopt(s.seat, layer, head, page).at();
+                    let from = (source + head) * bytes;
+                    self.arena.as_mut_slice().copy_within(from..from + bytes, frame * bytes);
+                }
             }
         }
     }
@@ -486,6 +512,7 @@ impl Tier {
         self.residency.check();
         for s in batch.sequences {
             for layer in 0..self.geometry.num_layers {
+                self.saver.wait(self.homes[self.home(s.seat, layer)].ticket);
                 for (head, page, frame) in self.residency.resident(s.seat, layer) {
                     let (table, page_tokens) = (batch.block_table(s), self.geometry.page_tokens);
                     let block = self.spec.block_of(page, table, self.pool_blocks, page_tokens);

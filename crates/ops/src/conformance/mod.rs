@@ -285,6 +285,16 @@ pub fn check_rows<B: Backend>(backend: &mut B, seed: u64) {
         oracle.select_rows(&mut expected, &xo, &chosen);
         let (got, expected) = (rows_of(backend, &out), rows_of(&mut oracle, &expected));
         assert_same_bits(&format!("{what} select_rows"), &got, &expected);
+
+        // Some of the rows of one to some of the other, whose others stay.
+        let taken = random.below(rows)..rows;
+        let at = random.below(rows - taken.len() + 1);
+        let before = normals(&mut random, rows * cols);
+        let (mut out, mut expected) = (tensor(backend, cols, &before), tensor(&mut oracle, cols, &before));
+        backend.copy_rows(&mut out, at, &xt, taken.clone());
+        oracle.copy_rows(&mut expected, at, &xo, taken);
+        let (got, expected) = (rows_of(backend, &out), rows_of(&mut oracle, &expected));
+        assert_same_bits(&format!("{what} copy_rows"), &got, &expected);
     }
 }
 

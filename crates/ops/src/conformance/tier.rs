@@ -517,6 +517,13 @@ fn run<B: Backend>(
         unified.begin(&batch);
         oracle.begin(&batch);
         for layer in 0..LAYERS {
+            // As for a prompt that enters a layer, or leaves it.
+            if traffic.random.below(3) == 0 {
+                let seat = SeatIndex(traffic.random.below(SEATS) as u32);
+                let (of, extents) = (traffic.random.below(LAYERS), traffic.random.below(quota_max + 1));
+                tiered.backend.grant(&mut tiered.kv, seat, of, extents);
+                oracle.backend.grant(&mut oracle.kv, seat, of, extents);
+            }
             let qkv = step.qkv(layer, case.heads.qkv_cols());
             let expected = unified.layer(case, layer, &qkv, &batch, None);
             let got = tiered.layer(case, layer, &qkv, &batch, None);

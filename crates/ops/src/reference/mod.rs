@@ -8,6 +8,8 @@ mod sparse;
 mod tally;
 mod tier;
 
+use std::ops::Range;
+
 use tally::NaiveTally;
 use tier::NaiveTier;
 
@@ -240,6 +242,13 @@ impl Backend for Reference {
         }
     }
 
+    fn copy_rows(&mut self, out: &mut Matrix, at: usize, x: &Matrix, rows: Range<usize>) {
+        assert_eq!(out.cols, x.cols, "columns");
+        for (i, row) in rows.enumerate() {
+            out.row_mut(at + i).copy_from_slice(x.row(row));
+        }
+    }
+
     fn rms_norm(&mut self, out: &mut Matrix, x: &Matrix, weight: &Vec<f32>, eps: f32) {
         assert_eq!((out.cols, weight.len()), (x.cols, x.cols), "columns");
         out.set_rows(x.rows);
@@ -305,6 +314,12 @@ impl Backend for Reference {
         }
     }
 
+    fn grant(&mut self, kv: &mut Pages, seat: SeatIndex, layer: usize, extents: usize) {
+        if let Some(tier) = &mut kv.tier {
+            tier.grant(seat, layer, extents);
+        }
+    }
+
     fn append(
         &mut self,
         kv: &mut Pages,
@@ -359,8 +374,9 @@ impl Backend for Reference {
     }
 
     fn save(&mut self, kv: &mut Pages, layer: usize, batch: &Batch) {
-        if let Some(tier) = &mut kv.tier {
-            tier.save(layer, batch);
+        if let Some(mut tier) = kv.tier.take() {
+            tier.save(layer, batch, |block, head| kv.copy(layer, block, head));
+            kv.tier = Some(tier);
         }
     }
 

@@ -157,28 +157,41 @@ impl NaiveTier {
         for grow in [false, true] {
             for sequence in batch.sequences {
                 for layer in 0..layers {
-                    let frames = sequence.quota as usize * EXTENT_FRAMES;
-                    let own = (Some(sequence.seat), layer);
-                    let others = self.pools.iter().filter(|(k, _)| **k != own).map(|(_, p)| p.frames.len());
-                    let others: usize = others.sum();
-                    let pool = self.pools.entry(own).or_default();
-                    if !grow && frames < pool.frames.len() {
-                        pool.step += 1;
-                        let held = pool.frames.iter().flatten().count();
-                        pool.evict(self.spec.eviction, held.saturating_sub(frames), &mut self.counters);
-                        for frame in frames..pool.frames.len() {
-                            if let Some(page) = pool.frames[frame].take() {
-                                let free = pool.lowest_free();
-                                pool.frames[free] = Some(page);
-                            }
-                        }
-                        pool.frames.truncate(frames);
-                    } else if grow && frames > pool.frames.len() {
-                        let all = self.layout.extents * EXTENT_FRAMES;
-                        pool.frames.resize_with(frames.min(all - others), || None);
-                    }
+                    self.set_quota(sequence.seat, layer, sequence.quota as usize, grow);
                 }
             }
+        }
+    }
+
+    /// Takes from (seat, layer) what it has beyond `extents` extents, or with `grow` gives it what it lacks, as far as there is any.
+    fn set_quota(&mut self, seat: SeatIndex, layer: usize, extents: usize, grow: bool) {
+        let frames = extents * EXTENT_FRAMES;
+        let own = (Some(seat), layer);
+        let others = self.pools.iter().filter(|(k, _)| **k != own).map(|(_, p)| p.frames.len());
+        let others: usize = others.sum();
+        let pool = self.pools.entry(own).or_default();
+        if !grow && frames < pool.frames.len() {
+            pool.step += 1;
+            let held = pool.frames.iter().flatten().count();
+            pool.evict(self.spec.eviction, held.saturating_sub(frames), &mut self.counters);
+            for frame in frames..pool.frames.len() {
+                if let Some(page) = pool.frames[frame].take() {
+                    let free = pool.lowest_free();
+                    pool.frames[free] = Some(page);
+                }
+            }
+            pool.frames.truncate(frames);
+        } else if grow && frames > pool.frames.len() {
+            let all = self.layout.extents * EXTENT_FRAMES;
+            pool.frames.resize_with(frames.min(all - others), || None);
+        }
+    }
+
+    /// Sets the quota of (seat, layer), where there are any.
+    pub(super) fn grant(&mut self, seat: SeatIndex, layer: usize, extents: usize) {
+        if self.spec.eviction != EvictionRule::Global {
+            self.set_quota(seat, layer, extents, false);
+            self.set_quota(seat, layer, extents, true);
         }
     }
 
@@ -209,8 +222,13 @@ impl NaiveTier {
         }
     }
 
-    /// Notes the pages that `batch` fills.
-    pub(super) fn save(&mut self, layer: usize, batch: &Batch) {
+    /// Notes the pages that `batch` fills, and has those of prompts stay where there is room.
+    pub(super) fn save(
+        &mut self,
+        layer: usize,
+        batch: &Batch,
+        copy: impl Fn(crate::BlockIndex, usize) -> Vec<f32>,
+    ) {
         let KvGeometry { page_tokens, kv_heads, .. } = self.geometry;
         for s in batch.sequences {
             let before = s.first_position as usize / page_tokens;
@@ -218,6 +236,23 @@ impl NaiveTier {
             self.full.insert((s.seat, layer), full);
             self.counters.entry(s.seat).or_default().saved += ((full - before) * kv_heads) as u64;
             self.saved_bytes += (full - before) as u64 * self.block_bytes();
+            if s.num_rows() > 1 {
+                let key = self.pool_of(s.seat, layer);
+                let pool = self.pools.entry(key).or_default();
+                for page in before..full {
+                    for head in 0..kv_heads {
+                        let known = pool.frames.iter().flatten();
+                        let is_new =
+                            known.filter(|r| (r.seat, r.head, r.page) == (s.seat, head, page)).count() == 0;
+                        if let Some(free) = pool.frames.iter().position(Option::is_none).filter(|_| is_new) {
+                            let values = copy(batch.block_table(s)[page], head);
+                            let seat = s.seat;
+                            pool.frames[free] =
+                                Some(Resident { seat, head, page, needed: pool.step, values });
+                        }
+                    }
+                }
+            }
         }
     }
 

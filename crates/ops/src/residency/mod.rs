@@ -431,8 +431,16 @@ impl Residency {
     /// # Panics
     /// When there is none, or the page is resident.
     pub fn insert(&mut self, seat: SeatIndex, layer: usize, head: usize, page: usize) -> FrameIndex {
-        let owner = self.owner(seat, layer);
         self.counters[seat.at()].misses += 1;
+        self.adopt(seat, layer, head, page)
+    }
+
+    /// The same for a page that nobody has missed.
+    ///
+    /// # Panics
+    /// As [`Residency::insert`].
+    pub fn adopt(&mut self, seat: SeatIndex, layer: usize, head: usize, page: usize) -> FrameIndex {
+        let owner = self.owner(seat, layer);
         let frame = self.place(owner, head, page);
         self.stamps.set(frame.at(), self.pools[self.pool(owner)].now);
         frame

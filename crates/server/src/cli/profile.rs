@@ -1,5 +1,6 @@
 //! Where a step goes: a device that times each of its operations.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use ops::coverage::Inspections;
@@ -197,6 +198,14 @@ impl<B: Backend> Backend for Profiled<B> {
 
     fn digest(&mut self, digests: &mut B::Digests, kv: &mut B::Kv, layer: usize, batch: &Batch) {
         self.timed("digest", (0, 0), |b| b.digest(digests, kv, layer, batch));
+    }
+
+    fn copy_rows(&mut self, out: &mut B::Tensor, at: usize, x: &B::Tensor, rows: Range<usize>) {
+        self.timed("copy rows", (0, 0), |b| b.copy_rows(out, at, x, rows));
+    }
+
+    fn grant(&mut self, kv: &mut B::Kv, seat: SeatIndex, layer: usize, extents: usize) {
+        self.inner.grant(kv, seat, layer, extents);
     }
 
     fn settle(&mut self, kv: &mut B::Kv, batch: &Batch) {

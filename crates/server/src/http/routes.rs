@@ -109,7 +109,7 @@ mod tests {
     use std::time::Duration;
 
     use engine::{Config, Metrics, Runner};
-    use ops::Batch;
+    use ops::Step;
     use ops::coverage::Inspections;
     use ops::sample::{SampleOutput, SampleRow};
     use serde_json::Value;
@@ -156,7 +156,7 @@ mod tests {
     struct Idle;
 
     impl Runner for Idle {
-        fn run(&mut self, _: &Batch, _: &[SampleRow], _: &mut Inspections, _: &mut SampleOutput) {}
+        fn run(&mut self, _: &Step, _: &[SampleRow], _: &mut Inspections, _: &mut SampleOutput) {}
     }
 
     fn app() -> Arc<App> {
