@@ -3,6 +3,8 @@
 
 #[path = "runner/mixes.rs"]
 mod mixes;
+#[path = "runner/segments.rs"]
+mod segments;
 
 use std::path::PathBuf;
 
@@ -13,7 +15,7 @@ use ops::residency::EvictionRule;
 use ops::sample::{SampleOutput, SampleRow, SamplingParams};
 use ops::sparse::{Attention, DigestSpec, Method, SelectionLimits};
 use ops::tier::{TierSpec, TooSmall};
-use ops::{Batch, BlockIndex, DType, Gate, Random, SeatIndex, SequenceRows, Step};
+use ops::{Batch, BlockIndex, DType, Gate, Random, SeatIndex, SequenceRows};
 use ops_cpu::{CpuBackend, CpuOptions};
 use sparse::Served;
 
@@ -38,6 +40,9 @@ const POLICIES: [&str; SEQUENCES] = [
 /// Tokens of the prompts of sequences that attend sparsely.
 const PROMPT: usize = 150;
 
+/// Tokens of a prompt that go through a layer at once, where it goes layer by layer.
+const TILE_ROWS: usize = 40;
+
 /// Rows of a step at most.
 const ROWS_MAX: usize = 256;
 
@@ -46,6 +51,7 @@ struct Device {
     /// Extents of cache frames of each sequence and layer.
     quota: u32,
     vocab: usize,
+    layers: usize,
     methods: Vec<Method>,
     /// Which of them the policies are; `None` attends to everything.
     method_of: Vec<Option<u16>>,
@@ -92,8 +98,8 @@ fn load_with(folder: PathBuf, dtype: DType, threads: usize, policies: &[String],
         logits_rows_max: 2,
         sequences_max: SEQUENCES,
         context_max: CONTEXT,
-        tile_rows: 0,
-        hidden_rows: 0,
+        tile_rows: TILE_ROWS,
+        hidden_rows: CONTEXT,
     };
     let workspace = Workspace::new(&mut backend, model.config(), limits).expect("memory");
     let geometry = kv_geometry(model.config(), PAGE_TOKENS, model.dtype());
@@ -134,9 +140,9 @@ fn load_with(folder: PathBuf, dtype: DType, threads: usize, policies: &[String],
         ..KvSpec::dense(geometry, num_blocks)
     };
     let kv = DeviceKv::new(&mut backend, &spec).expect("memory");
-    let vocab = model.config().vocab_size;
+    let (vocab, layers) = (model.config().vocab_size, model.config().num_layers);
     let runner = ModelRunner::new(backend, model, workspace, kv);
-    Device { runner, quota, vocab, methods, method_of }
+    Device { runner, quota, vocab, layers, methods, method_of }
 }
 
 /// Token drawn, bits of its log-probability, bits of the likeliest, bits of what a selection covered, if that is not everything.
@@ -229,8 +235,9 @@ impl Step {
             });
         }
         let batch = Batch { tokens, positions, sequences, block_tables: tables, methods: &device.methods };
-        let info =
-            allocation_counter::measure(|| device.runner.run(&Step::of(batch), &samples, inspections, out));
+        let info = allocation_counter::measure(|| {
+            device.runner.run(&ops::Step::of(batch), &samples, inspections, out)
+        });
         for (fed, sampled) in fed.iter_mut().zip(&out.sampled) {
             let top = &out.top[sampled.top.start as usize..sampled.top.end as usize];
             let bits = top.iter().map(|&(token, logprob)| (token, logprob.to_bits())).collect();

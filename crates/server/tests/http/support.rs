@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use engine::{Config, Metrics, Runner};
-use ops::Batch;
+use ops::Step;
 use ops::coverage::Inspections;
 use ops::sample::{SampleOutput, SampleRow, SampleScratch, sample};
 use prometheus::Registry;
@@ -45,7 +45,7 @@ impl Parrot {
 }
 
 impl Runner for Parrot {
-    fn run(&mut self, _: &Batch, samples: &[SampleRow], _: &mut Inspections, out: &mut SampleOutput) {
+    fn run(&mut self, _: &Step, samples: &[SampleRow], _: &mut Inspections, out: &mut SampleOutput) {
         while self.held.load(Ordering::Acquire) {
             std::thread::sleep(Duration::from_millis(1));
         }
