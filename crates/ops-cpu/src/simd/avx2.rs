@@ -255,6 +255,18 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn where_above(self, x: Self::V, least: f32, v: Self::V) -> Self::V {
+        // SAFETY: features as above.
+        unsafe {
+            let least = _mm256_set1_ps(least);
+            Two(
+                _mm256_and_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(x.0, least), v.0),
+                _mm256_and_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(x.1, least), v.1),
+            )
+        }
+    }
+
+    #[inline(always)]
     fn equal(self, a: Self::V, b: Self::V) -> u16 {
         // SAFETY: features as above.
         unsafe {

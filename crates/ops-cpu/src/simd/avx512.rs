@@ -211,6 +211,15 @@ macro_rules! common {
         }
 
         #[inline(always)]
+        fn where_above(self, x: __m512, least: f32, v: __m512) -> __m512 {
+            // SAFETY: features as above.
+            unsafe {
+                let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, _mm512_set1_ps(least));
+                _mm512_maskz_mov_ps(above, v)
+            }
+        }
+
+        #[inline(always)]
         fn equal(self, a: __m512, b: __m512) -> u16 {
             // SAFETY: features as above.
             unsafe { _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(a, b) }

@@ -117,6 +117,11 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn where_above(self, x: Self::V, least: f32, v: Self::V) -> Self::V {
+        lanes(|i| if x[i] > least { v[i] } else { 0.0 })
+    }
+
+    #[inline(always)]
     fn equal(self, a: Self::V, b: Self::V) -> u16 {
         (0..LANES).fold(0, |mask, i| mask | u16::from(a[i] == b[i]) << i)
     }
