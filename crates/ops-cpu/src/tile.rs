@@ -253,8 +253,10 @@ impl Fetch for FetchNothing {
 /// Fetches some lines at each step, as far ahead of what is worked on as it was begun.
 #[derive(Clone, Copy, Debug)]
 pub struct FetchStream {
-    /// The next line.
+    /// The next line for the nearest cache.
     pub next: *const u8,
+    /// Bytes from there to the next one for the second-level cache.
+    pub far: usize,
     /// Lines per step.
     pub lines: usize,
     /// Bytes from those of one step to those of the next.
@@ -266,6 +268,7 @@ impl Fetch for FetchStream {
     fn step<S: Simd>(&mut self, s: S) {
         for line in 0..self.lines {
             s.prefetch(self.next.wrapping_add(line * LINE_BYTES));
+            s.prefetch_second(self.next.wrapping_add(self.far + line * LINE_BYTES));
         }
         self.next = self.next.wrapping_add(self.stride);
     }

@@ -155,6 +155,11 @@ macro_rules! common {
             // SAFETY: a hint, which never faults.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
         }
+        #[inline(always)]
+        fn prefetch_second(self, from: *const u8) {
+            // SAFETY: a hint, which never faults.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
+        }
 
         #[inline(always)]
         unsafe fn load_part(self, from: *const f32, n: usize) -> __m512 {

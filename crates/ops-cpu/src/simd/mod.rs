@@ -55,6 +55,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     unsafe fn store(self, to: *mut f32, v: Self::V);
     /// Fetches a line into the cache, if there is such an instruction. Any address will do.
     fn prefetch(self, from: *const u8);
+    /// Fetches a line into the second-level cache, if there is such an instruction. Any address will do.
+    fn prefetch_second(self, from: *const u8);
     /// The first `n <= 16` values, zeros after them.
     ///
     /// # Safety

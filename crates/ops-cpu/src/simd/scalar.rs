@@ -65,6 +65,8 @@ impl Simd for Scalar {
 
     #[inline(always)]
     fn prefetch(self, _: *const u8) {}
+    #[inline(always)]
+    fn prefetch_second(self, _: *const u8) {}
 
     #[inline(always)]
     unsafe fn load_part(self, from: *const f32, n: usize) -> Self::V {
