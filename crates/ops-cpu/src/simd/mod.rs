@@ -174,7 +174,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     ///
     /// What is too small for any number but 0 is not computed: an instruction whose result underflows takes 150 to 200 cycles on
     /// Emerald Rapids, and each masked slot is such a one. There, in decode of four sequences after 32,000
-    /// tokens, attention of `retroinfer` went from 14 to 8.9 ms a step, selections of `shadowkv` from 8.0 to 5.4.
+    /// tokens, attention of `retroinfer` went from 14.3 to 9.3 ms a step, selections of `shadowkv` from 8.0 to 5.4.
     #[inline(always)]
     fn exp2(self, x: Self::V) -> Self::V {
         let power = self.where_above(x, EXP2_ZERO, x);
