@@ -137,13 +137,25 @@ impl Clusters<'_> {
         let (stride, of_line) = (head_stride(d), carry_stride(d));
         let factor = std::f32::consts::LOG2_E / (d as f32).sqrt();
         let group = self.to.len() / of_line;
+        let values = self.digests.layer(self.layer);
+        // The first of them, while their weights are computed.
+        for &offset in &offsets[..AHEAD.min(n)] {
+            for ahead in (0..d * vector_bytes::<E>() / LANES).step_by(LINE_BYTES) {
+                s.prefetch(values.as_ptr().wrapping_add(offset + ahead));
+            }
+        }
         for (g, weights) in weights.chunks_exact_mut(n).enumerate().take(group) {
             let scores = line(g);
-            let mut max = f32::NEG_INFINITY;
             for (weight, &cluster) in weights.iter_mut().zip(clusters) {
                 *weight = scores[cluster as usize];
-                max = max.max(*weight);
             }
+            let mut max = s.splat(f32::NEG_INFINITY);
+            let (vectors, rest) = weights.as_chunks::<LANES>();
+            for vector in vectors {
+                // SAFETY: a vector.
+                max = s.max(unsafe { s.load(vector.as_ptr()) }, max);
+            }
+            let max = rest.iter().copied().fold(s.reduce_max(max), f32::max);
             for some in weights.chunks_mut(LANES) {
                 let n = some.len();
                 // SAFETY: so many there are.
@@ -152,16 +164,26 @@ impl Clusters<'_> {
                     s.store_part(some.as_mut_ptr(), s.exp2(s.mul(x, s.splat(factor))), n);
                 }
             }
-            let mut sum = 0.0;
             for (weight, &cluster) in weights.iter_mut().zip(clusters) {
                 *weight *= sizes[cluster as usize] as f32;
-                sum += *weight;
             }
-            let rest = &mut self.to[g * of_line + stride..];
-            (rest[0], rest[1]) = (max * factor, sum);
+            self.to[g * of_line + stride] = max * factor;
         }
-        let mut sums =
-            WeightedSums { values: self.digests.layer(self.layer), offsets, weights, to: self.to, of_line };
+        // Each in order, and several at a time, since an addition waits for the one before.
+        for first in (0..group).step_by(LINES) {
+            let mut sums = [0.0; LINES];
+            let lines: [&[f32]; LINES] =
+                std::array::from_fn(|l| &weights[(first + l).min(group - 1) * n..][..n]);
+            for i in 0..n {
+                for l in 0..LINES {
+                    sums[l] += lines[l][i];
+                }
+            }
+            for (l, &sum) in sums.iter().enumerate().take(group - first) {
+                self.to[(first + l) * of_line + stride + 1] = sum;
+            }
+        }
+        let mut sums = WeightedSums { values, offsets, weights, to: self.to, of_line };
         for first in (0..stride).step_by(TOGETHER * LANES) {
             let vectors = ((stride - first) / LANES).min(TOGETHER);
             let mut g = 0;

@@ -4,6 +4,7 @@
 //! output element adds its products in that one order whatever the shape of the tile around it, which is why a
 //! row has the same bits in a batch of 1 and of 1000.
 
+use crate::memory::LINE_BYTES;
 use crate::simd::{LANES, Simd};
 
 /// How the right operand (weights, K, V) is stored, and what that makes of the left one (activations, q, p).
@@ -247,6 +248,30 @@ pub struct FetchNothing;
 impl Fetch for FetchNothing {
     #[inline(always)]
     fn step<S: Simd>(&mut self, _: S) {}
+}
+
+/// Fetches some lines at each step, as far ahead of what is worked on as it was begun.
+#[derive(Clone, Copy, Debug)]
+pub struct FetchStream {
+    /// The next line for the nearest cache.
+    pub next: *const u8,
+    /// Bytes from there to the next one for the second-level cache.
+    pub far: usize,
+    /// Lines per step.
+    pub lines: usize,
+    /// Bytes from those of one step to those of the next.
+    pub stride: usize,
+}
+
+impl Fetch for FetchStream {
+    #[inline(always)]
+    fn step<S: Simd>(&mut self, s: S) {
+        for line in 0..self.lines {
+            s.prefetch(self.next.wrapping_add(line * LINE_BYTES));
+            s.prefetch_second(self.next.wrapping_add(self.far + line * LINE_BYTES));
+        }
+        self.next = self.next.wrapping_add(self.stride);
+    }
 }
 
 /// Where the vectors of a right operand are.

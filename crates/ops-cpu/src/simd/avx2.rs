@@ -183,6 +183,11 @@ impl Simd for Avx2 {
         // SAFETY: a hint, which never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
     }
+    #[inline(always)]
+    fn prefetch_second(self, from: *const u8) {
+        // SAFETY: a hint, which never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
+    }
 
     #[inline(always)]
     unsafe fn load_part(self, from: *const f32, n: usize) -> Self::V {
@@ -250,6 +255,18 @@ impl Simd for Avx2 {
             Two(
                 _mm256_blendv_ps(never, v.0, _mm256_castsi256_ps(mask_of(mask, 0))),
                 _mm256_blendv_ps(never, v.1, _mm256_castsi256_ps(mask_of(mask, 8))),
+            )
+        }
+    }
+
+    #[inline(always)]
+    fn where_above(self, x: Self::V, least: f32, v: Self::V) -> Self::V {
+        // SAFETY: features as above.
+        unsafe {
+            let least = _mm256_set1_ps(least);
+            Two(
+                _mm256_and_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(x.0, least), v.0),
+                _mm256_and_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(x.1, least), v.1),
             )
         }
     }

@@ -155,6 +155,11 @@ macro_rules! common {
             // SAFETY: a hint, which never faults.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
         }
+        #[inline(always)]
+        fn prefetch_second(self, from: *const u8) {
+            // SAFETY: a hint, which never faults.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
+        }
 
         #[inline(always)]
         unsafe fn load_part(self, from: *const f32, n: usize) -> __m512 {
@@ -208,6 +213,15 @@ macro_rules! common {
         fn keep(self, v: __m512, mask: u16) -> __m512 {
             // SAFETY: features as above.
             unsafe { _mm512_mask_blend_ps(mask, _mm512_set1_ps(f32::NEG_INFINITY), v) }
+        }
+
+        #[inline(always)]
+        fn where_above(self, x: __m512, least: f32, v: __m512) -> __m512 {
+            // SAFETY: features as above.
+            unsafe {
+                let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, _mm512_set1_ps(least));
+                _mm512_maskz_mov_ps(above, v)
+            }
         }
 
         #[inline(always)]

@@ -65,6 +65,8 @@ impl Simd for Scalar {
 
     #[inline(always)]
     fn prefetch(self, _: *const u8) {}
+    #[inline(always)]
+    fn prefetch_second(self, _: *const u8) {}
 
     #[inline(always)]
     unsafe fn load_part(self, from: *const f32, n: usize) -> Self::V {
@@ -114,6 +116,11 @@ impl Simd for Scalar {
     #[inline(always)]
     fn keep(self, v: Self::V, mask: u16) -> Self::V {
         lanes(|i| if mask >> i & 1 == 1 { v[i] } else { f32::NEG_INFINITY })
+    }
+
+    #[inline(always)]
+    fn where_above(self, x: Self::V, least: f32, v: Self::V) -> Self::V {
+        lanes(|i| if x[i] > least { v[i] } else { 0.0 })
     }
 
     #[inline(always)]
