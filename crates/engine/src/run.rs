@@ -4,7 +4,7 @@ use ops::coverage::Inspections;
 use ops::places::DigestState;
 use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow};
-use ops::tally::{Overlap, RowTally};
+use ops::tally::{Overlap, RowTally, WorkingSet};
 use ops::tier::TierState;
 use ops::{Batch, BlockIndex, SeatIndex};
 
@@ -62,6 +62,11 @@ pub trait Runner {
     /// What the last row of `seat` selected in the last step; nothing where no layer selects.
     fn row_tally(&self, _seat: SeatIndex) -> RowTally {
         RowTally::default()
+    }
+
+    /// The pages that the last rows of the answer in `seat` selected, since the seat was released; nothing where no layer selects.
+    fn working_set(&self, _seat: SeatIndex) -> WorkingSet {
+        WorkingSet::default()
     }
 }
 
