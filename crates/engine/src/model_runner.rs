@@ -5,7 +5,7 @@ use ops::coverage::Inspections;
 use ops::places::DigestState;
 use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow, Sampled};
-use ops::tally::{Overlap, RowTally};
+use ops::tally::{Overlap, RowTally, WorkingSet};
 use ops::tier::TierState;
 use ops::{Backend, BlockIndex, SeatIndex, Step};
 
@@ -131,6 +131,10 @@ impl<B: Backend> Runner for ModelRunner<B> {
 
     fn row_tally(&self, seat: SeatIndex) -> RowTally {
         self.kv.row_tally(&self.backend, seat)
+    }
+
+    fn working_set(&self, seat: SeatIndex) -> WorkingSet {
+        self.kv.working_set(&self.backend, seat)
     }
 }
 

@@ -69,6 +69,11 @@ pub trait Runner {
     fn row_tally(&self, _seat: SeatIndex) -> RowTally {
         RowTally::default()
     }
+
+    /// The pages that the last rows of the answer in `seat` selected, since the seat was released; nothing where no layer selects.
+    fn working_set(&self, _seat: SeatIndex) -> WorkingSet {
+        WorkingSet::default()
+    }
 }
 
 impl<R: Runner> Engine<R> {

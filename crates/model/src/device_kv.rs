@@ -3,7 +3,7 @@
 use ops::places::DigestState;
 use ops::residency::SeatCounters;
 use ops::sparse::{DigestSpec, SelectionLimits};
-use ops::tally::{Overlap, RowTally};
+use ops::tally::{Overlap, RowTally, WORKING_SET_STEPS, WorkingSet, WorkingSetSpec};
 use ops::tier::{TierSpec, TierState};
 use ops::{Backend, Batch, BlockIndex, Gate, KvGeometry, SeatIndex, SequenceRows, Step};
 use sparse::trace::{Player, Recorder};
@@ -43,6 +43,8 @@ pub struct KvSpec {
     pub gate: Option<Gate>,
     /// Bounds on selections; `None` where every request attends to everything.
     pub selections: Option<SelectionLimits>,
+    /// Over what working sets are counted.
+    pub working_sets: WorkingSetSpec,
 }
 
 impl KvSpec {
@@ -56,6 +58,7 @@ impl KvSpec {
             digest_places: None,
             gate: None,
             selections: None,
+            working_sets: WorkingSetSpec::new(WORKING_SET_STEPS, 0..geometry.num_layers),
         }
     }
 }
@@ -79,7 +82,9 @@ impl<B: Backend> DeviceKv<B> {
         };
         let copies = DigestSpec::copies(&spec.digests);
         let mut pages = backend.kv(geometry, num_blocks, copies, tier)?;
-        spec.selections.iter().for_each(|limits| backend.tally_within(&mut pages, limits));
+        spec.selections
+            .iter()
+            .for_each(|limits| backend.tally_within(&mut pages, limits, &spec.working_sets));
         Ok(DeviceKv {
             pages,
             digests,
@@ -125,6 +130,11 @@ impl<B: Backend> DeviceKv<B> {
     /// What the last row of `seat` selected in the last step.
     pub fn row_tally(&self, backend: &B, seat: SeatIndex) -> RowTally {
         backend.row_tally(&self.pages, seat)
+    }
+
+    /// The pages that the last rows of the answer in `seat` selected.
+    pub fn working_set(&self, backend: &B, seat: SeatIndex) -> WorkingSet {
+        backend.working_set(&self.pages, seat)
     }
 
     /// Records what is selected from now on.

@@ -2,7 +2,7 @@
 //!
 //! In reading order: [`Isa`] (which instructions), `simd` (vectors of 16 lanes), `tile` (the one inner loop), `pack`
 //! and `gemm` (matrix products), `pages`, `attention`, `split` and `merge` (the KV cache), `digest`, `score`,
-//! `selection`, `select` and `cluster` (which part of it is attended to), `tally` and `coverage` (what that comes to, and what it leaves out), `tier` and `saver` (HBM and DRAM), `rows` (everything that treats a
+//! `selection`, `select` and `cluster` (which part of it is attended to), `tally`, `working_set` and `coverage` (what that comes to, and what it leaves out), `tier` and `saver` (HBM and DRAM), `rows` (everything that treats a
 //! row alone), `pool` (threads), `memory`; [`ceiling`] and [`bench`](mod@bench) measure.
 //!
 //! Invariant: at one instruction set, a row's bits depend on nothing but the row: not on the batch, the number of
@@ -40,6 +40,7 @@ mod tensor;
 mod tier;
 mod tile;
 mod view;
+mod working_set;
 
 use std::ops::Range;
 
@@ -48,7 +49,7 @@ use ops::places::DigestState;
 use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow};
 use ops::sparse::{DigestSpec, SelectionLimits};
-use ops::tally::{Overlap, RowTally};
+use ops::tally::{Overlap, RowTally, WorkingSet, WorkingSetSpec};
 use ops::tier::{TierSpec, TierState};
 use ops::{
     Backend, Batch, BlockIndex, DType, DeviceInfo, Error, HeadShape, KvGeometry, SeatIndex, Tensor,
@@ -183,8 +184,8 @@ impl Backend for CpuBackend {
         Ok((selection, bytes))
     }
 
-    fn tally_within(&mut self, kv: &mut Kv, limits: &SelectionLimits) {
-        kv.tally = Some(Tally::new(limits, kv.geometry().num_layers));
+    fn tally_within(&mut self, kv: &mut Kv, limits: &SelectionLimits, sets: &WorkingSetSpec) {
+        kv.tally = Some(Tally::new(limits, kv.geometry().num_layers, sets));
     }
 
     fn reserve(
@@ -402,6 +403,10 @@ impl Backend for CpuBackend {
 
     fn row_tally(&self, kv: &Kv, seat: SeatIndex) -> RowTally {
         kv.tally.as_ref().map_or_else(RowTally::default, |tally| tally.row(seat))
+    }
+
+    fn working_set(&self, kv: &Kv, seat: SeatIndex) -> WorkingSet {
+        kv.tally.as_ref().map_or_else(WorkingSet::default, |tally| tally.working_set(seat))
     }
 
     fn saved_tokens(&mut self, kv: &mut Kv, seat: SeatIndex) -> usize {

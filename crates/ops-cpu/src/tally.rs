@@ -3,10 +3,11 @@
 //! Of each seat, layer and head the last selection is kept as a bitmap of pages, which `select` makes anyway.
 
 use ops::sparse::SelectionLimits;
-use ops::tally::{Overlap, RowTally, page_words};
+use ops::tally::{Overlap, RowTally, WorkingSet, WorkingSetSpec, page_words};
 use ops::{Batch, SeatIndex};
 
 use crate::selection::Selections;
+use crate::working_set::WorkingSets;
 
 /// No row came before.
 const NONE: u32 = u32::MAX;
@@ -26,11 +27,12 @@ pub struct Tally {
     /// `[seat]`: of the last row in the step at hand.
     rows: Vec<RowTally>,
     overlap: Overlap,
+    sets: WorkingSets,
 }
 
 impl Tally {
     /// For as many seats as `limits` has rows.
-    pub fn new(limits: &SelectionLimits, layers: usize) -> Self {
+    pub fn new(limits: &SelectionLimits, layers: usize, sets: &WorkingSetSpec) -> Self {
         let (seats, kv_heads, words) = (limits.rows_max, limits.heads.kv_heads, page_words(limits));
         Tally {
             layers,
@@ -41,6 +43,7 @@ impl Tally {
             positions: vec![NONE; seats * layers],
             rows: vec![RowTally::default(); seats],
             overlap: Overlap::default(),
+            sets: WorkingSets::new(limits, *sets),
         }
     }
 
@@ -53,6 +56,7 @@ impl Tally {
     pub fn add(&mut self, layer: usize, batch: &Batch, selection: &Selections) {
         for (place, row) in batch.sparse_rows().enumerate() {
             let seat = row.sequence.seat.at();
+            self.sets.step(row.sequence.seat, layer, |head| selection.get(place, head).map(|s| s.pages));
             let selects = selection.get(place, 0).is_some();
             let position = if selects { row.position as u32 } else { NONE };
             let before = std::mem::replace(&mut self.positions[seat * self.layers + layer], position);
@@ -87,6 +91,7 @@ impl Tally {
     pub fn release(&mut self, seat: SeatIndex) {
         self.positions[seat.at() * self.layers..][..self.layers].fill(NONE);
         self.rows[seat.at()] = RowTally::default();
+        self.sets.release(seat);
     }
 
     /// What was counted since the start.
@@ -97,5 +102,10 @@ impl Tally {
     /// Of the last row of `seat` in the step at hand.
     pub fn row(&self, seat: SeatIndex) -> RowTally {
         self.rows[seat.at()]
+    }
+
+    /// What the last rows of `seat` selected.
+    pub fn working_set(&self, seat: SeatIndex) -> WorkingSet {
+        self.sets.get(seat)
     }
 }

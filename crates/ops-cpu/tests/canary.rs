@@ -9,7 +9,7 @@ use ops::places::DigestState;
 use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow};
 use ops::sparse::{DigestSpec, SelectionLimits};
-use ops::tally::{Overlap, RowTally};
+use ops::tally::{Overlap, RowTally, WorkingSet, WorkingSetSpec};
 use ops::tier::{TierSpec, TierState};
 use ops::{
     Backend, Batch, BlockIndex, DType, DeviceInfo, Error, Gate, HeadShape, KvGeometry, SeatIndex, WeightView,
@@ -302,8 +302,8 @@ impl Backend for Faulty {
         self.cpu.park(&mut kv.pages, seat, table);
     }
 
-    fn tally_within(&mut self, kv: &mut Kv, limits: &SelectionLimits) {
-        self.cpu.tally_within(&mut kv.pages, limits);
+    fn tally_within(&mut self, kv: &mut Kv, limits: &SelectionLimits, sets: &WorkingSetSpec) {
+        self.cpu.tally_within(&mut kv.pages, limits, sets);
     }
 
     fn tally(&mut self, kv: &mut Kv, layer: usize, batch: &Batch, selection: &Selection) {
@@ -320,6 +320,10 @@ impl Backend for Faulty {
 
     fn row_tally(&self, kv: &Kv, seat: SeatIndex) -> RowTally {
         self.cpu.row_tally(&kv.pages, seat)
+    }
+
+    fn working_set(&self, kv: &Kv, seat: SeatIndex) -> WorkingSet {
+        self.cpu.working_set(&kv.pages, seat)
     }
 
     fn digest_state(&self, digests: &Digests) -> DigestState {

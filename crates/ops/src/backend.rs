@@ -7,7 +7,7 @@ use crate::places::DigestState;
 use crate::residency::SeatCounters;
 use crate::sample::{SampleOutput, SampleRow};
 use crate::sparse::{DigestSpec, SelectionLimits};
-use crate::tally::{Overlap, RowTally};
+use crate::tally::{Overlap, RowTally, WorkingSet, WorkingSetSpec};
 use crate::tier::{TierSpec, TierState, TooSmall};
 use crate::{Batch, BlockIndex, DType, Gate, HeadShape, KvGeometry, SeatIndex};
 
@@ -159,8 +159,9 @@ pub trait Backend {
     /// Memory for the selections of a step, and its size in bytes.
     fn selection(&mut self, limits: SelectionLimits) -> Result<(Self::Selection, u64), Error>;
 
-    /// Takes the memory to [tally](Backend::tally) selections within `limits`: of seats below its rows.
-    fn tally_within(&mut self, kv: &mut Self::Kv, limits: &SelectionLimits);
+    /// Takes the memory to [tally](Backend::tally) selections within `limits`, of seats below its rows, and their working sets as
+    /// `sets` says.
+    fn tally_within(&mut self, kv: &mut Self::Kv, limits: &SelectionLimits, sets: &WorkingSetSpec);
 
     /// Bytes of scratch memory that the operations need for steps of up to `rows_max` rows of `heads`, contexts of up
     /// to `context_max` tokens and at most `sequences_max` sequences; reserves them, so that no step allocates.
@@ -368,6 +369,9 @@ pub trait Backend {
 
     /// What the last row of `seat` selected in the last step that it took part in.
     fn row_tally(&self, kv: &Self::Kv, seat: SeatIndex) -> RowTally;
+
+    /// The pages that the last rows of an answer selected in `seat`, since it was last released; nothing where nothing is tallied.
+    fn working_set(&self, kv: &Self::Kv, seat: SeatIndex) -> WorkingSet;
 
     /// Tokens of `seat` whose pages are clean in all layers; everything in unified memory.
     fn saved_tokens(&mut self, kv: &mut Self::Kv, seat: SeatIndex) -> usize;

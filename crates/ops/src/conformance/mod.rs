@@ -9,6 +9,7 @@ mod chunks;
 mod sparse;
 mod tier;
 mod tier_cases;
+mod working_set;
 
 use crate::reference::{Matrix, Reference};
 use crate::sample::{SampleOutput, SampleRow, SamplingParams};
@@ -20,6 +21,7 @@ use crate::{
 pub use chunks::check_digest_chunks;
 pub use sparse::check_sparse;
 pub use tier::check_tiers;
+pub use working_set::check_working_sets;
 
 /// Every element type.
 pub const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
@@ -118,6 +120,7 @@ pub fn check_all<B: Backend>(make: &mut dyn FnMut() -> B, seed: u64) -> u64 {
     }
     // What moves pages does not look into them: one type a time is enough.
     let waves = check_tiers(make, DTYPES[seed as usize % DTYPES.len()], seed);
+    check_working_sets(make, seed);
     check_rows(&mut make(), seed);
     check_rope_angles(&mut make(), seed);
     check_sample(&mut make(), seed);

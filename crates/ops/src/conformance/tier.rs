@@ -7,6 +7,7 @@ use super::{Random, Reference, assert_same_bits, gate_of, normals, rows_of, tens
 use crate::coverage::{Coverage, Inspection, Inspections};
 use crate::residency::{EXTENT_FRAMES, EvictionRule};
 use crate::sparse::{Attention, DigestSpec, Method, SelectionLimits};
+use crate::tally::{WORKING_SET_STEPS, WorkingSetSpec};
 use crate::tier::{TierSpec, TierState, TooSmall};
 use crate::{Backend, Batch, BlockIndex, DType, Gate, KvGeometry, SPLIT_TOKENS, SeatIndex, SequenceRows};
 
@@ -45,6 +46,7 @@ impl<'a, B: Backend> World<'a, B> {
         num_blocks: usize,
         tier: Option<TierSpec>,
         gate: Option<&Gate>,
+        sets: &WorkingSetSpec,
     ) -> Self {
         let heads = case.heads;
         let places = tier.map(|_| places_of(num_blocks));
@@ -57,7 +59,7 @@ impl<'a, B: Backend> World<'a, B> {
         backend.reserve(heads, rows, SEATS, CONTEXT, heads.qkv_cols()).expect("scratch");
         let copies = DigestSpec::copies(&case.digests);
         let mut kv = backend.kv(geometry, num_blocks, copies, tier).expect("memory");
-        backend.tally_within(&mut kv, &limits);
+        backend.tally_within(&mut kv, &limits, sets);
         World { backend, kv, digests, selection }
     }
 
@@ -394,6 +396,8 @@ struct Covered {
     extra_waves: u64,
     /// Pages that selections repeated.
     repeated: u64,
+    /// Times that a sequence had a working set of as many steps as are looked at.
+    grown: usize,
     /// Bytes of digests, seat by seat.
     loaded: u64,
     /// Times that more tokens of a request were saved than after the step before.
@@ -410,12 +414,15 @@ struct Covered {
 
 impl Covered {
     const fn everything(&self) -> bool {
-        let Covered { hits, misses, evictions, streamed, repeated, saves, shared, parked, loads, .. } = *self;
+        let Covered {
+            hits, misses, evictions, streamed, repeated, grown, saves, shared, parked, loads, ..
+        } = *self;
         hits > 0
             && misses > 0
             && evictions > 0
             && streamed > 0
             && repeated > 0
+            && grown > 0
             && saves > 0
             && shared > 0
             && parked > 0
@@ -429,6 +436,7 @@ impl Covered {
         self.streamed += other.streamed;
         self.extra_waves += other.extra_waves;
         self.repeated += other.repeated;
+        self.grown += other.grown;
         self.saves += other.saves;
         self.shared += other.shared;
         self.duplicates += other.duplicates;
@@ -459,9 +467,11 @@ fn run<B: Backend>(
     let (mut tiered, mut unified, mut oracle) = (make(), make(), Reference::default());
     let gate = gate_of(&case.digests, case.heads, LAYERS, random.next_u64());
     let gate = gate.as_ref();
-    let mut tiered = World::new(&mut tiered, case, geometry, num_blocks, Some(spec), gate);
-    let mut unified = World::new(&mut unified, case, geometry, num_blocks, None, gate);
-    let mut oracle = World::new(&mut oracle, case, geometry, num_blocks, Some(spec), gate);
+    let steps = [1, 3, 5, WORKING_SET_STEPS][random.below(4)];
+    let sets = WorkingSetSpec::new(steps, (0..LAYERS).filter(|layer| *layer != 1 || case.window.is_none()));
+    let mut tiered = World::new(&mut tiered, case, geometry, num_blocks, Some(spec), gate, &sets);
+    let mut unified = World::new(&mut unified, case, geometry, num_blocks, None, gate, &sets);
+    let mut oracle = World::new(&mut oracle, case, geometry, num_blocks, Some(spec), gate, &sets);
     let mut free: Vec<BlockIndex> = (0..num_blocks as u32).rev().map(BlockIndex).collect();
     for i in 0..free.len() / 2 {
         let other = random.below(free.len());
@@ -541,6 +551,13 @@ fn run<B: Backend>(
         let overlap = tiered.backend.overlap(&tiered.kv);
         assert_eq!(overlap, unified.backend.overlap(&unified.kv), "{what}: overlap in unified memory");
         assert_eq!(overlap, oracle.backend.overlap(&oracle.kv), "{what}: overlap");
+        for seat in (0..SEATS as u32).map(SeatIndex) {
+            let set = tiered.backend.working_set(&tiered.kv, seat);
+            let in_unified = unified.backend.working_set(&unified.kv, seat);
+            assert_eq!(set, in_unified, "{what} {seat:?}: working set in unified memory");
+            assert_eq!(set, oracle.backend.working_set(&oracle.kv, seat), "{what} {seat:?}: working set");
+            covered.grown += usize::from(set.pages > 0 && set.steps as usize == steps);
+        }
         for s in batch.sequences {
             let of = tiered.backend.row_tally(&tiered.kv, s.seat);
             assert_eq!(

@@ -19,7 +19,7 @@ use crate::places::DigestState;
 use crate::residency::SeatCounters;
 use crate::sample::{SampleOutput, SampleRow, SampleScratch, sample};
 use crate::sparse::{DigestSpec, SelectionLimits};
-use crate::tally::{Overlap, RowTally};
+use crate::tally::{Overlap, RowTally, WorkingSet, WorkingSetSpec};
 use crate::tier::{TierSpec, TierState};
 pub use sparse::{DigestTable, Selections};
 
@@ -220,7 +220,9 @@ impl Backend for Reference {
         Ok((Selections::new(limits), 0))
     }
 
-    fn tally_within(&mut self, _: &mut Pages, _: &SelectionLimits) {}
+    fn tally_within(&mut self, kv: &mut Pages, _: &SelectionLimits, sets: &WorkingSetSpec) {
+        kv.tally.within(sets);
+    }
 
     fn reserve(&mut self, _: HeadShape, _: usize, _: usize, _: usize, _: usize) -> Result<u64, Error> {
         Ok(0)
@@ -503,6 +505,10 @@ impl Backend for Reference {
 
     fn row_tally(&self, kv: &Pages, seat: SeatIndex) -> RowTally {
         kv.tally.row(seat)
+    }
+
+    fn working_set(&self, kv: &Pages, seat: SeatIndex) -> WorkingSet {
+        kv.tally.working_set(seat)
     }
 
     fn saved_tokens(&mut self, kv: &mut Pages, seat: SeatIndex) -> usize {

@@ -9,7 +9,8 @@ use engine::{Admission, Config, Handle, Metrics, ModelRunner, Prefill, REPLAY_RO
 use indicatif::{ProgressBar, ProgressStyle};
 use model::{Checkpoint, DeviceKv, KvSpec, Limits, Model, ModelConfig, Rope, Source, Workspace};
 use ops::places::Places;
-use ops::sparse::{DigestSpec, SelectionLimits};
+use ops::sparse::{DigestSpec, Method, SelectionLimits};
+use ops::tally::{WORKING_SET_STEPS, WorkingSetSpec};
 use ops::tier::{TierLayout, TierSpec, TooSmall};
 use ops::{Backend, DType, DeviceInfo, Gate, KvGeometry};
 use ops_cpu::{CpuBackend, CpuOptions};
@@ -160,6 +161,7 @@ pub struct Prepared<B: Backend = Device> {
     /// What makes digests of a gate.
     gate: Option<Gate>,
     selections: Option<SelectionLimits>,
+    working_sets: WorkingSetSpec,
     recorder: Option<Recorder>,
     source: Source,
     backend: B,
@@ -210,12 +212,13 @@ impl<B: Backend> Prepared<B> {
         });
         let gate = gate.transpose()?;
         let digests: Vec<_> = served.digests().iter().map(|d| d.with_gate(gate.as_ref())).collect();
-        let selections = served.methods();
-        let selections = (!selections.is_empty()).then(|| {
+        let methods = served.methods();
+        let working_sets = WorkingSetSpec::new(WORKING_SET_STEPS, selecting(&config, &methods));
+        let selections = (!methods.is_empty()).then(|| {
             let rows = settings.max_num_seqs.saturating_add(REPLAY_ROWS);
-            SelectionLimits::new(&selections, config.heads, settings.page_tokens, rows, max_context)
+            SelectionLimits::new(&methods, config.heads, settings.page_tokens, rows, max_context)
         });
-        let tally_bytes = |limits| ops::tally::bytes(&limits, config.num_layers);
+        let tally_bytes = |limits| ops::tally::bytes(&limits, config.num_layers, &working_sets);
         let selection_bytes = selections.map_or(0, |limits| limits.bytes() + tally_bytes(limits));
         let limit = memory_limit(settings.dram)?;
         let mut demand = Demand {
@@ -266,6 +269,7 @@ impl<B: Backend> Prepared<B> {
             digests,
             gate,
             selections,
+            working_sets,
             tier,
             fits_hbm,
             recorder,
@@ -355,6 +359,7 @@ impl<B: Backend> Prepared<B> {
             digest_places: self.tier.map(|tier| tier.digest_places),
             gate: self.gate,
             selections: self.selections,
+            working_sets: self.working_sets,
         };
         let mut kv = DeviceKv::new(backend, &spec)?;
         fill(backend, &mut kv);
@@ -364,6 +369,12 @@ impl<B: Backend> Prepared<B> {
         tracing::info!(seconds = start.elapsed().as_secs_f64(), "model loaded");
         Ok(ModelRunner::new(self.backend, model, self.workspace, kv))
     }
+}
+
+/// The layers in which rows of answers select: those without a window, as far as no method attends to everything there.
+fn selecting(config: &ModelConfig, methods: &[Method]) -> impl Iterator<Item = usize> + Clone {
+    let first = methods.iter().map(|method| method.dense_layers).filter(|&layer| layer < config.num_layers);
+    (first.max().unwrap_or(0)..config.num_layers).filter(|&layer| config.windows[layer].is_none())
 }
 
 /// An engine on its thread.

@@ -8,7 +8,7 @@ use ops::places::DigestState;
 use ops::residency::SeatCounters;
 use ops::sample::{SampleOutput, SampleRow};
 use ops::sparse::{DigestSpec, SelectionLimits};
-use ops::tally::{Overlap, RowTally};
+use ops::tally::{Overlap, RowTally, WorkingSet, WorkingSetSpec};
 use ops::tier::{TierSpec, TierState};
 use ops::{
     Backend, Batch, BlockIndex, DType, DeviceInfo, Error, Gate, HeadShape, KvGeometry, SeatIndex, Tensor,
@@ -129,8 +129,8 @@ impl<B: Backend> Backend for Profiled<B> {
         self.inner.selection(limits)
     }
 
-    fn tally_within(&mut self, kv: &mut B::Kv, limits: &SelectionLimits) {
-        self.inner.tally_within(kv, limits);
+    fn tally_within(&mut self, kv: &mut B::Kv, limits: &SelectionLimits, sets: &WorkingSetSpec) {
+        self.inner.tally_within(kv, limits, sets);
     }
 
     fn reserve(
@@ -321,6 +321,10 @@ impl<B: Backend> Backend for Profiled<B> {
 
     fn row_tally(&self, kv: &B::Kv, seat: SeatIndex) -> RowTally {
         self.inner.row_tally(kv, seat)
+    }
+
+    fn working_set(&self, kv: &B::Kv, seat: SeatIndex) -> WorkingSet {
+        self.inner.working_set(kv, seat)
     }
 
     fn saved_tokens(&mut self, kv: &mut B::Kv, seat: SeatIndex) -> usize {
