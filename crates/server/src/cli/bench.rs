@@ -141,7 +141,7 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
     let file = ConfigFile::read(args.common.config.as_deref())?;
     let _log = log::start(&LogSettings::resolve(args.common.clone().or(file.common), "warn"))?;
     let choice = ModelChoice::resolve(args.model.as_deref().or(file.model.as_deref()))?;
-    let mut engine = args.engine.clone().or(file.engine);
+    let mut engine = args.engine.clone().complete(file.engine);
     engine.sparse.policy.get_or_insert_with(|| "dense".into());
     let mut settings = EngineSettings::resolve(engine, args.batch)?;
     if args.context == 0 || args.batch == 0 || args.steps == 0 || args.prefill == Some(0) {
@@ -217,11 +217,14 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
 /// What the steps did to the pages of an HBM tier, and how much of each selection the next one repeated.
 struct Pages {
     counters: SeatCounters,
+    /// Calls that moved pages to HBM, and what steps waited for transfers.
+    link_calls: u64,
+    stall_nanos: u64,
     overlap: Overlap,
 }
 
-fn write_pages(out: &mut dyn Write, pages: &Pages, steps: usize) -> std::io::Result<()> {
-    let pages = &pages.counters;
+fn write_pages(out: &mut dyn Write, moved: &Pages, steps: usize) -> std::io::Result<()> {
+    let pages = &moved.counters;
     writeln!(
         out,
         "pages: {:.1} % hit; a step fetches {:.1} to stay and {:.1} to pass through, and evicts {:.1}; selections name {:.2} times \
@@ -231,6 +234,13 @@ fn write_pages(out: &mut dyn Write, pages: &Pages, steps: usize) -> std::io::Res
         pages.streamed as f64 / steps as f64,
         pages.evictions as f64 / steps as f64,
         amplification(pages),
+    )?;
+    writeln!(
+        out,
+        "transfers: a step fetches {:.2} MB in {:.1} calls, and waits {:.3} ms",
+        pages.fetched_bytes as f64 / 1e6 / steps as f64,
+        moved.link_calls as f64 / steps as f64,
+        moved.stall_nanos as f64 / 1e6 / steps as f64,
     )
 }
 
@@ -239,7 +249,7 @@ fn amplification(pages: &SeatCounters) -> f64 {
     pages.selected as f64 / pages.selected_packed.max(1) as f64
 }
 
-fn pages_json(Pages { counters: pages, overlap }: &Pages, steps: usize) -> Value {
+fn pages_json(Pages { counters: pages, link_calls, stall_nanos, overlap }: &Pages, steps: usize) -> Value {
     let per_step = |count: u64| count as f64 / steps as f64;
     json!({
         "hit_rate": pages.hits as f64 / pages.needed().max(1) as f64,
@@ -248,6 +258,9 @@ fn pages_json(Pages { counters: pages, overlap }: &Pages, steps: usize) -> Value
         "streamed_per_step": per_step(pages.streamed),
         "evictions_per_step": per_step(pages.evictions),
         "page_amplification": amplification(pages),
+        "fetched_bytes_per_step": per_step(pages.fetched_bytes),
+        "link_calls_per_step": per_step(*link_calls),
+        "stall_ms_per_step": per_step(*stall_nanos) / 1e6,
     })
 }
 
@@ -472,6 +485,8 @@ impl Work {
         }
         let pages = runner.tier_state().zip(warm).map(|(now, warm)| Pages {
             counters: now.pages.since(&warm.pages),
+            link_calls: now.link_calls[0] - warm.link_calls[0],
+            stall_nanos: now.stall_nanos - warm.stall_nanos,
             overlap: runner.overlap().since(&overlap),
         });
         (Phase::new(self.batch, &timed), pages)
