@@ -144,11 +144,11 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
     let mut engine = args.engine.clone().complete(file.engine);
     engine.sparse.policy.get_or_insert_with(|| "dense".into());
     let mut settings = EngineSettings::resolve(engine, args.batch)?;
-    if args.context == 0 || args.batch == 0 || args.steps == 0 || args.prefill == Some(0) {
-        return Err(Failure::input("--context, --batch, --steps and --prefill must be at least 1"));
+    if args.context == 0 || args.batch == 0 || args.steps == 0 || args.prefill_tokens == Some(0) {
+        return Err(Failure::input("--context, --batch, --steps and --prefill-tokens must be at least 1"));
     }
     // One step more than is timed warms up.
-    let context_end = (args.context + args.steps + 1).max(args.prefill.unwrap_or(0));
+    let context_end = (args.context + args.steps + 1).max(args.prefill_tokens.unwrap_or(0));
     settings.max_context.get_or_insert(context_end);
     settings.max_num_seqs = args.batch;
     settings.parks = false;
@@ -185,14 +185,14 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
     })?;
     let mut limits = Limits { ceiling: Ceiling::new(isa, threads)?, pool: Pool::new(threads)?, dtype };
 
-    let prefill = args.prefill.map(|tokens| work.prefill(&mut runner, &mut quotas, &mut limits, tokens));
+    let prefill = args.prefill_tokens.map(|tokens| work.prefill(&mut runner, &mut quotas, &mut limits, tokens));
     let (decode, pages) = work.decode(&mut runner, &mut quotas, &mut limits, args.context, args.steps);
     let profile = runner.backend().take();
     let mut out = std::io::stdout().lock();
     if args.json {
         let object = json!({
             "model": choice.name(), "dtype": dtype.name(), "threads": threads, "isa": isa.name(),
-            "context": args.context, "batch": args.batch, "prefill_tokens": args.prefill,
+            "context": args.context, "batch": args.batch, "prefill_tokens": args.prefill_tokens,
             "prefill": prefill.as_ref().map(Phase::json), "decode": decode.json(),
             "pages": pages.as_ref().map(|pages| pages_json(pages, args.steps)),
             "profile": args.profile.then(|| profile_json(&profile, args.steps)),
@@ -200,7 +200,7 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
         writeln!(out, "{object}")?;
     } else {
         writeln!(out, "{}, {dtype}, {threads} threads, {}", choice.name(), isa.name())?;
-        if let (Some(tokens), Some(phase)) = (args.prefill, &prefill) {
+        if let (Some(tokens), Some(phase)) = (args.prefill_tokens, &prefill) {
             writeln!(out, "prefill of {tokens} tokens: {phase}")?;
         }
         writeln!(out, "decode of {} after {} tokens: {decode}", args.batch, args.context)?;

@@ -193,7 +193,7 @@ mod tests {
                 if flag == "policy-opt" { vec!["--policy".into(), "arkvale".into()] } else { vec![] };
             let without = if policy.is_empty() { plain.clone() } else { shown(settings(&policy)) };
             let with = shown(settings(&[policy, vec![format!("--{flag}"), value.clone()]].concat()));
-            let usual = defaults.contains(&value.as_str()) || value == "partition=32";
+            let usual = defaults.contains(&value.as_str());
             assert_eq!(with == without, usual, "--{flag} {value}");
         }
     }
@@ -201,7 +201,7 @@ mod tests {
     #[test]
     fn what_is_typed_wins() {
         let spin = |policy: &str| preset(Preset::Spin, &["--policy", policy]).sparse;
-        assert_eq!(spin("retroinfer").budget.tokens(10_000), 180);
+        assert_eq!(Ok(spin("retroinfer").budget), "1.8%".parse());
         assert_eq!(spin("seerattention").budget.tokens(10_000), 2048);
         assert_eq!(spin("quest").budget.tokens(10_000), 1024, "what it is without a preset");
         assert_eq!(preset(Preset::Spin, &["--budget", "9"]).sparse.budget.tokens(10_000), 9);
