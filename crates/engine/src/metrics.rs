@@ -251,11 +251,18 @@ const MOVED: MetricDoc = MetricDoc {
     help: "Bytes of KV copied from DRAM to HBM (fetched: pages that were missed or streamed, the last ones of a shared prefix, \
            keys that the guard reads) and from HBM to DRAM (saved).",
 };
+const LINK_CALLS: MetricDoc = MetricDoc {
+    name: "sparseserve_link_calls_total",
+    kind: MetricKind::Counter,
+    labels: &[("direction", &DIRECTIONS)],
+    help: "Calls that moved KV or digests from DRAM to HBM (fetched) and from HBM to DRAM (saved): one for all that a layer needs, \
+           or one for each page.",
+};
 const STALL: MetricDoc = MetricDoc {
     name: "sparseserve_kv_stall_seconds_total",
     kind: MetricKind::Counter,
     labels: &[],
-    help: "Time that steps waited for pages to be fetched.",
+    help: "Time that steps waited for pages to be fetched, and for saves that they could not go on without.",
 };
 const WAVES: MetricDoc = MetricDoc {
     name: "sparseserve_kv_extra_waves_total",
@@ -337,7 +344,7 @@ const SAVING: MetricDoc = MetricDoc {
 };
 
 /// Every metric of the engine: the single source of registration and documentation.
-pub const METRICS: [MetricDoc; 42] = [
+pub const METRICS: [MetricDoc; 43] = [
     REQUESTS,
     WAITING,
     RUNNING,
@@ -366,6 +373,7 @@ pub const METRICS: [MetricDoc; 42] = [
     SELECTED,
     REPEATED,
     MOVED,
+    LINK_CALLS,
     STALL,
     WAVES,
     HBM_CAPACITY,
@@ -420,6 +428,7 @@ pub struct Metrics {
     repeated: IntCounter,
     /// By direction, as in `DIRECTIONS`.
     moved: [IntCounter; 2],
+    link_calls: [IntCounter; 2],
     stall: Counter,
     waves: IntCounter,
     /// By state, as in `FRAME_STATES`.
@@ -475,6 +484,7 @@ impl Metrics {
             selected: counter(registry, SELECTED)?,
             repeated: counter(registry, REPEATED)?,
             moved: counters(registry, MOVED)?,
+            link_calls: counters(registry, LINK_CALLS)?,
             stall: float_counter(registry, STALL)?,
             waves: counter(registry, WAVES)?,
             hbm_capacity: gauge(registry, HBM_CAPACITY)?,
@@ -610,6 +620,8 @@ impl Metrics {
         self.pages.iter().zip(events).for_each(|(counter, total)| advance(counter, total));
         let moved = [pages.fetched_bytes, state.saved_bytes];
         self.moved.iter().zip(moved).for_each(|(counter, total)| advance(counter, total));
+        let calls = self.link_calls.iter().zip(state.link_calls);
+        calls.for_each(|(counter, total)| advance(counter, total));
         self.stall.inc_by((state.stall_nanos as f64 * 1e-9 - self.stall.get()).max(0.0));
         advance(&self.waves, state.extra_waves);
         let frames = [state.cache_frames - state.cache_used, state.cache_used, state.pinned_frames];

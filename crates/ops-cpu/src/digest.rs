@@ -164,9 +164,13 @@ impl Digests {
     }
 
     /// See [`ops::Backend::place_digests`].
-    pub fn place(&mut self, pool: &mut Pool, batch: &Batch) {
+    ///
+    /// Returns the bytes that came from DRAM, and in how many pieces.
+    pub fn place(&mut self, pool: &mut Pool, batch: &Batch) -> (usize, usize) {
         let (block_bytes, page_tokens) = (self.layout.block_bytes, self.geometry.page_tokens);
-        let Some(Hbm { layers, places, loads, loads_of, loaded_bytes }) = &mut self.hbm else { return };
+        let Some(Hbm { layers, places, loads, loads_of, loaded_bytes }) = &mut self.hbm else {
+            return (0, 0);
+        };
         loads.clear();
         let readers = || batch.sequences.iter().filter(|s| batch.reads_digests(s));
         let blocks_of = |s: &SequenceRows| &batch.block_table(s)[..s.context_tokens().div_ceil(page_tokens)];
@@ -201,7 +205,9 @@ impl Digests {
                 }
             });
         }
-        *loaded_bytes += (loads.len() * block_bytes * self.layers.len()) as u64;
+        let copies = loads.len() * self.layers.len();
+        *loaded_bytes += (copies * block_bytes) as u64;
+        (copies * block_bytes, copies)
     }
 
     /// Places in all, those that hold something, and bytes that came from DRAM; zeros where HBM is not apart.
@@ -372,7 +378,8 @@ fn cluster_spans(
     let to = digests.targets(layer);
     let digests = &*digests;
     let pages_to = kv.dram.shared(layer);
-    let kv = &*kv;
+    let cache = kv;
+    let kv = &*cache;
     let (isa, memory) = digests.clusters.as_ref().expect("clusters have memory");
     pool.run(num_tasks, &|task, thread| {
         let mut task = task;
@@ -420,6 +427,9 @@ fn cluster_spans(
             return;
         }
     });
+    if let Some(tier) = &mut cache.tier {
+        tier.sent_copies(num_tasks * span_tokens / digests.geometry.page_tokens);
+    }
 }
 
 /// Values of a digest of a cluster, at most.

@@ -2,7 +2,7 @@
 //!
 //! In reading order: [`Isa`] (which instructions), `simd` (vectors of 16 lanes), `tile` (the one inner loop), `pack`
 //! and `gemm` (matrix products), `pages`, `attention`, `split` and `merge` (the KV cache), `digest`, `score`,
-//! `selection`, `select` and `cluster` (which part of it is attended to), `tally`, `working_set` and `coverage` (what that comes to, and what it leaves out), `tier` and `saver` (HBM and DRAM), `rows` (everything that treats a
+//! `selection`, `select` and `cluster` (which part of it is attended to), `tally`, `working_set` and `coverage` (what that comes to, and what it leaves out), `tier`, `saver` and `link` (HBM and DRAM), `rows` (everything that treats a
 //! row alone), `pool` (threads), `memory`; [`ceiling`] and [`bench`](mod@bench) measure.
 //!
 //! Invariant: at one instruction set, a row's bits depend on nothing but the row: not on the batch, the number of
@@ -22,6 +22,7 @@ mod fp8;
 mod gate;
 mod gemm;
 mod isa;
+mod link;
 mod memory;
 mod merge;
 mod pack;
@@ -82,6 +83,9 @@ pub struct CpuBackend {
     products: gemm::Scratch,
     attention: attention::Scratch,
     sampling: sampling::Scratch,
+    /// Bytes of digests that came to HBM for the step at hand, and in how many pieces: what the link takes for them is had from the
+    /// tier, which [`Backend::place_digests`] does not see.
+    placed: (usize, usize),
 }
 
 impl CpuBackend {
@@ -105,6 +109,7 @@ impl CpuBackend {
             products: gemm::Scratch::new(threads)?,
             attention: attention::Scratch::new(threads)?,
             sampling: sampling::Scratch::new(threads),
+            placed: (0, 0),
         })
     }
 
@@ -265,11 +270,16 @@ impl Backend for CpuBackend {
         angles: &CpuTensor,
         batch: &Batch,
     ) {
+        let (bytes, copies) = std::mem::take(&mut self.placed);
+        if let Some(tier) = kv.tier.as_mut().filter(|_| bytes > 0) {
+            tier.fetched_digests(bytes, copies);
+        }
         pages::append(self.isa, &mut self.pool, kv, layer, qkv, heads, qk_norm, angles, batch);
     }
 
     fn place_digests(&mut self, digests: &mut Digests, batch: &Batch) {
-        digests.place(&mut self.pool, batch);
+        let (bytes, copies) = digests.place(&mut self.pool, batch);
+        self.placed = (self.placed.0 + bytes, self.placed.1 + copies);
     }
 
     fn digest(&mut self, digests: &mut Digests, kv: &mut Kv, layer: usize, batch: &Batch) {

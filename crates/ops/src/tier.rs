@@ -13,6 +13,7 @@
 use crate::cluster::OrderedCopy;
 use crate::residency::{EXTENT_FRAMES, EvictionRule, ResidencyShape, SeatCounters};
 use crate::{BlockIndex, KvGeometry, SPLIT_TOKENS};
+use std::time::Duration;
 
 /// What an HBM tier is asked to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,8 +34,51 @@ pub struct TierSpec {
     pub copies: usize,
     /// Which pages give way in the cache.
     pub eviction: EvictionRule,
+    /// In how many calls pages move between the tiers.
+    pub transfer: Transfer,
+    /// What a link between the tiers costs that the device does not have; `None` adds nothing.
+    pub link: Option<LinkSpec>,
     /// Whether frames that hold nothing are filled with NaN, so that reading one shows, and saves take their time: for tests.
     pub poison: bool,
+}
+
+/// In how many calls pages move between the tiers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Transfer {
+    /// All that a layer misses in one call, and what it saves off the path of the step (SparseServe's FlashH2D and FlashD2H).
+    #[default]
+    Fused,
+    /// Each page of each head by a call of its own, one after the other, while the step waits (the naive offload that
+    /// SparseServe compares itself with).
+    PerPage,
+}
+
+impl Transfer {
+    /// As flags call it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Transfer::Fused => "fused",
+            Transfer::PerPage => "per-page",
+        }
+    }
+}
+
+/// What moving pages costs on a link, in each direction alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkSpec {
+    /// Bytes that it moves in a second.
+    pub bytes_per_second: u64,
+    /// Nanoseconds that each call takes beside.
+    pub call_nanos: u64,
+}
+
+impl LinkSpec {
+    /// The time of `bytes` in `calls` calls.
+    pub fn time(&self, bytes: u64, calls: u64) -> Duration {
+        let moving = u128::from(bytes) * 1_000_000_000 / u128::from(self.bytes_per_second);
+        let all = moving + u128::from(calls) * u128::from(self.call_nanos);
+        Duration::from_nanos(u64::try_from(all).unwrap_or(u64::MAX))
+    }
 }
 
 /// The frames of an HBM tier by kind.
@@ -213,6 +257,8 @@ pub struct TierState {
     pub table_bytes: u64,
     /// Bytes copied from HBM to DRAM, since the start.
     pub saved_bytes: u64,
+    /// Calls that moved pages or digests between the tiers, since the start: to HBM, and to DRAM.
+    pub link_calls: [u64; 2],
     /// Time that steps spent waiting for pages, since the start, in nanoseconds.
     pub stall_nanos: u64,
     /// Waves beyond one per layer, since the start.
@@ -239,6 +285,8 @@ mod tests {
             partition_tokens_max: 32,
             copies: 0,
             eviction: EvictionRule::Bucketed,
+            transfer: Transfer::Fused,
+            link: None,
             poison: false,
         }
     }
@@ -265,6 +313,16 @@ mod tests {
             before = layout.extents;
         }
         assert_eq!(before, 3 * 4 * 16, "every page of every context");
+    }
+
+    #[test]
+    fn a_link_takes_time_for_bytes_and_for_calls() {
+        let pcie4 = LinkSpec { bytes_per_second: 25_000_000_000, call_nanos: 4_000 };
+        assert_eq!(pcie4.time(0, 0), Duration::ZERO);
+        assert_eq!(pcie4.time(8_192, 1), Duration::from_nanos(4_327));
+        // A page a call: 1.9 GB/s of 25.
+        assert_eq!(pcie4.time(1_000 * 8_192, 1_000), Duration::from_nanos(4_327_680));
+        assert_eq!(pcie4.time(u64::MAX, u64::MAX), Duration::from_nanos(u64::MAX));
     }
 
     /// Wider stamps are paid for in frames.

@@ -14,7 +14,7 @@ use ops::coverage::{Coverage, Inspection, Inspections};
 use ops::residency::EvictionRule;
 use ops::sample::{SampleOutput, SampleRow, SamplingParams};
 use ops::sparse::{Attention, DigestSpec, Method, SelectionLimits};
-use ops::tier::{TierSpec, TooSmall};
+use ops::tier::{TierSpec, TooSmall, Transfer};
 use ops::{Batch, BlockIndex, DType, Gate, Random, SeatIndex, SequenceRows};
 use ops_cpu::{CpuBackend, CpuOptions};
 use sparse::Served;
@@ -124,6 +124,8 @@ fn load_with(folder: PathBuf, dtype: DType, threads: usize, policies: &[String],
             partition_tokens_max: if windowed { 32 } else { made_together.unwrap_or(1) },
             copies: DigestSpec::copies(served.digests()),
             eviction: rule,
+            transfer: Transfer::Fused,
+            link: None,
             poison: true,
         };
         let TooSmall { smallest } = spec.layout(&geometry).expect_err("nothing is too small");

@@ -2,16 +2,20 @@
 //!
 //! See [`ops::tier`] for the kinds of frames, and [`Backend`](ops::Backend) for what each operation promises. Copies between
 //! the tiers run on all threads, one call per layer for all sequences and heads (SparseServe's FlashH2D); runs of adjacent
-//! blocks are saved by plain copies, since their pages lie alike in both tiers, and single blocks through [`Saver`].
+//! blocks are saved by plain copies, since their pages lie alike in both tiers, and single blocks through [`Saver`]. What a real
+//! link would take for that, [`Link`] adds if it is asked to. The other way to copy is in [`per_page`].
 
+mod per_page;
 mod waves;
 
 use std::ops::Range;
+use std::time::Instant;
 
 use ops::residency::{EXTENT_FRAMES, FrameIndex, Residency, SeatCounters};
-use ops::tier::{TierLayout, TierSpec, TierState};
+use ops::tier::{TierLayout, TierSpec, TierState, Transfer};
 use ops::{Batch, BlockIndex, Error, KvGeometry, SPLIT_TOKENS, SeatIndex, SequenceRows};
 
+use crate::link::{Direction, Done, Link};
 use crate::memory::{Buffer, Shared};
 use crate::pages::Layers;
 use crate::pool::Pool;
@@ -52,6 +56,9 @@ pub struct Tier {
     /// Bytes of a page that are fetched, from its start.
     fetched_part: usize,
     saver: Saver,
+    link: Link,
+    /// When the last pages have left fresh frames, which are written to again.
+    fresh_free: Done,
     saved_bytes: u64,
     stall_nanos: u64,
     extra_waves: u64,
@@ -66,8 +73,9 @@ struct Home {
     /// Pages that were sent to DRAM, and those of them that are known to be there.
     sent: u32,
     clean: u32,
-    /// Of the last page that was sent.
+    /// Of the last page that was sent: its copy, and its way over the link.
     ticket: u64,
+    arrival: Done,
 }
 
 /// The local pages of a seat in a step.
@@ -109,6 +117,8 @@ impl Tier {
             layer: 0,
             fetched_part: geometry.page_bytes(),
             saver: Saver::new(spec.staging_chunks(), geometry.kv_heads * geometry.page_bytes(), spec.poison)?,
+            link: Link::new(spec.link),
+            fresh_free: Done::default(),
             saved_bytes: 0,
             stall_nanos: 0,
             extra_waves: 0,
@@ -275,17 +285,38 @@ impl Tier {
     fn publish(&mut self, seat: SeatIndex, layer: usize, done: u64) {
         let home = self.home(seat, layer);
         let home = &mut self.homes[home];
-        if home.ticket <= done {
+        if home.ticket <= done && self.link.is_done(home.arrival) {
             home.clean = home.sent;
         }
     }
 
-    /// Waits until pages below `page` are in DRAM.
-    fn wait_for(&mut self, seat: SeatIndex, layer: usize, page: usize) {
+    /// Waits until pages below `page` are in DRAM; returns the nanoseconds that took.
+    fn wait_for(&mut self, seat: SeatIndex, layer: usize, page: usize) -> u64 {
         let at = self.home(seat, layer);
-        if page as u32 >= self.homes[at].clean && page < self.homes[at].sent as usize {
-            self.saver.wait(self.homes[at].ticket);
-            self.homes[at].clean = self.homes[at].sent;
+        if (page as u32) < self.homes[at].clean || page >= self.homes[at].sent as usize {
+            return 0;
+        }
+        let start = Instant::now();
+        self.saver.wait(self.homes[at].ticket);
+        self.link.wait(self.homes[at].arrival);
+        self.homes[at].clean = self.homes[at].sent;
+        start.elapsed().as_nanos() as u64
+    }
+
+    /// Notes that `bytes` of digests came to HBM in `calls` copies, which the step waits for.
+    pub fn fetched_digests(&mut self, bytes: usize, calls: usize) {
+        let calls = if self.spec.transfer == Transfer::Fused { 1 } else { calls };
+        let done = self.link.send(Direction::ToHbm, bytes, calls);
+        self.stall_nanos += self.link.wait(done);
+    }
+
+    /// Notes that `pages` pages in the order of clusters went to DRAM.
+    pub fn sent_copies(&mut self, pages: usize) {
+        let per_page = self.spec.transfer == Transfer::PerPage;
+        let calls = if per_page { pages } else { 1 };
+        let done = self.link.send(Direction::ToDram, pages * self.geometry.page_bytes(), calls);
+        if per_page {
+            self.stall_nanos += self.link.wait(done);
         }
     }
 
@@ -295,7 +326,7 @@ impl Tier {
     pub fn localize(&mut self, dram: &Layers, layer: usize, batch: &Batch) {
         let KvGeometry { page_tokens, kv_heads, .. } = self.geometry;
         let block_bytes = kv_heads * self.geometry.page_bytes();
-        let mut fresh_used = 0;
+        let (mut fresh_used, mut brought) = (0, 0);
         if self.spec.poison {
             self.poison(self.fresh_base()..self.wave_base());
         }
@@ -303,6 +334,9 @@ impl Tier {
             let first = s.first_position as usize;
             let start = self.spec.local_start(first, page_tokens);
             let end = s.context_tokens().div_ceil(page_tokens);
+            if s.num_rows() > 1 {
+                self.stall_nanos += self.link.wait(self.fresh_free);
+            }
             let fresh = (s.num_rows() > 1).then(|| {
                 let block = fresh_used;
                 fresh_used += end - start;
@@ -323,9 +357,16 @@ impl Tier {
                     }
                 } else {
                     // A prefix that others computed, or pages that were filled from outside.
-                    self.wait_for(s.seat, layer, page);
-                    let block = dram.block(layer, batch.block_table(s)[page]);
-                    self.arena.as_mut_slice()[to..to + block_bytes].copy_from_slice(block);
+                    self.stall_nanos += self.wait_for(s.seat, layer, page);
+                    let block = batch.block_table(s)[page];
+                    match self.spec.transfer {
+                        Transfer::PerPage => self.bring_per_page(dram, layer, block, frame),
+                        Transfer::Fused => {
+                            let block = dram.block(layer, block);
+                            self.arena.as_mut_slice()[to..to + block_bytes].copy_from_slice(block);
+                            brought += block_bytes;
+                        }
+                    }
                     self.residency.counters_mut(s.seat).fetched_bytes += block_bytes as u64;
                 }
             }
@@ -339,6 +380,10 @@ impl Tier {
                 (home.from, home.end) = (start as u32, end as u32);
             }
         }
+        if brought > 0 {
+            let done = self.link.send(Direction::ToHbm, brought, 1);
+            self.stall_nanos += self.link.wait(done);
+        }
     }
 
     // ---- save ----------------------------------------------------------------------------------------------------
@@ -347,6 +392,10 @@ impl Tier {
     pub fn save(&mut self, pool: &mut Pool, dram: &mut Layers, layer: usize, batch: &Batch) {
         let KvGeometry { page_tokens, kv_heads, .. } = self.geometry;
         let block_bytes = kv_heads * self.geometry.page_bytes();
+        let per_page = self.spec.transfer == Transfer::PerPage;
+        let staging_bytes = self.spec.staging_chunks() * block_bytes;
+        // Fragments leave in one call together.
+        let mut fragment_calls = 1;
         for s in batch.sequences {
             let table = batch.block_table(s);
             let full = s.first_position as usize / page_tokens..s.context_tokens() / page_tokens;
@@ -354,14 +403,22 @@ impl Tier {
             let mut page = full.start;
             while page < full.end {
                 let adjacent = |page: &usize| table[*page].0 == table[*page - 1].0 + 1;
-                let run = 1 + (page + 1..full.end).take_while(adjacent).count();
+                let run = if per_page { 1 } else { 1 + (page + 1..full.end).take_while(adjacent).count() };
                 let frame = self.local_frame(s.seat, layer, page).expect("a page that fills is local");
                 let from = frame * self.geometry.page_bytes();
-                if run > 1 {
+                if per_page {
+                    self.save_per_page(dram, layer, table[page], frame);
+                } else if run > 1 {
+                    self.homes[at].arrival = self.link.send(Direction::ToDram, run * block_bytes, 1);
                     // Fresh frames lie as blocks do.
                     let to = dram.run_mut(layer, table[page], run);
                     copy_run(pool, &self.arena.as_slice()[from..from + run * block_bytes], to, block_bytes);
                 } else {
+                    // A chunk is in use until its bytes are through.
+                    let room = staging_bytes - block_bytes;
+                    self.stall_nanos += self.link.wait(self.link.room(Direction::ToDram, room));
+                    self.homes[at].arrival = self.link.send(Direction::ToDram, block_bytes, fragment_calls);
+                    fragment_calls = 0;
                     let from = self.arena.as_slice()[from..from + block_bytes].as_ptr();
                     let to = dram.run_mut(layer, table[page], 1).as_mut_ptr();
                     // Prompts leave chunks to answers.
@@ -377,10 +434,12 @@ impl Tier {
             self.saved_bytes += (full.len() * block_bytes) as u64;
             self.residency.counters_mut(s.seat).saved += (full.len() * kv_heads) as u64;
             self.homes[at].sent = full.end as u32;
-            if self.homes[at].ticket <= self.saver.done() {
+            let Home { ticket, arrival, .. } = self.homes[at];
+            if ticket <= self.saver.done() && self.link.is_done(arrival) {
                 self.homes[at].clean = full.end as u32;
             }
             if self.local[s.seat.at()].fresh.is_some() {
+                self.fresh_free = self.fresh_free.max(arrival);
                 self.adopt(s, layer, full);
                 self.keep_tail(s, layer);
             }
@@ -438,6 +497,7 @@ impl Tier {
         for layer in 0..self.geometry.num_layers {
             let at = self.home(seat, layer);
             self.saver.wait(self.homes[at].ticket);
+            self.stall_nanos += self.link.wait(self.homes[at].arrival);
             self.homes[at] = Home::default();
         }
         self.local[seat.at()] = Local::default();
@@ -454,9 +514,17 @@ impl Tier {
     pub fn park(&mut self, dram: &mut Layers, seat: SeatIndex, table: &[BlockIndex]) {
         let block_bytes = self.geometry.kv_heads * self.geometry.page_bytes();
         for layer in 0..self.geometry.num_layers {
-            let Home { from, end, sent, .. } = self.homes[self.home(seat, layer)];
+            let at = self.home(seat, layer);
+            let Home { from, end, sent, .. } = self.homes[at];
             for page in from.max(sent) as usize..end as usize {
-                let frame = self.ring_frame(seat, layer, page) * self.geometry.page_bytes();
+                let frame = self.ring_frame(seat, layer, page);
+                if self.spec.transfer == Transfer::PerPage {
+                    self.save_per_page(dram, layer, table[page], frame);
+                    continue;
+                }
+                // Who leaves the seat waits for it.
+                self.homes[at].arrival = self.link.send(Direction::ToDram, block_bytes, 1);
+                let frame = frame * self.geometry.page_bytes();
                 let pages = &self.arena.as_slice()[frame..frame + block_bytes];
                 dram.run_mut(layer, table[page], 1).copy_from_slice(pages);
             }
@@ -488,6 +556,7 @@ impl Tier {
             saving_pages: self.saver.in_flight() * self.geometry.kv_heads as u64,
             table_bytes: self.residency.bytes_in_use(),
             saved_bytes: self.saved_bytes,
+            link_calls: self.link.calls(),
             stall_nanos: self.stall_nanos,
             extra_waves: self.extra_waves,
             pages: self.residency.totals(),

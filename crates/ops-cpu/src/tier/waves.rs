@@ -5,9 +5,11 @@ use std::time::Instant;
 
 use ops::cluster::OrderedSlots;
 use ops::sparse::Attention;
+use ops::tier::Transfer;
 use ops::{Batch, BlockIndex, HeadShape, SPLIT_TOKENS, SeatIndex, SequenceRows};
 
 use super::Tier;
+use crate::link::Direction;
 use crate::memory::Shared;
 use crate::pages::Layers;
 use crate::pool::Pool;
@@ -68,10 +70,10 @@ pub struct WavePart {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Fetch {
     seat: SeatIndex,
-    head: u32,
+    pub(super) head: u32,
     known: u32,
-    block: BlockIndex,
-    frame: u32,
+    pub(super) block: BlockIndex,
+    pub(super) frame: u32,
 }
 
 impl Tier {
@@ -364,7 +366,21 @@ impl Tier {
             let Fetch { seat, known, .. } = self.fetches[i];
             self.wait_for(seat, layer, known as usize);
         }
-        let (page_bytes, bytes) = (self.geometry.page_bytes(), self.fetched_part);
+        let bytes = self.fetched_part;
+        match self.spec.transfer {
+            Transfer::PerPage => self.fetch_per_page(dram),
+            Transfer::Fused => self.fetch_together(pool, dram),
+        }
+        for Fetch { seat, .. } in &self.fetches {
+            self.residency.counters_mut(*seat).fetched_bytes += bytes as u64;
+        }
+        self.stall_nanos += start.elapsed().as_nanos() as u64;
+    }
+
+    /// Fetches what is listed in one call, on all threads.
+    fn fetch_together(&mut self, pool: &mut Pool, dram: &Layers) {
+        let (layer, page_bytes, bytes) = (self.layer, self.geometry.page_bytes(), self.fetched_part);
+        let done = self.link.send(Direction::ToHbm, self.fetches.len() * bytes, 1);
         let arena = Shared(self.arena.as_mut_ptr());
         let fetches = &self.fetches;
         pool.run(fetches.len().div_ceil(PAGES_PER_TASK), &|task, _| {
@@ -378,10 +394,7 @@ impl Tier {
                 }
             }
         });
-        for Fetch { seat, .. } in fetches {
-            self.residency.counters_mut(*seat).fetched_bytes += bytes as u64;
-        }
-        self.stall_nanos += start.elapsed().as_nanos() as u64;
+        self.link.wait(done);
     }
 
     /// Gives the pages that pass through in `wave` a frame each.

@@ -8,7 +8,7 @@ use crate::coverage::{Coverage, Inspection, Inspections};
 use crate::residency::{EXTENT_FRAMES, EvictionRule};
 use crate::sparse::{Attention, DigestSpec, Method, SelectionLimits};
 use crate::tally::{WORKING_SET_STEPS, WorkingSetSpec};
-use crate::tier::{TierSpec, TierState, TooSmall};
+use crate::tier::{LinkSpec, TierSpec, TierState, TooSmall, Transfer};
 use crate::{Backend, Batch, BlockIndex, DType, Gate, KvGeometry, SPLIT_TOKENS, SeatIndex, SequenceRows};
 
 const LAYERS: usize = 2;
@@ -353,6 +353,8 @@ pub fn check_tiers<B: Backend>(make: &mut dyn FnMut() -> B, dtype: DType, seed: 
             partition_tokens_max: partitions.max().unwrap_or(1),
             copies: DigestSpec::copies(&case.digests),
             eviction: EvictionRule::Bucketed,
+            transfer: Transfer::Fused,
+            link: None,
             poison: true,
         };
         let Err(TooSmall { smallest }) = spec.layout(&geometry) else { panic!("nothing is too small") };
@@ -366,7 +368,8 @@ pub fn check_tiers<B: Backend>(make: &mut dyn FnMut() -> B, dtype: DType, seed: 
         };
         for (eviction, covered) in EvictionRule::ALL.into_iter().zip(&mut covered) {
             for more in sizes(eviction) {
-                let spec = TierSpec { bytes: smallest + more, eviction, ..spec };
+                let (transfer, link) = moved(eviction);
+                let spec = TierSpec { bytes: smallest + more, eviction, transfer, link, ..spec };
                 let rule = eviction.name();
                 let what = format!("seed {seed} tiers {dtype} case {index} {rule} hbm {smallest} + {more}");
                 let random = Random::keyed(seed, (40 + index as u64) << 8 | runs);
@@ -384,6 +387,16 @@ pub fn check_tiers<B: Backend>(make: &mut dyn FnMut() -> B, dtype: DType, seed: 
     }
     assert!(covered.iter().any(|covered| covered.duplicates > 0), "seed {seed}: nothing is held twice");
     covered.iter().map(|covered| covered.extra_waves).sum()
+}
+
+/// How pages move where `rule` is tried, which must not show; with a link, in so long a time that somebody waits.
+fn moved(rule: EvictionRule) -> (Transfer, Option<LinkSpec>) {
+    let slow = LinkSpec { bytes_per_second: 200_000_000, call_nanos: 20_000 };
+    match rule {
+        EvictionRule::Bucketed => (Transfer::Fused, None),
+        EvictionRule::Exact => (Transfer::PerPage, None),
+        EvictionRule::Global => (Transfer::Fused, Some(slow)),
+    }
 }
 
 /// What happened in some runs, so that a check of nothing shows.
@@ -613,12 +626,12 @@ fn run<B: Backend>(
     covered
 }
 
-/// Compares what the device says of its tier with the naive model, except for what depends on time and on how it cuts waves.
+/// Compares what the device says of its tier with the naive model, except for what depends on time and on how it cuts waves and moves pages.
 fn check_state<B: Backend>(tiered: &World<B>, oracle: &World<Reference>, what: &str) -> TierState {
     let state = tiered.backend.tier_state(&tiered.kv).expect("tiers");
     let expected = oracle.backend.tier_state(&oracle.kv).expect("tiers");
-    let TierState { stall_nanos, extra_waves, saving_pages, .. } = state;
-    let expected = TierState { stall_nanos, extra_waves, saving_pages, ..expected };
+    let TierState { stall_nanos, extra_waves, saving_pages, link_calls, .. } = state;
+    let expected = TierState { stall_nanos, extra_waves, saving_pages, link_calls, ..expected };
     assert_eq!(state, expected, "{what}: what gauges and counters are made of");
     state
 }

@@ -141,14 +141,14 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
     let file = ConfigFile::read(args.common.config.as_deref())?;
     let _log = log::start(&LogSettings::resolve(args.common.clone().or(file.common), "warn"))?;
     let choice = ModelChoice::resolve(args.model.as_deref().or(file.model.as_deref()))?;
-    let mut engine = args.engine.clone().or(file.engine);
+    let mut engine = args.engine.clone().complete(file.engine);
     engine.sparse.policy.get_or_insert_with(|| "dense".into());
     let mut settings = EngineSettings::resolve(engine, args.batch)?;
-    if args.context == 0 || args.batch == 0 || args.steps == 0 || args.prefill == Some(0) {
-        return Err(Failure::input("--context, --batch, --steps and --prefill must be at least 1"));
+    if args.context == 0 || args.batch == 0 || args.steps == 0 || args.prefill_tokens == Some(0) {
+        return Err(Failure::input("--context, --batch, --steps and --prefill-tokens must be at least 1"));
     }
     // One step more than is timed warms up.
-    let context_end = (args.context + args.steps + 1).max(args.prefill.unwrap_or(0));
+    let context_end = (args.context + args.steps + 1).max(args.prefill_tokens.unwrap_or(0));
     settings.max_context.get_or_insert(context_end);
     settings.max_num_seqs = args.batch;
     settings.parks = false;
@@ -185,14 +185,14 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
     })?;
     let mut limits = Limits { ceiling: Ceiling::new(isa, threads)?, pool: Pool::new(threads)?, dtype };
 
-    let prefill = args.prefill.map(|tokens| work.prefill(&mut runner, &mut quotas, &mut limits, tokens));
+    let prefill = args.prefill_tokens.map(|tokens| work.prefill(&mut runner, &mut quotas, &mut limits, tokens));
     let (decode, pages) = work.decode(&mut runner, &mut quotas, &mut limits, args.context, args.steps);
     let profile = runner.backend().take();
     let mut out = std::io::stdout().lock();
     if args.json {
         let object = json!({
             "model": choice.name(), "dtype": dtype.name(), "threads": threads, "isa": isa.name(),
-            "context": args.context, "batch": args.batch, "prefill_tokens": args.prefill,
+            "context": args.context, "batch": args.batch, "prefill_tokens": args.prefill_tokens,
             "prefill": prefill.as_ref().map(Phase::json), "decode": decode.json(),
             "pages": pages.as_ref().map(|pages| pages_json(pages, args.steps)),
             "profile": args.profile.then(|| profile_json(&profile, args.steps)),
@@ -200,7 +200,7 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
         writeln!(out, "{object}")?;
     } else {
         writeln!(out, "{}, {dtype}, {threads} threads, {}", choice.name(), isa.name())?;
-        if let (Some(tokens), Some(phase)) = (args.prefill, &prefill) {
+        if let (Some(tokens), Some(phase)) = (args.prefill_tokens, &prefill) {
             writeln!(out, "prefill of {tokens} tokens: {phase}")?;
         }
         writeln!(out, "decode of {} after {} tokens: {decode}", args.batch, args.context)?;
@@ -217,11 +217,14 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
 /// What the steps did to the pages of an HBM tier, and how much of each selection the next one repeated.
 struct Pages {
     counters: SeatCounters,
+    /// Calls that moved pages to HBM, and what steps waited for transfers.
+    link_calls: u64,
+    stall_nanos: u64,
     overlap: Overlap,
 }
 
-fn write_pages(out: &mut dyn Write, pages: &Pages, steps: usize) -> std::io::Result<()> {
-    let pages = &pages.counters;
+fn write_pages(out: &mut dyn Write, moved: &Pages, steps: usize) -> std::io::Result<()> {
+    let pages = &moved.counters;
     writeln!(
         out,
         "pages: {:.1} % hit; a step fetches {:.1} to stay and {:.1} to pass through, and evicts {:.1}; selections name {:.2} times \
@@ -231,6 +234,13 @@ fn write_pages(out: &mut dyn Write, pages: &Pages, steps: usize) -> std::io::Res
         pages.streamed as f64 / steps as f64,
         pages.evictions as f64 / steps as f64,
         amplification(pages),
+    )?;
+    writeln!(
+        out,
+        "transfers: a step fetches {:.2} MB in {:.1} calls, and waits {:.3} ms",
+        pages.fetched_bytes as f64 / 1e6 / steps as f64,
+        moved.link_calls as f64 / steps as f64,
+        moved.stall_nanos as f64 / 1e6 / steps as f64,
     )
 }
 
@@ -239,7 +249,7 @@ fn amplification(pages: &SeatCounters) -> f64 {
     pages.selected as f64 / pages.selected_packed.max(1) as f64
 }
 
-fn pages_json(Pages { counters: pages, overlap }: &Pages, steps: usize) -> Value {
+fn pages_json(Pages { counters: pages, link_calls, stall_nanos, overlap }: &Pages, steps: usize) -> Value {
     let per_step = |count: u64| count as f64 / steps as f64;
     json!({
         "hit_rate": pages.hits as f64 / pages.needed().max(1) as f64,
@@ -248,6 +258,9 @@ fn pages_json(Pages { counters: pages, overlap }: &Pages, steps: usize) -> Value
         "streamed_per_step": per_step(pages.streamed),
         "evictions_per_step": per_step(pages.evictions),
         "page_amplification": amplification(pages),
+        "fetched_bytes_per_step": per_step(pages.fetched_bytes),
+        "link_calls_per_step": per_step(*link_calls),
+        "stall_ms_per_step": per_step(*stall_nanos) / 1e6,
     })
 }
 
@@ -472,6 +485,8 @@ impl Work {
         }
         let pages = runner.tier_state().zip(warm).map(|(now, warm)| Pages {
             counters: now.pages.since(&warm.pages),
+            link_calls: now.link_calls[0] - warm.link_calls[0],
+            stall_nanos: now.stall_nanos - warm.stall_nanos,
             overlap: runner.overlap().since(&overlap),
         });
         (Phase::new(self.batch, &timed), pages)

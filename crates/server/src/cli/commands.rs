@@ -143,7 +143,7 @@ pub struct BenchEngineArgs {
     pub steps: usize,
     /// Also time the prefill of a prompt of this length
     #[arg(long, value_name = "TOKENS")]
-    pub prefill: Option<usize>,
+    pub prefill_tokens: Option<usize>,
     /// Take selections from this trace of --record-selection instead of the policy's
     #[arg(long, value_name = "TRACE")]
     pub replay_selection: Option<PathBuf>,

@@ -220,21 +220,23 @@ impl<B: Backend> Prepared<B> {
         });
         let tally_bytes = |limits| ops::tally::bytes(&limits, config.num_layers, &working_sets);
         let selection_bytes = selections.map_or(0, |limits| limits.bytes() + tally_bytes(limits));
-        let limit = memory_limit(settings.dram)?;
+        let (pool, pool_flag, hbm) = settings.memories();
+        let limit = memory_limit(pool, pool_flag)?;
         let mut demand = Demand {
             weights_bytes: model::weight_bytes(&config, &backend, dtype)
                 + gate.as_ref().map_or(0, Gate::bytes),
             activation_bytes: limits.activation_bytes(&config) + selection_bytes,
             kv: geometry,
             digest_block_bytes: digests.iter().map(|d| d.dram_block_bytes(&geometry) as u64).sum(),
-            hbm: settings.hbm,
+            pool_flag,
+            hbm,
             max_context,
             max_num_seqs: settings.max_num_seqs,
             max_inject_tokens: settings.max_inject_tokens,
         };
         // Where everything fits it is attended to where it lies.
-        let fits_hbm = MemoryPlan::fits_hbm(&limit, &demand, settings.dram);
-        demand.hbm = settings.hbm.filter(|_| !fits_hbm);
+        let fits_hbm = MemoryPlan::fits_hbm(&limit, &demand, pool);
+        demand.hbm = hbm.filter(|_| !fits_hbm);
         let partitions = digests.iter().map(|d| d.made_together());
         let tier = demand.hbm.map(|_| TierSpec {
             bytes: 0,
@@ -245,15 +247,17 @@ impl<B: Backend> Prepared<B> {
             partition_tokens_max: partitions.max().unwrap_or(1),
             copies: DigestSpec::copies(&digests),
             eviction: settings.eviction,
+            transfer: settings.ladder.transfer,
+            link: settings.ladder.link,
             poison: false,
         });
         let step_bytes = selection_bytes + tier.map_or(0, |tier| tier.host_bytes(&geometry));
         demand.activation_bytes = limits.activation_bytes(&config) + step_bytes;
         // Once before anything is allocated, once with what the device needs besides.
-        MemoryPlan::new(limit.clone(), &demand, settings.dram)?;
+        MemoryPlan::new(limit.clone(), &demand, pool)?;
         let workspace = Workspace::new(&mut backend, &config, limits)?;
         demand.activation_bytes = workspace.bytes() + step_bytes;
-        let plan = MemoryPlan::new(limit, &demand, settings.dram)?;
+        let plan = MemoryPlan::new(limit, &demand, pool)?;
         let tier =
             tier.map(|spec| Tier::new(spec, &geometry, &plan, &digests, settings.parks)).transpose()?;
         let device = backend.info();
@@ -284,6 +288,17 @@ impl<B: Backend> Prepared<B> {
         self.plan.num_blocks / self.geometry.blocks(self.max_context)
     }
 
+    /// How prompts go through the layers.
+    pub fn prefill(&self, settings: &EngineSettings) -> Prefill {
+        let (layers, tokens) = (self.geometry.num_layers, settings.max_inject_tokens);
+        settings.ladder.prefill(self.tier.is_some(), layers, self.max_context, tokens)
+    }
+
+    /// Who takes part in a step.
+    pub fn admission(&self, settings: &EngineSettings) -> Admission {
+        settings.ladder.admission(self.tier.is_some())
+    }
+
     /// The limits of an engine for this model, of which `max_waiting` requests may wait.
     pub fn engine_config(&self, settings: &EngineSettings, max_waiting: usize) -> Config {
         Config {
@@ -303,9 +318,9 @@ impl<B: Backend> Prepared<B> {
                 rule: settings.quota_rule,
                 digest_places: tier.digest_places,
             }),
-            prefill: Prefill::Chunked,
-            admission: Admission::Slots,
-            max_skips: 16,
+            prefill: self.prefill(settings),
+            admission: self.admission(settings),
+            max_skips: settings.ladder.max_skips,
             guard: settings
                 .sparse
                 .guard
@@ -395,8 +410,14 @@ impl EngineThread {
         let config = prepared.check_engine(settings, max_waiting)?;
         let registry = Registry::new();
         let metrics = Metrics::new(&registry).map_err(Failure::runtime)?;
-        metrics.set_block_bytes(prepared.plan.kv_bytes / prepared.plan.num_blocks as u64);
-        metrics.set_hbm_bytes(prepared.plan.hbm_bytes);
+        let plan = &prepared.plan;
+        if settings.ladder.offload {
+            metrics.set_block_bytes(plan.kv_bytes / plan.num_blocks as u64);
+            metrics.set_hbm_bytes(plan.hbm_bytes);
+        } else {
+            // There is no DRAM tier.
+            metrics.set_hbm_bytes(plan.kv_bytes);
+        }
         let (handle, thread) =
             engine::spawn(config, metrics, engine::abort_process(), move || prepared.load())
                 .map_err(|e| Failure::runtime(format!("cannot start the engine's thread: {e}")))?;
@@ -431,13 +452,13 @@ impl EngineThread {
     }
 }
 
-fn memory_limit(dram: Option<Size>) -> Result<MemoryLimit, Failure> {
-    match (cgroup::memory_limit(Path::new("/")), dram) {
+fn memory_limit(pool: Option<Size>, flag: &str) -> Result<MemoryLimit, Failure> {
+    match (cgroup::memory_limit(Path::new("/")), pool) {
         (Some(limit), _) => Ok(limit),
         (None, Some(Size::Bytes(_))) => Ok(MemoryLimit { bytes: u64::MAX, source: LimitSource::Unknown }),
-        (None, _) => Err(Failure::input(
-            "this system does not say how much memory it has; give --dram in bytes, as in 4GiB",
-        )),
+        (None, _) => Err(Failure::input(format!(
+            "this system does not say how much memory it has; give {flag} in bytes, as in 4GiB"
+        ))),
     }
 }
 

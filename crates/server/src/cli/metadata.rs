@@ -10,7 +10,7 @@ use engine::REPLAY_ROWS;
 use ops::places::Places;
 use ops::residency::{EXTENT_FRAMES, Residency, ResidencyShape};
 use ops::sparse::{DigestKind, DigestSpec};
-use ops::tier::TierSpec;
+use ops::tier::{TierSpec, Transfer};
 use ops::{DType, KvGeometry, PAGE_TOKENS_ALLOWED, Random, SeatIndex};
 use serde_json::{Value, json};
 
@@ -164,6 +164,8 @@ fn row(args: &BenchMetadataArgs, context: usize, requests: usize, hbm_bytes: u64
         partition_tokens_max: PARTITION_TOKENS,
         copies: 0,
         eviction: args.eviction.rule(),
+        transfer: Transfer::Fused,
+        link: None,
         poison: false,
     };
     let digests = DigestSpec { kind: DigestKind::MinMax, partition_tokens: PARTITION_TOKENS };

@@ -11,6 +11,7 @@ use serde::{Deserialize, Deserializer};
 
 use super::commands::ServeArgs;
 use super::failure::Failure;
+use super::ladder::LadderOptions;
 use super::size::Size;
 
 /// Where to look for more options, and how to tell what happens.
@@ -72,8 +73,8 @@ pub struct EngineOptions {
     /// DRAM for the KV cache: 4GiB, 4GB, 60% of the memory limit [default: what requests can use and memory allows]
     #[arg(long, value_name = "SIZE", env = "SPARSESERVE_DRAM")]
     pub dram: Option<Size>,
-    /// HBM for KV, apart from DRAM: 512MiB, or 10% of the KV in DRAM. On a CPU an arena plays its part [default, and where it
-    /// would hold all of the KV: attention reads KV where it is]
+    /// HBM for KV, apart from DRAM: 512MiB, or 10% of the KV in DRAM (with --offload false: of the memory limit). On a CPU an arena
+    /// plays its part [default, and where it would hold all of the KV: attention reads KV where it is]
     #[arg(long, value_name = "SIZE", env = "SPARSESERVE_HBM")]
     pub hbm: Option<Size>,
     /// Which pages give way in HBM [default: bucketed]
@@ -90,6 +91,9 @@ pub struct EngineOptions {
     /// What the next turn of a chat does about a sparse answer: compute it again, or go on from its KV [default: exact]
     #[arg(long, value_enum, env = "SPARSESERVE_PREFIX_REUSE")]
     pub prefix_reuse: Option<PrefixReuseChoice>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub ladder: LadderOptions,
     #[command(flatten)]
     #[serde(flatten)]
     pub sparse: SparseOptions,
@@ -293,6 +297,11 @@ fn boolean(text: &str) -> Result<bool, String> {
     }
 }
 
+/// The value of a switch that is on unless somebody says otherwise.
+pub fn switched_on(text: &str) -> Result<bool, String> {
+    if text.is_empty() { Ok(true) } else { boolean(text) }
+}
+
 /// A configuration file: the options of `serve`, of which other commands take those that they have.
 #[derive(Clone, Debug, Default)]
 pub struct ConfigFile {
@@ -315,7 +324,8 @@ impl ConfigFile {
         Self::parse(&text).map_err(|e| Failure::input(format!("{shown}: {e}")))
     }
 
-    fn parse(text: &str) -> Result<Self, String> {
+    /// The same from its text.
+    pub fn parse(text: &str) -> Result<Self, String> {
         let table: toml::Table = text.parse().map_err(|e: toml::de::Error| e.to_string())?;
         let known = known_keys();
         let unknown: Vec<String> =
@@ -380,7 +390,17 @@ impl EngineOptions {
             buffering: self.buffering.or(file.buffering),
             no_prefix_cache: self.no_prefix_cache.or(file.no_prefix_cache),
             prefix_reuse: self.prefix_reuse.or(file.prefix_reuse),
+            ladder: self.ladder.or(file.ladder),
             sparse: self.sparse.or(file.sparse),
+        }
+    }
+
+    /// The same, and completed from the preset that one of them names.
+    pub fn complete(self, file: Self) -> Self {
+        let options = self.or(file);
+        match options.ladder.preset {
+            None => options,
+            Some(preset) => preset.complete(options),
         }
     }
 }
@@ -420,6 +440,8 @@ impl ServerOptions {
 mod tests {
     use super::*;
     use crate::cli::commands::Cli;
+    use crate::cli::ladder::TransferChoice;
+    use crate::cli::presets::Preset;
 
     #[test]
     fn flags_are_consistent() {
@@ -462,6 +484,15 @@ mod tests {
             buffering = "auto"
             no-prefix-cache = true
             prefix-reuse = "fast"
+            preset = "spin"
+            offload = false
+            transfer = "per-page"
+            emulate-link = "25,4"
+            prefill = "segmented"
+            admission = "working-set"
+            working-set-steps = 5
+            max-skips = 6
+            max-prefills = 7
             policy = "quest"
             policies = ["dense"]
             budget = 9
@@ -487,6 +518,13 @@ mod tests {
         assert_eq!(file.engine.buffering.as_deref(), Some("auto"));
         assert_eq!(file.engine.no_prefix_cache, Some(true));
         assert_eq!(file.engine.prefix_reuse, Some(PrefixReuseChoice::Fast));
+        assert_eq!(
+            (file.engine.ladder.preset, file.engine.ladder.offload),
+            (Some(Preset::Spin), Some(false))
+        );
+        assert_eq!(file.engine.ladder.transfer, Some(TransferChoice::PerPage));
+        assert_eq!(file.engine.ladder.emulate_link.as_deref(), Some("25,4"));
+        assert_eq!(file.engine.ladder.max_prefills, Some(7));
         assert_eq!(file.engine.sparse.policy.as_deref(), Some("quest"));
         assert_eq!(file.engine.sparse.budget.as_deref(), Some("9"));
         assert_eq!((file.engine.sparse.guard_rate, file.engine.sparse.guard_mass), (Some(1.0), Some(0.25)));
@@ -511,6 +549,7 @@ mod tests {
     fn switches_are_true_or_false() {
         assert_eq!(["1", "Yes", "off", ""].map(boolean), [Ok(true), Ok(true), Ok(false), Ok(false)]);
         assert!(boolean("maybe").is_err());
+        assert_eq!(["", "0"].map(switched_on), [Ok(true), Ok(false)]);
     }
 
     #[test]

@@ -17,6 +17,8 @@ pub struct Demand {
     pub kv: KvGeometry,
     /// Bytes of digests per block of it.
     pub digest_block_bytes: u64,
+    /// The flag that says how large the KV pool shall be.
+    pub pool_flag: &'static str,
     /// An HBM tier, which on a CPU is memory like any other.
     pub hbm: Option<Size>,
     /// Tokens of the longest request.
@@ -81,38 +83,40 @@ fn headroom_beside_chosen_pool(limit_bytes: u64) -> u64 {
 }
 
 impl MemoryPlan {
-    /// Divides `limit`. `dram` is the KV pool that the user wants; the default holds every running request at full
+    /// Divides `limit`. `pool` is the KV pool that the user wants; the default holds every running request at full
     /// length, or what the limit leaves.
     ///
     /// # Errors
     /// When not even one request of full length fits; with the arithmetic, and the flag that would cure it.
-    pub fn new(limit: MemoryLimit, demand: &Demand, dram: Option<Size>) -> Result<Self, Failure> {
+    pub fn new(limit: MemoryLimit, demand: &Demand, pool: Option<Size>) -> Result<Self, Failure> {
         let geometry = &demand.kv;
         let block_bytes = demand.block_bytes();
         let one_request = geometry.blocks(demand.max_context) as u64 * block_bytes;
         let fixed = demand.weights_bytes.saturating_add(demand.activation_bytes);
-        let headroom_bytes = match dram {
+        let flag = demand.pool_flag;
+        let headroom_bytes = match pool {
             Some(_) => headroom_beside_chosen_pool(limit.bytes),
             None => headroom(limit.bytes),
         };
         let left = demand.blocks_of(limit.bytes.saturating_sub(fixed.saturating_add(headroom_bytes)));
-        let kv_bytes = match dram {
+        let kv_bytes = match pool {
             Some(size) => size.of(limit.bytes),
             None => left.min(one_request.saturating_mul(demand.max_num_seqs as u64)),
         };
         if kv_bytes > left {
-            let shown = sum(demand, headroom_bytes, ("--dram", kv_bytes), &limit);
+            let shown = sum(demand, headroom_bytes, (flag, kv_bytes), &limit);
             let cure = match left >= one_request {
-                true => format!("--dram {}MiB would fit", left >> 20),
-                false => format!("without --dram, {}", too_small_cure(left, demand)),
+                true => format!("{flag} {}MiB would fit", left >> 20),
+                false if flag == "--dram" => format!("without {flag}, {}", too_small_cure(left, demand)),
+                false => too_small_cure(left, demand),
             };
             return Err(Failure::input(format!("the KV pool does not fit: {shown}; {cure}")));
         }
         if kv_bytes < one_request {
             let what = format!("KV of one request of {} tokens", demand.max_context);
-            let message = match dram {
+            let message = match pool {
                 Some(_) => format!(
-                    "--dram is too small: {what} is {}, and --dram allows {}; {}",
+                    "{flag} is too small: {what} is {}, and {flag} allows {}; {}",
                     Bytes(one_request),
                     Bytes(kv_bytes),
                     too_short_cure(kv_bytes, demand)
@@ -141,8 +145,8 @@ impl MemoryPlan {
     }
 
     /// Whether the HBM tier that is asked for would hold all of the KV that there is without it: then it is of no use.
-    pub fn fits_hbm(limit: &MemoryLimit, demand: &Demand, dram: Option<Size>) -> bool {
-        let without = Self::new(limit.clone(), &Demand { hbm: None, ..demand.clone() }, dram);
+    pub fn fits_hbm(limit: &MemoryLimit, demand: &Demand, pool: Option<Size>) -> bool {
+        let without = Self::new(limit.clone(), &Demand { hbm: None, ..demand.clone() }, pool);
         let fits = |hbm: Size, kv_bytes| hbm.of(kv_bytes) >= kv_bytes;
         demand.hbm.zip(without.ok()).is_some_and(|(hbm, plan)| fits(hbm, plan.kv_bytes))
     }
@@ -221,6 +225,7 @@ mod tests {
                 dtype: DType::Bf16,
             },
             digest_block_bytes: 0,
+            pool_flag: "--dram",
             hbm: None,
             max_context: 131_072,
             max_num_seqs: 2,
@@ -310,5 +315,9 @@ mod tests {
         assert!(error.contains("headroom 64 MiB"), "{error}");
         let error = plan(64 * GIB, &demand(), Some(Size::Bytes(GIB))).expect_err("too small");
         assert!(error.ends_with("--max-context 8192 would fit"), "{error}");
+        // Where KV lives in HBM alone, that is what is too small.
+        let in_hbm = Demand { pool_flag: "--hbm", ..demand() };
+        let error = plan(64 * GIB, &in_hbm, Some(Size::Bytes(GIB))).expect_err("too small");
+        assert!(error.starts_with("--hbm is too small") && !error.contains("--dram"), "{error}");
     }
 }

@@ -26,7 +26,7 @@ pub fn run(args: RunArgs) -> Result<(), Failure> {
     let file = ConfigFile::read(args.common.config.as_deref())?;
     let _log = log::start(&LogSettings::resolve(args.common.clone().or(file.common), "warn"))?;
     let choice = ModelChoice::resolve(args.model.as_deref().or(file.model.as_deref()))?;
-    let settings = EngineSettings::resolve(args.engine.clone().or(file.engine), 1)?;
+    let settings = EngineSettings::resolve(args.engine.clone().complete(file.engine), 1)?;
     check_sampling(&args)?;
     let prompt = match args.prompt.as_deref() {
         Some("-") => Some(read_stdin()?),

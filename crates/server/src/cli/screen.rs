@@ -2,12 +2,14 @@
 
 use std::fmt;
 
+use engine::{Admission, Prefill, Segments};
 use ops::DType;
 use ops::residency::EXTENT_FRAMES;
 use ops::sparse::DigestSpec;
 use sparse::auto;
 
 use super::load::Prepared;
+use super::presets::Preset;
 use super::settings::{EngineSettings, ModelChoice};
 use super::size::Bytes;
 
@@ -37,6 +39,14 @@ impl Screen<'_> {
             kv_token_bytes = geometry.token_bytes(),
             page_tokens = geometry.page_tokens,
             hbm_bytes = plan.hbm_bytes,
+            preset = self.settings.ladder.preset.map_or("none", Preset::name),
+            offload = self.settings.ladder.offload,
+            transfer = self.settings.ladder.transfer.name(),
+            link_bytes_per_second = self.settings.ladder.link.map_or(0, |link| link.bytes_per_second),
+            link_call_nanos = self.settings.ladder.link.map_or(0, |link| link.call_nanos),
+            prefill = self.prefill(),
+            admission = self.admission(),
+            max_skips = self.settings.ladder.max_skips,
             eviction = self.settings.eviction.name(),
             hbm_smallest_bytes = self.prepared.tier.map_or(0, |tier| tier.smallest_bytes),
             max_context,
@@ -60,6 +70,24 @@ impl Screen<'_> {
     /// Names of the policies, the default first.
     fn policies(&self) -> String {
         self.settings.sparse.served.names().collect::<Vec<_>>().join(", ")
+    }
+
+    /// How prompts go through the layers.
+    fn prefill(&self) -> String {
+        match self.prepared.prefill(self.settings) {
+            Prefill::Chunked => "chunked prefill".into(),
+            Prefill::Segmented(Segments { prompts, .. }) => {
+                format!("layer-segmented prefill of up to {prompts} prompts")
+            }
+        }
+    }
+
+    /// Who takes part in a step.
+    fn admission(&self) -> String {
+        match self.prepared.admission(self.settings) {
+            Admission::Slots => "admission by slots".into(),
+            Admission::WorkingSet { steps } => format!("admission by working sets of {steps} steps"),
+        }
     }
 
     /// What digests add to the KV of a token.
@@ -135,8 +163,14 @@ impl fmt::Display for Screen<'_> {
                 Bytes(tier.smallest_bytes),
             )?;
         }
+        if self.prepared.tier.is_some() {
+            writeln!(f, "    link         {}", self.settings.ladder.moves())?;
+        }
         if self.prepared.fits_hbm {
             writeln!(f, "    HBM          holds the whole KV cache, which is attended to where it lies")?;
+        }
+        if !self.settings.ladder.offload {
+            writeln!(f, "    HBM          is where all of the KV lies: no offload, no DRAM tier")?;
         }
         let planned = plan.weights_bytes + plan.activation_bytes + plan.kv_bytes + plan.hbm_bytes;
         let left = plan.limit.bytes.saturating_sub(planned);
@@ -177,11 +211,16 @@ impl fmt::Display for Screen<'_> {
             (true, false) => "prefix cache",
             (true, true) => "prefix cache with sparse answers",
         };
-        write!(
+        writeln!(
             f,
             "  steps        up to {} requests and {} prompt tokens; {prefix}, pages of {} tokens",
             self.settings.max_num_seqs, self.settings.max_inject_tokens, geometry.page_tokens
-        )
+        )?;
+        write!(f, "  schedule     {}, {}", self.prefill(), self.admission())?;
+        match self.settings.ladder.preset {
+            None => Ok(()),
+            Some(preset) => write!(f, "\n  preset       {}", preset.name()),
+        }
     }
 }
 

@@ -31,7 +31,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     let log_settings = LogSettings::resolve(args.common.or(file.common), "info");
     let _log = log::start(&log_settings)?;
     let model = ModelChoice::resolve(args.model.as_deref().or(file.model.as_deref()))?;
-    let settings = EngineSettings::resolve(args.engine.or(file.engine), MAX_NUM_SEQS)?;
+    let settings = EngineSettings::resolve(args.engine.complete(file.engine), MAX_NUM_SEQS)?;
     settings.sparse.check_clients()?;
     let server = ServerSettings::resolve(args.server.or(file.server), &model)?;
     let source = load::source(&model)?;

@@ -11,6 +11,7 @@ use ops_cpu::{Isa, THREADS_MAX};
 
 use super::failure::Failure;
 use super::hub;
+use super::ladder::LadderSettings;
 use super::options::{
     ApiKey, CommonOptions, ComputeOptions, DTypeChoice, Device, EngineOptions, EvictionChoice, LogFormat,
     PrefixReuseChoice, ServerOptions,
@@ -132,6 +133,8 @@ pub struct EngineSettings {
     pub prefix_cache: bool,
     /// Whether requests go on from the KV of sparse answers.
     pub reuses_answers: bool,
+    /// Which mechanisms are at work.
+    pub ladder: LadderSettings,
     /// What generated tokens attend to.
     pub sparse: SparseSettings,
 }
@@ -186,8 +189,18 @@ impl EngineSettings {
             quota_rule: quota_rule(eviction, options.buffering.as_deref())?,
             prefix_cache,
             reuses_answers,
+            ladder: LadderSettings::resolve(options.ladder, options.dram, options.hbm)?,
             sparse: SparseSettings::resolve(options.sparse)?,
         })
+    }
+
+    /// What the KV pool shall be, with the flag that says so, and what the HBM tier beside it: without offload the pool is in HBM, and
+    /// there is no tier.
+    pub fn memories(&self) -> (Option<Size>, &'static str, Option<Size>) {
+        match self.ladder.offload {
+            true => (self.dram, "--dram", self.hbm),
+            false => (self.hbm, "--hbm", None),
+        }
     }
 }
 
@@ -195,7 +208,7 @@ fn quota_rule(eviction: EvictionRule, buffering: Option<&str>) -> Result<QuotaRu
     match buffering {
         None if eviction.shares_frames() => Ok(QuotaRule::Shared),
         Some(text) if eviction.shares_frames() => Err(Failure::input(format!(
-            "--buffering {text}: there are no quotas with --eviction {}; leave one of them out",
+            "--buffering {text}: there are no quotas with --eviction {}; leave it out, or choose another --eviction",
             eviction.name()
         ))),
         None | Some("auto") => Ok(QuotaRule::Adaptive),

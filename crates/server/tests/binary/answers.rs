@@ -121,7 +121,7 @@ fn bench_measures_a_model() {
         "3",
         "--steps",
         "9",
-        "--prefill",
+        "--prefill-tokens",
         "700",
         "--json",
     ]);

@@ -72,6 +72,24 @@ fn flags_and_files() {
         &["--prefix-reuse fast", "leave one"],
     );
     says(&["serve", "--port", "0", "--config", "no-such-file.toml"], &["no-such-file.toml"]);
+    says(&["serve", "--port", "0", "--preset", "vlm"], &["vlm", "vllm-so"]);
+    for preset in ["vllm", "vllm-s", "vllm-so", "sparseserve", "spin", "best"] {
+        says(&["run", "-p", "x", "--preset", preset], &[&format!("--preset {preset}"), "--hbm 1GiB"]);
+    }
+    says(&["serve", "--port", "0", "--offload", "false"], &["--offload false", "--hbm"]);
+    says(
+        &["serve", "--port", "0", "--offload", "false", "--hbm", "1GiB", "--dram", "1GiB"],
+        &["--dram", "--offload false", "leave one"],
+    );
+    says(&["serve", "--port", "0", "--offload", "maybe"], &["maybe", "true or false"]);
+    says(&["serve", "--port", "0", "--emulate-link", "25,4"], &["--emulate-link", "--hbm"]);
+    says(&["serve", "--port", "0", "--hbm", "10%", "--emulate-link", "25"], &["\"25\"", "as in 25,4"]);
+    says(&["serve", "--port", "0", "--transfer", "slow"], &["slow", "per-page"]);
+    says(&["serve", "--port", "0", "--prefill", "whole"], &["whole", "segmented"]);
+    says(&["serve", "--port", "0", "--admission", "all"], &["all", "working-set"]);
+    says(&["serve", "--port", "0", "--working-set-steps", "64"], &["--working-set-steps 64", "1 to 63"]);
+    says(&["serve", "--port", "0", "--max-skips", "0"], &["--max-skips 0"]);
+    says(&["bench", "engine", "--max-prefills", "0"], &["--max-prefills 0"]);
     let config = tempfile::NamedTempFile::new().unwrap();
     fs::write(config.path(), "prot = 8000\n").unwrap();
     says(&["serve", "--port", "0", "--config", config.path().to_str().unwrap()], &["prot"]);
@@ -84,6 +102,8 @@ fn memory_that_does_not_suffice_is_told_with_the_arithmetic() {
     let quest = ["--policy", "quest", "--max-context", "4096", "--dram", "64MiB"];
     let parts = ["--hbm is too small", "digests 1.01 MiB", "64 requests", "--max-num-seqs"];
     says(&[&["serve", "--port", "0", "--hbm", "4MiB"][..], &quest].concat(), &parts);
+    let in_hbm = ["--offload", "false", "--hbm", "1MiB"];
+    says(&[&serve[..], &in_hbm].concat(), &["--hbm is too small", "1 MiB", "128 MiB", "--max-context"]);
 }
 
 #[test]

@@ -4,6 +4,7 @@ mod answers;
 mod cache;
 mod errors;
 mod hub;
+mod ladder;
 mod process;
 mod reuse;
 mod selection;

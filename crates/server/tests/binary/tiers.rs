@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::process::{SOON, Serving, client, output_within, repository, sparseserve, text};
 
 /// Requests with long prompts that share a prefix, sparse and dense.
-fn requests() -> Vec<Value> {
+pub fn requests() -> Vec<Value> {
     let needles: Value =
         serde_json::from_slice(&std::fs::read(repository("xtask/golden/needles.json")).unwrap()).unwrap();
     let case = &needles["cases"][0];
@@ -46,7 +46,7 @@ const FLAGS: [&str; 12] = [
 ];
 
 /// Answers to all requests at once, without what may differ.
-fn answers(flags: &[&str]) -> (Vec<Value>, Vec<Value>, String) {
+pub fn answers(flags: &[&str]) -> (Vec<Value>, Vec<Value>, String) {
     let server = Serving::start(&[&FLAGS[..], flags].concat());
     let asked = requests();
     let url = &format!("{}/v1/completions", server.url);
@@ -75,7 +75,7 @@ fn answers(flags: &[&str]) -> (Vec<Value>, Vec<Value>, String) {
 }
 
 /// The value of a counter or gauge.
-fn metric(metrics: &str, name: &str) -> u64 {
+pub fn metric(metrics: &str, name: &str) -> u64 {
     let line = metrics.lines().find(|line| line.starts_with(name) && line[name.len()..].starts_with(' '));
     line.unwrap_or_else(|| panic!("{name} in {metrics}"))[name.len()..].trim().parse().unwrap()
 }

@@ -78,7 +78,7 @@ pub fn run(args: EvalRetrievalArgs) -> Result<(), Failure> {
     let file = ConfigFile::read(args.common.config.as_deref())?;
     let _log = log::start(&LogSettings::resolve(args.common.clone().or(file.common), "warn"))?;
     let choice = ModelChoice::resolve(args.model.as_deref().or(file.model.as_deref()))?;
-    let mut engine = args.engine.clone().or(file.engine);
+    let mut engine = args.engine.clone().complete(file.engine);
     engine.sparse.policy.get_or_insert_with(|| "dense".into());
     let mut settings = EngineSettings::resolve(engine, MAX_NUM_SEQS)?;
     let (served, variants) = Served::variants(&args.compare).map_err(Failure::input)?;
