@@ -11,7 +11,7 @@
 //! * `shares.rs`: who may hold how much of the HBM tier. `digest_room.rs`: for whose digests it has room.
 //! * `guard.rs`: whether selections cover enough, and what follows.
 //! * `kinds.rs`: which answers may go on from each other's KV.
-//! * `model_runner.rs`: the runner of a server, a model on a device. `metrics.rs`: what is counted.
+//! * `model_runner.rs`: the runner of a server, a model on a device. `metrics.rs`, `metric_docs.rs`: what is counted.
 //!
 //! Invariant: the answer to a request depends on the request alone, never on what else runs, on preemption, or on how
 //! its prompt was cut. One that asks for it ([`Request::reuse`]) goes on from KV of earlier answers, and depends on that, too.
@@ -32,6 +32,7 @@ mod flights;
 mod guard;
 mod handle;
 mod kinds;
+mod metric_docs;
 mod metrics;
 mod model_runner;
 mod request;
@@ -49,7 +50,8 @@ pub use config::{Admission, Config, ConfigError, Prefill, Segments, TierShare};
 pub use engine::{Engine, Event};
 pub use guard::{DOUBLINGS_MAX, GuardAction, GuardRule};
 pub use handle::{Handle, OnBroken, abort_process, spawn};
-pub use metrics::{METRICS, MetricDoc, MetricKind, Metrics};
+pub use metric_docs::{METRICS, MetricDoc, MetricKind};
+pub use metrics::Metrics;
 pub use model_runner::ModelRunner;
 pub use request::*;
 pub use run::Runner;

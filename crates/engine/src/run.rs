@@ -55,11 +55,6 @@ pub trait Runner {
         0
     }
 
-    /// What `seat` selected in its last steps; nothing where no layer selects.
-    fn working_set(&self, _seat: SeatIndex) -> WorkingSet {
-        WorkingSet::default()
-    }
-
     /// How much of each selection the next one repeated, since the start.
     fn overlap(&self) -> Overlap {
         Overlap::default()

@@ -168,7 +168,7 @@ impl Backend for Faulty {
         self.cpu.digest(digests, &mut kv.pages, layer, batch);
     }
 
-    fn copy_rows(&mut self, out: &mut CpuTensor, at: usize, x: &CpuTensor, rows: Range<usize>) {
+    fn copy_rows(&mut self, out: &mut Tensor, at: usize, x: &Tensor, rows: Range<usize>) {
         self.cpu.copy_rows(out, at, x, rows);
     }
 

@@ -185,7 +185,8 @@ fn engine(args: BenchEngineArgs) -> Result<(), Failure> {
     })?;
     let mut limits = Limits { ceiling: Ceiling::new(isa, threads)?, pool: Pool::new(threads)?, dtype };
 
-    let prefill = args.prefill_tokens.map(|tokens| work.prefill(&mut runner, &mut quotas, &mut limits, tokens));
+    let prefill =
+        args.prefill_tokens.map(|tokens| work.prefill(&mut runner, &mut quotas, &mut limits, tokens));
     let (decode, pages) = work.decode(&mut runner, &mut quotas, &mut limits, args.context, args.steps);
     let profile = runner.backend().take();
     let mut out = std::io::stdout().lock();

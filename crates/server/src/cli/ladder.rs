@@ -115,7 +115,8 @@ pub struct LadderSettings {
     prefill: Option<PrefillChoice>,
     /// `None` is what goes with the tiers.
     admission: Option<AdmissionChoice>,
-    working_set_steps: usize,
+    /// Steps whose selections make a working set.
+    pub working_set_steps: usize,
     /// Times that others may be preferred to a request.
     pub max_skips: u32,
     max_prefills: usize,

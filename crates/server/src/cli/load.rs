@@ -5,12 +5,12 @@ use std::path::Path;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use engine::{Admission, Config, Handle, Metrics, ModelRunner, Prefill, REPLAY_ROWS, TierShare};
+use engine::{Admission, Config, Handle, Metrics, ModelRunner, Prefill, REPLAY_ROWS, Segments, TierShare};
 use indicatif::{ProgressBar, ProgressStyle};
 use model::{Checkpoint, DeviceKv, KvSpec, Limits, Model, ModelConfig, Rope, Source, Workspace};
 use ops::places::Places;
 use ops::sparse::{DigestSpec, Method, SelectionLimits};
-use ops::tally::{WORKING_SET_STEPS, WorkingSetSpec};
+use ops::tally::WorkingSetSpec;
 use ops::tier::{TierLayout, TierSpec, TooSmall};
 use ops::{Backend, DType, DeviceInfo, Gate, KvGeometry};
 use ops_cpu::{CpuBackend, CpuOptions};
@@ -196,7 +196,7 @@ impl<B: Backend> Prepared<B> {
             )));
         }
         let rows_max = settings.max_num_seqs.saturating_add(settings.max_inject_tokens);
-        let limits = Limits {
+        let mut limits = Limits {
             rows_max,
             logits_rows_max: rows_max.min(LOGITS_ROWS),
             sequences_max: settings.max_num_seqs,
@@ -213,7 +213,8 @@ impl<B: Backend> Prepared<B> {
         let gate = gate.transpose()?;
         let digests: Vec<_> = served.digests().iter().map(|d| d.with_gate(gate.as_ref())).collect();
         let methods = served.methods();
-        let working_sets = WorkingSetSpec::new(WORKING_SET_STEPS, selecting(&config, &methods));
+        let working_sets =
+            WorkingSetSpec::new(settings.ladder.working_set_steps, selecting(&config, &methods));
         let selections = (!methods.is_empty()).then(|| {
             let rows = settings.max_num_seqs.saturating_add(REPLAY_ROWS);
             SelectionLimits::new(&methods, config.heads, settings.page_tokens, rows, max_context)
@@ -237,6 +238,15 @@ impl<B: Backend> Prepared<B> {
         // Where everything fits it is attended to where it lies.
         let fits_hbm = MemoryPlan::fits_hbm(&limit, &demand, pool);
         demand.hbm = hbm.filter(|_| !fits_hbm);
+        let prefill = settings.ladder.prefill(
+            demand.hbm.is_some(),
+            geometry.num_layers,
+            max_context,
+            settings.max_inject_tokens,
+        );
+        if let Prefill::Segmented(Segments { hidden_rows, .. }) = prefill {
+            (limits.tile_rows, limits.hidden_rows) = (settings.max_inject_tokens, hidden_rows);
+        }
         let partitions = digests.iter().map(|d| d.made_together());
         let tier = demand.hbm.map(|_| TierSpec {
             bytes: 0,
