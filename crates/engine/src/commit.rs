@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::engine::Engine;
 use crate::request::FinishReason;
+use crate::rows::Part;
 use crate::run::Runner;
 use crate::sequence::{Outcome, Sequence};
 
@@ -14,14 +15,29 @@ impl<R: Runner> Engine<R> {
         let stall_nanos = state.stall_nanos - self.stall_nanos;
         self.stall_nanos = state.stall_nanos;
         self.waited = Duration::from_nanos(stall_nanos);
-        for part in &self.rows.parts {
-            let sequence = &mut self.running[part.owner];
+        let parts = &self.rows.parts;
+        for i in 0..parts.len() + self.rows.owners.len() {
+            let (owner, of_answer) = match i.checked_sub(parts.len()) {
+                None => {
+                    let Part { owner, ref positions, .. } = parts[i];
+                    (owner, positions.start >= self.running[owner].prompt_len)
+                }
+                // On its way through the layers; several segments of one prompt follow one another.
+                Some(at) => {
+                    let owner = self.rows.owners[at];
+                    let again = at > 0 && self.rows.owners[at - 1] == owner;
+                    if again || parts.iter().any(|part| part.owner == owner) {
+                        continue;
+                    }
+                    (owner, false)
+                }
+            };
+            let sequence = &mut self.running[owner];
             let seat = sequence.kv.seat().expect("who runs has a seat");
             let (counters, held) = self.runner.seat_counters(seat);
             let digest_bytes = self.runner.digest_loads(seat);
             sequence.pages.add(&counters.since(&sequence.counted), digest_bytes, held, stall_nanos);
             sequence.counted = counters;
-            let of_answer = part.positions.start >= sequence.prompt_len;
             self.shares.observe(seat, &counters, held, of_answer);
             sequence.working_set = self.runner.working_set(seat);
         }

@@ -541,9 +541,10 @@ fn run<B: Backend>(
         oracle.begin(&batch);
         for layer in 0..LAYERS {
             // As for a prompt that enters a layer, or leaves it.
-            if traffic.random.below(3) == 0 {
-                let seat = SeatIndex(traffic.random.below(SEATS) as u32);
-                let (of, extents) = (traffic.random.below(LAYERS), traffic.random.below(quota_max + 1));
+            let mut random = Random::keyed(spec.bytes, (number * LAYERS + layer) as u64);
+            if random.below(3) == 0 {
+                let seat = SeatIndex(random.below(SEATS) as u32);
+                let (of, extents) = (random.below(LAYERS), random.below(quota_max + 1));
                 tiered.backend.grant(&mut tiered.kv, seat, of, extents);
                 oracle.backend.grant(&mut oracle.kv, seat, of, extents);
             }

@@ -198,12 +198,27 @@ fn smallest() -> u64 {
 #[test]
 fn answers_do_not_depend_on_who_is_parked() {
     let (unified, ..) = answers(&[]);
-    let (tiered, _, metrics) = answers(&["--hbm", &smallest().to_string()]);
+    let (tiered, _, metrics) = answers(&["--hbm", &smallest().to_string(), "--admission", "slots"]);
     assert_eq!(tiered, unified);
     assert!(metric(&metrics, "sparseserve_parked_total") > 0, "{metrics}");
     assert_eq!(metric(&metrics, "sparseserve_preemptions_total"), 0);
     assert!(metric(&metrics, "sparseserve_digest_bytes_loaded_total") > 0);
     assert!(metric(&metrics, "sparseserve_hbm_digest_places{state=\"held\"}") > 0);
+}
+
+/// With working sets those for whom HBM has no room rest instead, and take turns.
+#[test]
+fn answers_do_not_depend_on_who_rests() {
+    let (unified, ..) = answers(&[]);
+    for (hbm, prefill) in [("8MiB", "segmented"), ("8MiB", "chunked")] {
+        let flags = ["--hbm", hbm, "--prefill", prefill, "--max-skips", "3"];
+        let (tiered, _, metrics) = answers(&flags);
+        assert_eq!(tiered, unified, "{flags:?}");
+        let waited =
+            metric(&metrics, "sparseserve_rests_total") + metric(&metrics, "sparseserve_promoted_total");
+        assert!(waited > 0, "{metrics}");
+        assert_eq!(metric(&metrics, "sparseserve_parked_total"), 0);
+    }
 }
 
 /// A guard that finds too little covered widens budgets: by the same checks, at the same tokens, whatever HBM holds and whoever

@@ -243,7 +243,6 @@ async fn what_is_wrong_is_named() {
         (json!({"tools": [{"type": "function"}]}), "tools"),
         (json!({"tool_choice": "auto"}), "tool_choice"),
         (json!({"response_format": {"type": "json_object"}}), "response_format"),
-        (json!({"priority": 1}), "priority"),
         (json!({"no_such_parameter": 1}), "no_such_parameter"),
         (json!({"temperature": -0.1}), "temperature"),
         (json!({"temperature": 2.1}), "temperature"),

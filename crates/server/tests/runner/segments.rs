@@ -167,7 +167,9 @@ fn layer_by_layer_gives_the_same_bits() {
                 let before = device.runner.seat_counters(got.seat).0;
                 let extents = device.quota + 2;
                 run_by_layer(&mut device, &mut random, &mut got, &mut beside, extents);
-                if more == Some(1 << 30) && known == 0 {
+                // Clusters are copied to DRAM when they are made, and come back from there.
+                let is_clustered = budget.is_some() && POLICIES[place].starts_with("retroinfer");
+                if more == Some(1 << 30) && known == 0 && !is_clustered {
                     let pages = device.runner.seat_counters(got.seat).0.since(&before);
                     assert_eq!(pages.fetched_bytes, 0, "{what}: a layer is in HBM");
                     assert!(pages.hits > 0 || folder.contains("window"), "{what}: later tiles find it there");
