@@ -229,14 +229,27 @@ impl Tier {
         let ranges = items.start * kv_heads..items.end * kv_heads;
         self.residency.begin(seat, layer);
         let (mut wanted, mut misses) = (0, 0);
-        self.each_cold(ranges.clone(), |tier, at, item, head| {
-            wanted += 1;
-            let page = tier.entries[at].known as usize;
-            match tier.residency.need(tier.items[item].seat, layer, head, page) {
-                Some(frame) => tier.entries[at].frame = frame.0,
-                None => misses += 1,
+        let mut first = items.start;
+        while first < items.end {
+            let seat = self.items[first].seat;
+            let own = self.items[first..items.end].iter().take_while(|item| item.seat == seat).count();
+            let ranges = first * kv_heads..(first + own) * kv_heads;
+            self.each_cold(ranges.clone(), |tier, at, _, head| {
+                wanted += 1;
+                let Entry { known, block, .. } = tier.entries[at];
+                match tier.residency.need(seat, layer, head, known as usize) {
+                    Some(frame) => tier.entries[at].frame = frame.0,
+                    // Several rows may miss a page that takes one frame.
+                    None => misses += usize::from(own == 1 || !tier.mark(block, head, true)),
+                }
+            });
+            if own > 1 {
+                self.each_cold(ranges, |tier, at, _, head| {
+                    tier.mark(tier.entries[at].block, head, false);
+                });
             }
-        });
+            first += own;
+        }
         let (bytes, poison) = (self.geometry.page_bytes(), self.spec.poison);
         let arena = self.arena.as_mut_slice();
         self.residency.fit(seat, layer, wanted, misses, &mut |frame| {
@@ -264,6 +277,15 @@ impl Tier {
                 NONE
             };
         });
+    }
+
+    /// Marks a page as seen, or no more; returns whether it was.
+    fn mark(&mut self, block: BlockIndex, head: usize, seen: bool) -> bool {
+        let bit = block.at() * self.geometry.kv_heads + head;
+        let word = &mut self.seen[bit / 64];
+        let was = *word >> (bit % 64) & 1 == 1;
+        *word = *word & !(1 << (bit % 64)) | u64::from(seen) << (bit % 64);
+        was
     }
 
     /// Visits the entries in `ranges` that are not local, with their index, item and head, and sets the frames of those that are.

@@ -335,10 +335,12 @@ impl NaiveTier {
                 counters.entry(seat).or_default().select(pages, slots, page_tokens);
             }
             pool.step += 1;
-            let hits = wanted.iter().filter(|(seat, head, page, _)| {
-                pool.need(*seat, *head, *page, counters.entry(*seat).or_default())
+            let missed = wanted.iter().filter(|(seat, head, page, _)| {
+                !pool.need(*seat, *head, *page, counters.entry(*seat).or_default())
             });
-            let misses = wanted.len() - hits.count();
+            // Several rows may miss a page that takes one frame.
+            let misses =
+                missed.map(|&(seat, head, page, _)| (seat, head, page)).collect::<BTreeSet<_>>().len();
             let held = pool.frames.iter().flatten().count();
             let spill = (held + misses).saturating_sub(pool.frames.len());
             let spill = spill.min(pool.frames.iter().flatten().filter(|r| r.needed < pool.step).count());
