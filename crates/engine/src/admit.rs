@@ -74,7 +74,6 @@ impl<R: Runner> Engine<R> {
                 return;
             }
             let tried = self.try_to_admit(at, aside, budget, now);
-            let sequence = &mut self.waiting;
             match tried {
                 Tried::Admitted => {
                     self.push_rows(self.running.len() - 1, budget);
@@ -82,17 +81,18 @@ impl<R: Runner> Engine<R> {
                 }
                 Tried::NoTurn => {
                     // Who starts before it takes nothing of what it needs.
-                    let blocks = sequence[at].admission_tokens().div_ceil(self.config.page_tokens);
+                    let sequence = &mut self.waiting[at];
+                    let blocks = sequence.admission_tokens().div_ceil(self.config.page_tokens);
                     aside.seats += 1;
                     aside.blocks += blocks;
-                    aside.places += if sequence[at].reads_digests() { blocks } else { 0 };
-                    sequence[at].awaits_turn = true;
+                    aside.places += if sequence.reads_digests() { blocks } else { 0 };
+                    sequence.awaits_turn = true;
                 }
                 Tried::NoRoom => {}
-                Tried::NoHbm => sequence[at].skips += 1,
+                Tried::NoHbm => self.waiting[at].skips += 1,
             }
             let slots = matches!(self.config.admission, Admission::Slots);
-            if tried != Tried::NoTurn && (slots || sequence[at].promoted) {
+            if tried != Tried::NoTurn && (slots || self.waiting[at].promoted) {
                 return;
             }
             (at, failed) = (at + 1, failed + 1);
